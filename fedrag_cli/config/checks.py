@@ -1,0 +1,101 @@
+"""Checks over several settings at once, and what each command needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fedrag_cli.config.problems import KeyPath
+from fedrag_cli.config.schema import Config
+from fedrag_cli.errors import ConfigError
+
+Finding = tuple[KeyPath, str]
+ANSWER_METRICS = ("exact_match", "f1")
+
+
+def check_config(config: Config) -> Iterator[Finding]:
+    """Yield what is wrong between settings that are each right by themselves, as (key path, message)."""
+    yield from _check_device(config)
+    yield from _check_retriever_models(config)
+    yield from _check_evaluation(config)
+    for side in tuned_sides(config):
+        yield from _check_trainer(config, side)
+
+
+def tuned_sides(config: Config) -> tuple[str, ...]:
+    """Return which sides the mode tunes, in their order: retriever, generator, or both."""
+    return ("retriever", "generator") if config.trainer.mode == "alternating" else (config.trainer.mode,)
+
+
+def require_training(config: Config) -> None:
+    """Raise ConfigError where something is missing that `train` needs."""
+    require_generator(config, "training")
+    if config.dataset.train is None:
+        raise ConfigError("The config has no dataset.train, which training needs.", "Add a file of questions and answers there.")
+
+
+def require_generator(config: Config, purpose: str) -> None:
+    """Raise ConfigError where the config has no generator but the purpose needs one."""
+    if config.rag_system.generator is None:
+        raise ConfigError(
+            f"The config has no rag_system.generator, which {purpose} needs.", "Add a generator with its 'model:'."
+        )
+
+
+def evaluation_split(config: Config) -> str | None:
+    """Return the name of the split to evaluate on, or None where the config has neither test nor validation."""
+    if config.evaluation.split != "auto":
+        return config.evaluation.split
+    if config.dataset.test is not None:
+        return "test"
+    return "validation" if config.dataset.validation is not None else None
+
+
+def _check_device(config: Config) -> Iterator[Finding]:
+    device = config.run.device
+    number = device.removeprefix("cuda:")
+    if device not in ("auto", "cpu", "mps", "cuda") and not (device.startswith("cuda:") and number.isdigit()):
+        yield ("run", "device"), f"'{device}' is no device (auto, cpu, mps, cuda, cuda:N)"
+
+
+def _check_retriever_models(config: Config) -> Iterator[Finding]:
+    retriever = config.rag_system.retriever
+    if retriever.type != "sentence_transformer":
+        return
+    path = ("rag_system", "retriever")
+    separate = (retriever.query_model, retriever.passage_model)
+    if retriever.model is None and None in separate:
+        yield path, "needs 'model', or both 'query_model' and 'passage_model'"
+    if retriever.model is not None and separate != (None, None):
+        yield path, "has 'model' beside 'query_model' or 'passage_model'; keep one or the other"
+
+
+def _check_evaluation(config: Config) -> Iterator[Finding]:
+    split = config.evaluation.split
+    if split != "auto" and getattr(config.dataset, split) is None:
+        yield ("evaluation", "split"), f"is '{split}', but there is no dataset.{split}"
+    metrics = config.evaluation.metrics or ()
+    if config.rag_system.generator is None and any(metric in ANSWER_METRICS for metric in metrics):
+        yield ("evaluation", "metrics"), "exact_match and f1 need a rag_system.generator"
+
+
+def _check_trainer(config: Config, side: str) -> Iterator[Finding]:
+    trainer: Any = getattr(config.trainer, side)
+    path = ("trainer", side)
+    if trainer.type == "lsr" and trainer.top_k < 2:
+        yield (*path, "top_k"), "must be at least 2: among one passage there is no ranking to learn"
+    if trainer.type == "lsr" and trainer.train == "query" and trainer.refresh_every is not None:
+        yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
+    validation = getattr(trainer, "validation", None)
+    if validation is None:
+        return
+    if config.dataset.validation is None:
+        for name in ("metric", "patience"):
+            if getattr(validation, name) is not None:
+                yield (*path, "validation", name), "needs a dataset.validation"
+    if validation.every == "never" and validation.patience is not None:
+        yield (*path, "validation", "patience"), "needs validation.every: epoch or a number of steps"
+    answers = validation.metric in ANSWER_METRICS
+    if validation.metric not in (None, "loss") and answers != (side == "generator"):
+        known = "loss, exact_match, f1" if side == "generator" else "loss, mrr, hit@K, recall@K, ndcg@K"
+        yield (*path, "validation", "metric"), f"'{validation.metric}' does not measure the {side} (metrics: {known})"

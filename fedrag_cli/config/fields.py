@@ -1,0 +1,146 @@
+"""What config dataclasses are made of: the decorator, component slots, paths and checked strings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import string
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, MinLen
+from pydantic import AfterValidator
+
+from fedrag_cli.registry import registry
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+NonEmptyStr = Annotated[str, MinLen(1)]
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config_class(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass that refuses unknown keys and takes its help from field docstrings."""
+    cls.__pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class PathMarker:
+    """Marks a string as a path: a relative one is resolved against the folder of the file that names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputPathMarker:
+    """Marks a string as a folder to write to: a relative one is resolved against the current folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMarker:
+    """Marks a string as a model reference: a hub id, a directory, a GGUF file, or `package://name/path`."""
+
+
+PathStr = Annotated[str, MinLen(1), PathMarker()]
+OutputPathStr = Annotated[str, MinLen(1), OutputPathMarker()]
+ModelStr = Annotated[str, MinLen(1), ModelMarker()]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentSlot:
+    """Marks a field whose dataclass is chosen by its `type:` among the registered components of a kind.
+
+    Args:
+        kind: The registry's kind.
+        default: The type where the config names none; with None, `type:` is required.
+    """
+
+    kind: str
+    default: str | None = None
+
+    def type_of(self, value: Any) -> str | None:
+        """Return the `type:` of a raw mapping or of an already built component config."""
+        if isinstance(value, dict):
+            return value.get("type", self.default)
+        return getattr(value, "type", None)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return a union over the registered config classes, tagged by `type`."""
+        from pydantic_core import core_schema
+
+        components = registry().of_kind(self.kind)
+        choices = {name: handler.generate_schema(component.config_class) for name, component in components.items()}
+        return core_schema.tagged_union_schema(choices=choices, discriminator=self.type_of)
+
+
+def markers_of(owner: type, name: str) -> tuple[object, ...]:
+    """Return the markers of a field, also those inside a union with None."""
+    hint = _hints(owner).get(name)
+    return tuple(marker for part in (hint, *get_args(hint)) for marker in getattr(part, "__metadata__", ()))
+
+
+def slots_of(owner: type, name: str) -> Iterator[ComponentSlot | type]:
+    """Yield what a field's mapping may be: component slots and plain dataclasses."""
+    hint = _hints(owner).get(name)
+    yield from (marker for marker in markers_of(owner, name) if isinstance(marker, ComponentSlot))
+    yield from (part for part in (hint, *get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part))
+
+
+@functools.cache
+def _hints(owner: type) -> dict[str, Any]:
+    return get_type_hints(owner, include_extras=True)
+
+
+def default_component(kind: str, name: str) -> Any:
+    """Return a dataclass field whose default is the named component with its own defaults."""
+    return dataclasses.field(default_factory=lambda: registry().get(kind, name).config_class())
+
+
+def _check_placeholders(*allowed: str, required: tuple[str, ...]) -> AfterValidator:
+    def check(value: str) -> str:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"is not a template: {error} (write {{{{ and }}}} for braces)") from error
+        missing = [name for name in required if name not in names]
+        if missing:
+            raise ValueError(f"lacks the placeholder {', '.join('{' + name + '}' for name in missing)}")
+        unknown = [name for name in names if allowed and name not in allowed]
+        if unknown:
+            known = ", ".join("{" + name + "}" for name in allowed)
+            raise ValueError(f"has the unknown placeholder {{{unknown[0]}}} (known: {known})")
+        return value
+
+    return AfterValidator(check)
+
+
+PromptTemplate = Annotated[
+    str, _check_placeholders("context", "query", required=("context", "query"))
+]
+PassageTemplate = Annotated[str, _check_placeholders(required=("text",))]
+
+METRIC_PATTERN = re.compile(r"^(exact_match|f1|mrr|(hit|recall|ndcg)@[1-9][0-9]*)$")
+METRIC_HELP = "exact_match, f1, mrr, hit@K, recall@K, ndcg@K"
+
+
+def _check_metric(name: str) -> str:
+    if not METRIC_PATTERN.match(name):
+        raise ValueError(f"is no metric (metrics: {METRIC_HELP})")
+    return name
+
+
+def _check_validation_metric(name: str) -> str:
+    return name if name == "loss" else _check_metric(name)
+
+
+MetricName = Annotated[str, AfterValidator(_check_metric)]
+ValidationMetricName = Annotated[str, AfterValidator(_check_validation_metric)]

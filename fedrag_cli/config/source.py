@@ -1,0 +1,159 @@
+"""Reading YAML: files, `extends`, command-line overrides, and the line on which every value stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, Position
+from fedrag_cli.errors import ConfigError
+
+COMMAND_LINE = "command line"
+DEFAULT_CONFIG = "fedrag.yaml"
+
+Positions = dict[KeyPath, Position]
+
+
+@dataclass(frozen=True)
+class ConfigTree:
+    """The merged but unresolved config, and where its values came from."""
+
+    main_file: Path
+    tree: DictConfig
+    positions: Positions
+
+    def position(self, path: KeyPath) -> Position:
+        """Return the place of a value, or of the closest enclosing one that was written down."""
+        for length in range(len(path), -1, -1):
+            found = self.positions.get(path[:length])
+            if found is not None:
+                return found
+        return Position(str(self.main_file), 1)
+
+    def folder(self, path: KeyPath) -> Path | None:
+        """Return the folder of the file that names a value; None for defaults and the command line."""
+        position = self.positions.get(path)
+        return Path(position.file).parent if position is not None and position.line else None
+
+
+def read_tree(path: Path, overrides: Sequence[str]) -> ConfigTree:
+    """Read a config file with all that it extends, and put the overrides on top.
+
+    Args:
+        path: The YAML file.
+        overrides: `key.path=value` texts, their values in YAML.
+
+    Raises:
+        ConfigError: A file is missing, is no YAML, or an override is malformed.
+    """
+    tree, positions = _read_with_bases(path, ())
+    for override in overrides:
+        tree = _apply_override(tree, positions, override)
+    return ConfigTree(path, tree, positions)
+
+
+def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[DictConfig, Positions]:
+    if path.resolve() in chain:
+        names = " -> ".join(str(link) for link in (*chain, path.resolve()))
+        raise ConfigError(f"'extends' goes in a circle: {names}", "Remove one of the 'extends' lines.")
+    tree, positions = _read_file(path)
+    base_name = tree.pop("extends", None)
+    position = positions.pop(("extends",), None)
+    if base_name is None:
+        return tree, positions
+    if not isinstance(base_name, str):
+        place = position or Position(str(path), 1)
+        raise InvalidConfigError([ConfigProblem(place, "extends", "must be the path of one YAML file")])
+    base, base_positions = _read_with_bases(path.parent / base_name, (*chain, path.resolve()))
+    _drop_replaced_components(base, tree, base_positions)
+    return _merge(base, tree), base_positions | positions
+
+
+def _read_file(path: Path) -> tuple[DictConfig, Positions]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"There is no config file '{path}'.", "Give the path of a YAML file, or make one with 'fedrag init DIR'."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config file '{path}' cannot be read: {error}", "Give the path of a YAML file.") from error
+    try:
+        node = yaml.compose(text)
+        tree = OmegaConf.create(text) if node is not None else OmegaConf.create()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InvalidConfigError([ConfigProblem(Position(str(path), line), "", f"is no YAML: {error.problem}")]) from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", f"is no YAML: {error}")]) from error
+    if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
+        raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", "holds no settings (expected 'key: value' lines)")])
+    positions: Positions = {}
+    _collect_positions(node, (), str(path), positions)
+    return tree, positions
+
+
+def _collect_positions(node: yaml.Node, path: KeyPath, file: str, positions: Positions) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, key.value)
+            positions[inner] = Position(file, key.start_mark.line + 1)
+            _collect_positions(value, inner, file, positions)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            positions[(*path, index)] = Position(file, value.start_mark.line + 1)
+            _collect_positions(value, (*path, index), file, positions)
+
+
+def _apply_override(tree: DictConfig, positions: Positions, override: str) -> DictConfig:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(
+            f"'{override}' is no override.", "Write overrides as key.path=value, for instance trainer.mode=generator."
+        )
+    path = tuple(part for part in key.strip().split(".") if part)
+    try:
+        change = OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"The override '{override}' cannot be read: {error}") from error
+    _drop_replaced_components(tree, change, positions)
+    for length in range(1, len(path) + 1):
+        if length == len(path) or path[:length] not in positions:
+            positions[path[:length]] = Position(f"{COMMAND_LINE} ({override})", 0)
+    return _merge(tree, change)
+
+
+def _drop_replaced_components(base: DictConfig, change: DictConfig, positions: Positions, path: KeyPath = ()) -> None:
+    """Drop a base's component where the change names another `type:`, so that settings of the old one do not linger."""
+    for key in list(change.keys()):
+        old, new = _raw(base, key), _raw(change, key)
+        if not isinstance(old, DictConfig) or not isinstance(new, DictConfig):
+            continue
+        inner = (*path, str(key))
+        if "type" in new and "type" in old and _raw(new, "type") != _raw(old, "type"):
+            del base[key]
+            for known in [known for known in positions if known[: len(inner)] == inner]:
+                del positions[known]
+        else:
+            _drop_replaced_components(old, new, positions, inner)
+
+
+def _raw(tree: DictConfig, key: Any) -> Any:
+    """Return a value without resolving interpolations."""
+    if key not in tree.keys():  # noqa: SIM118  (membership of a DictConfig hides keys whose value is missing)
+        return None
+    node = tree._get_node(key)
+    return node if isinstance(node, DictConfig) else getattr(node, "_value", lambda: None)()
+
+
+def _merge(base: DictConfig, change: DictConfig) -> DictConfig:
+    merged = OmegaConf.merge(base, change)
+    if not isinstance(merged, DictConfig):
+        raise ConfigError("The config is no mapping.")
+    return merged

@@ -1,0 +1,119 @@
+"""Checking values against the schema: every error at once, in words, with a suggestion for a misspelt key."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedrag_cli.config.fields import slots_of
+from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, suggestion
+from fedrag_cli.config.schema import Config
+from fedrag_cli.config.source import ConfigTree
+from fedrag_cli.registry import registry
+
+
+@functools.cache
+def config_adapter() -> TypeAdapter[Config]:
+    """Return pydantic's adapter of the whole config, registered components included."""
+    return TypeAdapter(Config)
+
+
+def validate_values(values: dict[str, Any], tree: ConfigTree) -> tuple[Config | None, list[ConfigProblem]]:
+    """Validate resolved values.
+
+    Args:
+        values: The config as plain dicts, lists and scalars.
+        tree: Where the values came from.
+
+    Returns:
+        The config, or None with all that is wrong.
+    """
+    try:
+        return config_adapter().validate_python(values), []
+    except ValidationError as error:
+        problems = [_problem(details, values, tree) for details in error.errors(include_url=False)]
+    unique = {(problem.path, problem.message): problem for problem in problems}
+    return None, sorted(unique.values(), key=lambda problem: (problem.position.file, problem.position.line))
+
+
+def _problem(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> ConfigProblem:
+    path, owner = _locate(details["loc"], values)
+    message = _message(details, path, owner)
+    if details["type"] in ("union_tag_invalid",):
+        path = (*path, "type")
+    return ConfigProblem(tree.position(path), format_path(path), message)
+
+
+def _locate(location: tuple[str | int, ...], values: Any) -> tuple[KeyPath, type | None]:
+    """Turn pydantic's location into a key path, and find the dataclass that the last key belongs to.
+
+    A location also names the chosen `type:` of a component and the tried members of a union; these are no keys.
+    """
+    path: list[str | int] = []
+    owner: type | None = Config
+    current: Any = values
+    inner: type | None = Config
+    for position, part in enumerate(location):
+        last = position == len(location) - 1
+        is_key = isinstance(part, int) or (inner is not None and part in _field_names(inner))
+        if inner is not None and not is_key and not (last and isinstance(current, dict) and part in current):
+            continue
+        if inner is None and not isinstance(part, int):
+            continue
+        owner = inner
+        path.append(part)
+        current = _child(current, part)
+        inner = _dataclass_at(owner, part, current) if owner is not None and isinstance(part, str) else None
+    return tuple(path), owner
+
+
+def _child(value: Any, key: str | int) -> Any:
+    try:
+        return value[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _field_names(owner: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(owner)]
+
+
+def _dataclass_at(owner: type, key: str, value: Any) -> type | None:
+    """Return the dataclass behind a field: a plain one, or the component that the value's `type:` chooses."""
+    for slot in slots_of(owner, key):
+        if isinstance(slot, type):
+            return slot
+        component = registry().of_kind(slot.kind).get(slot.type_of(value) or "")
+        if component is not None:
+            return component.config_class
+    return None
+
+
+def _message(details: ErrorDetails, path: KeyPath, owner: type | None) -> str:
+    kind, given = details["type"], details["input"]
+    context: dict[str, Any] = details.get("ctx") or {}
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"is no setting here{suggestion(path[-1], _field_names(owner) if owner else ())}"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return "is required"
+    if kind == "union_tag_invalid":
+        tags = [tag.strip().strip("'") for tag in str(context.get("expected_tags", "")).split(",")]
+        return f"there is no type '{context.get('tag')}'{suggestion(context.get('tag'), tags)}"
+    if kind == "literal_error":
+        options = [option.strip().strip("'") for option in str(context.get("expected", "")).replace(" or ", ",").split(",")]
+        return f"{given!r} is not one of {', '.join(options)}{_close(given, options)}"
+    if kind == "value_error":
+        return f"{given!r} {context.get('error')}"
+    if kind in ("dataclass_type", "dict_type", "union_tag_not_found"):
+        return f"needs settings below it ('key: value' lines), not {given!r}"
+    message = details["msg"][0].lower() + details["msg"][1:]
+    return f"{message}, not {given!r}"
+
+
+def _close(given: object, options: list[str]) -> str:
+    text = suggestion(given, options)
+    return text if "did you mean" in text else ""

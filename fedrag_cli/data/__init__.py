@@ -1,0 +1,1 @@
+"""Examples and corpora: reading, checking and splitting them."""

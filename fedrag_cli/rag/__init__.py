@@ -1,0 +1,1 @@
+"""The RAG system: retriever, generator, knowledge store and prompt."""

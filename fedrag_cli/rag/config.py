@@ -1,0 +1,97 @@
+"""Config dataclasses of retriever, generator and knowledge store, and their registration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedrag_cli.config.fields import ModelStr, NonNegativeFloat, PathStr, PositiveInt, config_class
+from fedrag_cli.registry import Registry
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@config_class
+class SentenceTransformerConfig:
+    """A bi-encoder of sentence-transformers: one shared encoder, or one each for queries and passages."""
+
+    type: Literal["sentence_transformer"] = "sentence_transformer"
+    """Names this retriever."""
+    model: ModelStr | None = None
+    """The shared encoder: hub id, directory, or package://name/path. A saved `retriever/` of a run fits here."""
+    query_model: ModelStr | None = None
+    """Encoder of queries, where it is another than that of passages."""
+    passage_model: ModelStr | None = None
+    """Encoder of passages, where it is another than that of queries."""
+    revision: str | None = None
+    """Branch, tag or commit of hub models."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """Score of a query and a passage."""
+    query_prompt: str = ""
+    """Text put before each query (for instance `query: ` for E5)."""
+    passage_prompt: str = ""
+    """Text put before each passage."""
+    max_length: PositiveInt | None = None
+    """Most tokens of a text; the model's own limit by default."""
+    batch_size: PositiveInt = 64
+    """Texts encoded at once."""
+    dtype: DType = "auto"
+    """Number format of the weights; auto keeps float32."""
+
+
+@config_class
+class CausalLMConfig:
+    """A causal language model of transformers."""
+
+    type: Literal["causal_lm"] = "causal_lm"
+    """Names this generator."""
+    model: ModelStr
+    """Hub id, directory, GGUF file, or package://name/path."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    adapter: PathStr | None = None
+    """Directory of a saved LoRA adapter that is put on the model."""
+    context_window: PositiveInt | None = None
+    """Most tokens of prompt and answer; the model's own limit by default."""
+    max_new_tokens: PositiveInt = 32
+    """Most tokens of an answer."""
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token each time; above 0 samples with the run's seed."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens, padding included, that are scored or generated at once."""
+    dtype: DType = "auto"
+    """Number format of the weights; auto takes bfloat16 on cuda where it is supported, and float32 elsewhere."""
+
+
+@config_class
+class MemoryStoreConfig:
+    """Exact search over embeddings held in memory."""
+
+    type: Literal["memory"] = "memory"
+    """Names this store."""
+    path: PathStr | None = None
+    """Folder of the saved store (`fedrag index` writes it); without it the store is built anew each time."""
+
+
+def register(registry: Registry) -> None:
+    """Register retriever, generator and knowledge store."""
+    registry.register(
+        "retriever",
+        "sentence_transformer",
+        SentenceTransformerConfig,
+        "fedrag_cli.rag.retrievers.sentence_transformer:SentenceTransformerRetriever.from_config",
+        "bi-encoder of sentence-transformers",
+    )
+    registry.register(
+        "generator",
+        "causal_lm",
+        CausalLMConfig,
+        "fedrag_cli.rag.generators.causal_lm:CausalLMGenerator.from_config",
+        "causal language model of transformers",
+    )
+    registry.register(
+        "knowledge_store",
+        "memory",
+        MemoryStoreConfig,
+        "fedrag_cli.rag.knowledge_stores.memory:InMemoryKnowledgeStore.from_config",
+        "exact search in memory, on torch",
+    )

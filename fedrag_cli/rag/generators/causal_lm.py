@@ -1,0 +1,256 @@
+"""A causal language model of transformers as the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from fedrag_cli.config import PromptConfig
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import DataError, ModelError
+from fedrag_cli.rag.config import CausalLMConfig
+from fedrag_cli.rag.generators.likelihood import TokenPair, batch_log_probs, length_sorted_batches
+from fedrag_cli.rag.models import (
+    ModelLocation,
+    choose_device,
+    choose_dtype,
+    locate_model,
+    model_errors,
+    weights_fingerprint,
+)
+from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
+
+Progress = Callable[[int], None]
+
+
+class CausalLMGenerator:
+    """Answers queries from passages, and scores answers.
+
+    Args:
+        model: A `PreTrainedModel` for causal language modelling, or a `PeftModel` around one.
+        tokenizer: Its tokenizer.
+        config: Generation settings.
+        prompt: How prompts are written.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        config: CausalLMConfig | None = None,
+        prompt: PromptConfig | None = None,
+    ) -> None:
+        """Put the model in eval mode and give the tokenizer a padding token where it has none."""
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config = config or CausalLMConfig(model=str(getattr(model, "name_or_path", "") or "model"))
+        self.context_window = token_limit(model.config, tokenizer, self.config.context_window)
+        self.prompts = PromptEncoder(tokenizer, prompt or PromptConfig(), self.context_window)
+        end = self.prompts.end_ids[-1]
+        self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+
+    @classmethod
+    def from_config(cls, config: CausalLMConfig, *, prompt: PromptConfig, device: str = "auto") -> CausalLMGenerator:
+        """Load model and tokenizer.
+
+        Args:
+            config: What to load.
+            prompt: How prompts are written.
+            device: Where to run, as `run.device`.
+
+        Raises:
+            ModelError: The model is missing, broken or does not fit.
+        """
+        location = locate_model(config.model)
+        target = choose_device(device)
+        with model_errors(location, "generator"):
+            options = _location_options(location, config.revision)
+            tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                location.name_or_path, dtype=choose_dtype(config.dtype, target, small=False), **options
+            )
+            model = (_without_quantizer(model) if location.gguf_file else model).to(target)
+        if config.adapter is not None:
+            model = _with_adapter(model, config.adapter)
+        return cls(model, tokenizer, config, prompt)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights as they are now, adapters included."""
+        return weights_fingerprint(self.model)
+
+    def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode], answer_tokens: int | None = None) -> EncodedPrompt:
+        """Write a prompt that leaves room for an answer (of `max_new_tokens` where no length is given)."""
+        reserved = self.config.max_new_tokens if answer_tokens is None else answer_tokens
+        return self.prompts.encode_prompt(query, passages, reserved_tokens=reserved)
+
+    def generate(self, prompt: str) -> str:
+        """Continue one prompt; see `batch_generate`."""
+        return self.batch_generate([prompt])[0]
+
+    def batch_generate(self, prompts: Sequence[str]) -> list[str]:
+        """Continue prompts that are used as they are, without template.
+
+        Args:
+            prompts: Texts of any lengths.
+
+        Returns:
+            The answers, in the order of the prompts.
+        """
+        return self.generate_from_ids([self._prompt_ids(prompt) for prompt in prompts])
+
+    def generate_from_ids(self, prompts: Sequence[list[int]], progress: Progress | None = None) -> list[str]:
+        """Answer tokenised prompts in length-sorted batches, padded on the left.
+
+        Args:
+            prompts: Token ids.
+            progress: Called with the number of prompts done after each batch.
+
+        Returns:
+            The answers, in the order of the prompts.
+        """
+        answers = [""] * len(prompts)
+        lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
+        for batch in length_sorted_batches(lengths, self.config.batch_tokens):
+            for position, answer in zip(batch, self._generate_batch([prompts[i] for i in batch]), strict=True):
+                answers[position] = answer
+            if progress is not None:
+                progress(len(batch))
+        return answers
+
+    @torch.inference_mode()
+    def _generate_batch(self, prompts: list[list[int]]) -> list[str]:
+        self.model.eval()
+        width = max(len(prompt) for prompt in prompts)
+        rows = [[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+        masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        output = self.model.generate(
+            input_ids=torch.tensor(rows, device=self.device),
+            attention_mask=torch.tensor(masks, device=self.device),
+            generation_config=self._generation_config(),
+        )
+        texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _generation_config(self) -> GenerationConfig:
+        sampling = {"do_sample": True, "temperature": self.config.temperature} if self.config.temperature > 0 else {"do_sample": False}
+        ends = {self.prompts.end_ids[-1], *_as_list(self.tokenizer.eos_token_id)}
+        return GenerationConfig(
+            max_new_tokens=self.config.max_new_tokens, pad_token_id=self.pad_id, eos_token_id=sorted(ends), **sampling
+        )
+
+    def target_log_probs(
+        self, prompts: Sequence[str], targets: Sequence[str], *, padding_side: Literal["left", "right"] = "right"
+    ) -> Tensor:
+        """Return log p(target | prompt), summed over the target's tokens, for each row.
+
+        Prompt and target are tokenised apart, so the target's tokens do not depend on the prompt.
+
+        Args:
+            prompts: Texts used as they are, without template.
+            targets: Texts to score, used as they are.
+            padding_side: Where shorter rows of a batch are padded.
+
+        Returns:
+            float32 tensor of shape (len(prompts),).
+
+        Raises:
+            DataError: A target has no tokens, the lists differ in length, or a row exceeds the context window.
+        """
+        if len(prompts) != len(targets):
+            raise DataError(f"There are {len(prompts)} prompts but {len(targets)} targets.")
+        ids = [self.tokenizer(target, add_special_tokens=False)["input_ids"] for target in targets]
+        pairs = [(self._prompt_ids(prompt), target) for prompt, target in zip(prompts, ids, strict=True)]
+        return self.log_probs_of_ids(pairs, padding_side=padding_side)
+
+    def log_probs_of_ids(
+        self,
+        pairs: Sequence[TokenPair],
+        *,
+        padding_side: Literal["left", "right"] = "right",
+        on_batch: Callable[[list[int], Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return log p(target ids | prompt ids) for each pair, in length-sorted batches of a token budget.
+
+        Args:
+            pairs: (prompt ids, target ids).
+            padding_side: Where shorter rows of a batch are padded.
+            on_batch: Called after each batch with the positions in `pairs` and their results.
+
+        Returns:
+            float32 tensor of shape (len(pairs),).
+        """
+        for row, (prompt, target) in enumerate(pairs):
+            if not prompt or not target:
+                raise DataError(f"Row {row} has no {'prompt' if not prompt else 'target'} tokens to score.")
+            if len(prompt) + len(target) > self.context_window:
+                raise DataError(
+                    f"Row {row} has {len(prompt) + len(target)} tokens, but the context window has {self.context_window}."
+                )
+        results = torch.zeros(len(pairs))
+        lengths = [len(prompt) + len(target) for prompt, target in pairs]
+        for batch in length_sorted_batches(lengths, self.config.batch_tokens):
+            results[batch] = self.score_batch([pairs[position] for position in batch], padding_side)
+            if on_batch is not None:
+                on_batch(batch, results[batch])
+        return results
+
+    @torch.inference_mode()
+    def score_batch(self, pairs: Sequence[TokenPair], padding_side: Literal["left", "right"] = "right") -> Tensor:
+        """Score one batch in one forward pass, in eval mode; see `log_probs_of_ids`."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return batch_log_probs(self.model, pairs, pad_id=self.pad_id, padding_side=padding_side)
+        finally:
+            self.model.train(was_training)
+
+    def save(self, directory: Path) -> None:
+        """Write model (or adapter) and tokenizer, loadable by `from_pretrained`, weights as safetensors."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        end = _as_list(self.tokenizer.eos_token_id)
+        return ids[:-1] if len(ids) > 1 and ids[-1] in end and not prompt.endswith(self.tokenizer.eos_token) else ids
+
+
+def _location_options(location: ModelLocation, revision: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"local_files_only": location.is_local}
+    if location.gguf_file is not None:
+        options["gguf_file"] = location.gguf_file
+    if revision is not None:
+        options["revision"] = revision
+    return options
+
+
+def _without_quantizer(model: Any) -> Any:
+    """Forget that a GGUF file was quantised: its weights are plain tensors now, and would not be saved otherwise."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    from peft import PeftModel
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ModelError(f"'{adapter}' holds no LoRA adapter (adapter_config.json is missing).", "Give the folder of a saved adapter.")
+    with model_errors(ModelLocation(adapter, adapter), "adapter"):
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def _as_list(value: Any) -> list[int]:
+    return [] if value is None else [int(item) for item in value] if isinstance(value, list | tuple) else [int(value)]

@@ -1,0 +1,86 @@
+"""Log-likelihoods of answers under a causal language model, for ragged batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TokenPair = tuple[list[int], list[int]]
+
+
+def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Group positions into batches of similar length, longest first.
+
+    Args:
+        lengths: Tokens of each sequence.
+        token_budget: Most tokens of a batch, padding included; a longer sequence is a batch by itself.
+
+    Yields:
+        Lists of positions into `lengths`; every position occurs once.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    batch: list[int] = []
+    for position in order:
+        if batch and lengths[batch[0]] * (len(batch) + 1) > token_budget:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+def batch_log_probs(
+    model: nn.Module,
+    pairs: Sequence[TokenPair],
+    *,
+    pad_id: int,
+    padding_side: Literal["left", "right"] = "right",
+) -> Tensor:
+    """Return the sum of log-probabilities of each target after its prompt, in one forward pass.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+        pairs: (prompt ids, target ids), neither of them empty.
+        pad_id: Any token id; padding never reaches a result.
+        padding_side: Where the padding goes. The results agree but for rounding.
+
+    Returns:
+        float32 tensor of shape (len(pairs),), each at most 0.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(prompt) + len(target) for prompt, target in pairs]
+    width = max(lengths)
+    input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(pairs), width), dtype=torch.long)
+    starts = [width - length if padding_side == "left" else 0 for length in lengths]
+    for row, ((prompt, target), start, length) in enumerate(zip(pairs, starts, lengths, strict=True)):
+        input_ids[row, start : start + length] = torch.tensor(prompt + target)
+        mask[row, start : start + length] = 1
+    # The logits at a position predict the token after it.
+    first = min(start + len(prompt) for (prompt, _), start in zip(pairs, starts, strict=True)) - 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits = _tail_logits(model, input_ids.to(device), mask.to(device), positions.to(device), keep=width - first)
+    totals = []
+    for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
+        begin = start + len(prompt) - 1 - first
+        log_probs = F.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
+        totals.append(log_probs.gather(1, torch.tensor(target, device=device)[:, None]).sum())
+    return torch.stack(totals).cpu()
+
+
+def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
+    """Run the model and return the logits of the last `keep` positions, computing no others where it can."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = inspect.signature(base.forward).parameters
+    options: dict[str, object] = {"use_cache": False}
+    if "position_ids" in accepted:
+        options["position_ids"] = positions
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = keep
+    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, **options).logits
+    return logits[:, -keep:]

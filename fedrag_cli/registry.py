@@ -1,0 +1,159 @@
+"""The registry: which component a `type:` in the config names.
+
+A component is a config dataclass, a builder and one line of help. Builders are named as `module:attribute` and
+imported when something is built, so that listing and validating components loads no model library. Packages of
+third parties join through the entry-point group `fedrag.components`: an entry point is a function that takes the
+registry and registers what the package offers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fedrag_cli.errors import ConfigError
+
+ENTRY_POINT_GROUP = "fedrag.components"
+BUILT_IN_MODULES = ("fedrag_cli.data.config", "fedrag_cli.rag.config", "fedrag_cli.trainers.config")
+KINDS = (
+    "retriever",
+    "generator",
+    "knowledge_store",
+    "corpus",
+    "examples",
+    "retriever_trainer",
+    "generator_trainer",
+)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One thing that a config can name by `type:`.
+
+    Args:
+        kind: The slot that it fits, one of `KINDS`.
+        name: The `type:` that names it.
+        config_class: The dataclass of its settings; it has a field `type: Literal[name] = name`.
+        builder: `module:attribute` of the callable that builds it from its config.
+        help: One line for `fedrag components`.
+        origin: The distribution that registered it.
+    """
+
+    kind: str
+    name: str
+    config_class: type
+    builder: str
+    help: str
+    origin: str = "fedrag-cli"
+
+    def load_builder(self) -> Callable[..., Any]:
+        """Import and return the builder.
+
+        Raises:
+            ConfigError: The builder cannot be imported.
+        """
+        module_name, _, attribute = self.builder.partition(":")
+        try:
+            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))  # type: ignore[arg-type]
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"The builder '{self.builder}' of the {self.kind} '{self.name}' cannot be imported: {error}",
+                f"Check the installation of '{self.origin}', or choose another type ('fedrag components' lists them).",
+            ) from error
+
+
+class Registry:
+    """Components by kind and name."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._components: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
+        self._origin = "fedrag-cli"
+
+    def register(self, kind: str, name: str, config_class: type, builder: str, help: str) -> None:
+        """Add a component.
+
+        Args:
+            kind: The slot that it fits, one of `KINDS`.
+            name: The `type:` that names it.
+            config_class: The dataclass of its settings, with a field `type: Literal[name] = name`.
+            builder: `module:attribute` of the callable that builds it.
+            help: One line for `fedrag components`.
+
+        Raises:
+            ConfigError: The kind is unknown, the name is taken, or the dataclass has no fitting `type` field.
+        """
+        if kind not in self._components:
+            raise ConfigError(f"'{self._origin}' registers the unknown kind '{kind}'.", f"Kinds: {', '.join(KINDS)}.")
+        taken = self._components[kind].get(name)
+        if taken is not None:
+            raise ConfigError(
+                f"'{self._origin}' registers the {kind} '{name}', which '{taken.origin}' has registered already.",
+                f"Uninstall one of '{self._origin}' and '{taken.origin}'.",
+            )
+        if _type_literal(config_class) != (name,):
+            raise ConfigError(
+                f"The config class of the {kind} '{name}' needs a field `type: Literal[\"{name}\"] = \"{name}\"`."
+            )
+        self._components[kind][name] = Component(kind, name, config_class, builder, help, self._origin)
+
+    def get(self, kind: str, name: str) -> Component:
+        """Return one component; raises ConfigError with the known names where there is none."""
+        try:
+            return self._components[kind][name]
+        except KeyError:
+            known = ", ".join(sorted(self._components.get(kind, {})))
+            raise ConfigError(f"There is no {kind} of type '{name}'.", f"Known types: {known}.") from None
+
+    def of_kind(self, kind: str) -> dict[str, Component]:
+        """Return the components of a kind by name."""
+        return dict(self._components[kind])
+
+    def all(self) -> list[Component]:
+        """Return every component, in the order of `KINDS` and then of registration."""
+        return [component for kind in KINDS for component in self._components[kind].values()]
+
+    def load(self) -> Registry:
+        """Register the built-in components and those of installed packages, and return the registry itself."""
+        for module_name in BUILT_IN_MODULES:
+            importlib.import_module(module_name).register(self)
+        for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+            self._origin = entry_point.dist.name if entry_point.dist else entry_point.value
+            try:
+                entry_point.load()(self)
+            except (ImportError, AttributeError, TypeError) as error:
+                raise ConfigError(
+                    f"The plug-in '{entry_point.name}' of '{self._origin}' cannot be loaded: {error}",
+                    f"Repair or uninstall '{self._origin}'.",
+                ) from error
+        return self
+
+
+@functools.cache
+def registry() -> Registry:
+    """Return the process's registry, filled at the first call."""
+    return Registry().load()
+
+
+def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build the component that `config.type` names.
+
+    Args:
+        kind: The slot, one of `KINDS`.
+        config: The component's validated config dataclass; it is the builder's first argument.
+        args: Further positional arguments of the builder.
+        kwargs: Further keyword arguments of the builder.
+    """
+    return registry().get(kind, config.type).load_builder()(config, *args, **kwargs)
+
+
+def _type_literal(config_class: type) -> tuple[Any, ...]:
+    if not dataclasses.is_dataclass(config_class):
+        return ()
+    hint = get_type_hints(config_class).get("type")
+    return get_args(hint) if get_origin(hint) is Literal else ()

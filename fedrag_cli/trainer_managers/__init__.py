@@ -1,0 +1,1 @@
+"""Which trainer runs when: retriever, generator, or both in turn."""
