@@ -5,6 +5,7 @@ Components (retrievers, stores, trainers, data sources) bring their own dataclas
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from fedrag_cli.config.fields import (
@@ -70,7 +71,7 @@ class RAGSystemConfig:
         "knowledge_store", "memory"
     )
     """Holds the passages and their embeddings; an in-memory exact store where nothing is said."""
-    prompt: PromptConfig = PromptConfig()
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     """How the prompt is written."""
     top_k: PositiveInt = 3
     """Passages that are retrieved for a prompt."""
@@ -130,9 +131,9 @@ class Config:
     """The RAG system."""
     dataset: DatasetConfig
     """Its data."""
-    run: RunConfig = RunConfig()
+    run: RunConfig = field(default_factory=RunConfig)
     """Name, folder, seed and device."""
-    trainer: TrainerConfig = TrainerConfig()
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """What is tuned, and how."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""

@@ -52,7 +52,7 @@ class FileExamplesConfig:
     """Format of the file; auto goes by its ending."""
     columns: ExampleColumns = ExampleColumns()
     """Which column holds what."""
-    list_separator: str | None = None
+    list_separator: NonEmptyStr | None = None
     """In CSV and TSV: what separates several answers or ids in one cell; none by default."""
     limit: PositiveInt | None = None
     """Read the first so many rows only."""
@@ -92,7 +92,7 @@ class SquadExamplesConfig:
 
 @config_class
 class BeirExamplesConfig:
-    """Queries and relevance judgements from a BEIR folder; they have no answers, so they serve retrieval metrics only."""
+    """Queries and judgements of a BEIR folder; they have no answers, so they serve retrieval metrics only."""
 
     type: Literal["beir"] = "beir"
     """Names this source."""
@@ -189,13 +189,29 @@ class TextCorpusConfig:
 def register(registry: Registry) -> None:
     """Register the data sources."""
     loader = "fedrag_cli.data.examples:load_"
-    registry.register("examples", "file", FileExamplesConfig, loader + "file_examples", "JSONL, JSON, CSV, TSV or Parquet file")
-    registry.register("examples", "huggingface", HuggingFaceExamplesConfig, loader + "huggingface_examples", "datasets directory or hub id")
+    registry.register(
+        "examples", "file", FileExamplesConfig, loader + "file_examples", "JSONL, JSON, CSV, TSV or Parquet file"
+    )
+    registry.register(
+        "examples",
+        "huggingface",
+        HuggingFaceExamplesConfig,
+        loader + "huggingface_examples",
+        "datasets directory or hub id",
+    )
     registry.register("examples", "squad", SquadExamplesConfig, loader + "squad_examples", "JSON file in SQuAD format")
-    registry.register("examples", "beir", BeirExamplesConfig, loader + "beir_examples", "BEIR folder (queries and judgements)")
+    registry.register(
+        "examples", "beir", BeirExamplesConfig, loader + "beir_examples", "BEIR folder (queries and judgements)"
+    )
     loader = "fedrag_cli.data.corpora:load_"
-    registry.register("corpus", "file", FileCorpusConfig, loader + "file_corpus", "JSONL, JSON, CSV, TSV or Parquet file")
-    registry.register("corpus", "huggingface", HuggingFaceCorpusConfig, loader + "huggingface_corpus", "datasets directory or hub id")
-    registry.register("corpus", "squad", SquadCorpusConfig, loader + "squad_corpus", "paragraphs of a JSON file in SQuAD format")
+    registry.register(
+        "corpus", "file", FileCorpusConfig, loader + "file_corpus", "JSONL, JSON, CSV, TSV or Parquet file"
+    )
+    registry.register(
+        "corpus", "huggingface", HuggingFaceCorpusConfig, loader + "huggingface_corpus", "datasets directory or hub id"
+    )
+    registry.register(
+        "corpus", "squad", SquadCorpusConfig, loader + "squad_corpus", "paragraphs of a JSON file in SQuAD format"
+    )
     registry.register("corpus", "beir", BeirCorpusConfig, loader + "beir_corpus", "BEIR folder (corpus.jsonl)")
     registry.register("corpus", "text", TextCorpusConfig, loader + "text_corpus", "folder of text or Markdown files")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedrag_cli.errors import ModelError
 
@@ -143,10 +143,30 @@ def choose_dtype(dtype: str, device: torch.device, *, small: bool) -> torch.dtyp
     return torch.float32
 
 
+class FingerprintMemory:
+    """Remembers a model's fingerprint until a weight is written in place or replaced."""
+
+    def __init__(self) -> None:
+        """Remember nothing yet."""
+        self._known: tuple[tuple[tuple[int, int], ...], str] | None = None
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Return `weights_fingerprint(model)`, computed anew only where a weight has changed."""
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in (*model.parameters(), *model.buffers()))
+        if self._known is None or self._known[0] != state:
+            self._known = (state, weights_fingerprint(model))
+        return self._known[1]
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """Return a hash of all weights and buffers of a model, by name, of 16 hexadecimal digits."""
+    return tensors_fingerprint(model.state_dict())
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of tensors, by name, of 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -134,11 +134,12 @@ class CausalLMGenerator:
         width = max(len(prompt) for prompt in prompts)
         rows = [[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
         masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        output = self.model.generate(
-            input_ids=torch.tensor(rows, device=self.device),
-            attention_mask=torch.tensor(masks, device=self.device),
-            generation_config=self._generation_config(),
-        )
+        with self._autocast():
+            output = self.model.generate(
+                input_ids=torch.tensor(rows, device=self.device),
+                attention_mask=torch.tensor(masks, device=self.device),
+                generation_config=self._generation_config(),
+            )
         texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -211,9 +212,13 @@ class CausalLMGenerator:
         was_training = self.model.training
         self.model.eval()
         try:
-            return batch_log_probs(self.model, pairs, pad_id=self.pad_id, padding_side=padding_side)
+            with self._autocast():
+                return batch_log_probs(self.model, pairs, pad_id=self.pad_id, padding_side=padding_side)
         finally:
             self.model.train(was_training)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def save(self, directory: Path) -> None:
         """Write model (or adapter) and tokenizer, loadable by `from_pretrained`, weights as safetensors."""

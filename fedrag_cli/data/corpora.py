@@ -1,0 +1,217 @@
+"""Corpora: the passages that a knowledge store is filled with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli import registry
+from fedrag_cli.data.beir import document_text
+from fedrag_cli.data.columns import has_value, id_value, metadata_of, require_column, text_value
+from fedrag_cli.data.config import (
+    BeirCorpusConfig,
+    FileCorpusConfig,
+    HuggingFaceCorpusConfig,
+    PassageColumns,
+    SplitConfig,
+    SquadCorpusConfig,
+    TextCorpusConfig,
+)
+from fedrag_cli.data.files import check_folder, read_text_file
+from fedrag_cli.data.huggingface import read_dataset
+from fedrag_cli.data.markdown import split_markdown
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.data.problems import Problems
+from fedrag_cli.data.readers import Row, Table, read_table
+from fedrag_cli.data.splitting import check_sizes, split_text
+from fedrag_cli.data.squad import read_paragraphs
+from fedrag_cli.data.text_files import find_text_files
+from fedrag_cli.errors import DataError
+
+MARKDOWN_SUFFIXES = (".md", ".markdown")
+
+
+def load_corpus(config: Any) -> list[KnowledgeNode]:
+    """Load the corpus that a config names.
+
+    Args:
+        config: The config of a registered corpus.
+
+    Returns:
+        The passages, at least one, with unique ids and with text.
+
+    Raises:
+        ConfigError: The settings of the split do not fit each other.
+        DataError: The data is missing or bad.
+    """
+    nodes: list[KnowledgeNode] = registry.build("corpus", config)
+    if not nodes:
+        raise DataError(f"The corpus of type '{config.type}' is empty.", "Name a source with at least one passage.")
+    problems = Problems(f"the corpus of type '{config.type}'")
+    positions: dict[str, int] = {}
+    for position, node in enumerate(nodes, start=1):
+        first = positions.setdefault(node.id, position)
+        if first != position:
+            problems.add(f"passage {position}", f"id '{node.id}' is that of passage {first}")
+        if not node.text.strip():
+            problems.add(f"passage {position}", f"'{node.id}' has no text")
+    problems.raise_if_any()
+    return nodes
+
+
+def load_file_corpus(config: FileCorpusConfig) -> list[KnowledgeNode]:
+    """Load a corpus from a JSONL, JSON, CSV, TSV or Parquet file.
+
+    Args:
+        config: The file, its columns and the split.
+
+    Raises:
+        ConfigError: The settings of the split do not fit each other.
+        DataError: The file is missing or bad.
+    """
+    table = read_table(Path(config.path), config.format, config.limit)
+    return _split(_nodes_of_table(table, config.columns), config.split)
+
+
+def load_huggingface_corpus(config: HuggingFaceCorpusConfig) -> list[KnowledgeNode]:
+    """Load a corpus from a data set of the `datasets` library.
+
+    Args:
+        config: The data set, its columns and the split.
+
+    Raises:
+        ConfigError: The settings of the split do not fit each other.
+        DataError: The data set is missing or bad.
+    """
+    table = read_dataset(config.path, config.name, config.data_split, config.revision, config.limit)
+    return _split(_nodes_of_table(table, config.columns), config.split)
+
+
+def load_squad_corpus(config: SquadCorpusConfig) -> list[KnowledgeNode]:
+    """Load the paragraphs of a JSON file in SQuAD format.
+
+    Args:
+        config: The file and the split.
+
+    Raises:
+        ConfigError: The settings of the split do not fit each other.
+        DataError: The file is missing or bad.
+    """
+    path = Path(config.path)
+    problems = Problems(path.name)
+    nodes = []
+    for count, paragraph in enumerate(read_paragraphs(path, problems), start=1):
+        text = problems.collect(paragraph.place, text_value, paragraph.values, "context")
+        if text is not None:
+            nodes.append(KnowledgeNode(paragraph.id, text, {"title": paragraph.title}))
+        if count == config.limit:
+            break
+    problems.raise_if_any()
+    return _split(nodes, config.split)
+
+
+def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
+    """Load the corpus of a BEIR folder; title and text are joined.
+
+    Args:
+        config: The folder and the split.
+
+    Raises:
+        ConfigError: The settings of the split do not fit each other.
+        DataError: The folder or its corpus.jsonl is missing or bad.
+    """
+    folder = Path(config.path)
+    check_folder(folder)
+    table = read_table(folder / "corpus.jsonl", limit=config.limit)
+    problems = Problems(table.name)
+    rows = table.readable_rows(problems)
+    require_column(table, rows, "_id", "_id")
+    require_column(table, rows, "text", "text")
+    ids = _ids_of_rows(table, rows, "_id", problems)
+    nodes = []
+    for row, node_id in zip(rows, ids, strict=True):
+        text = problems.collect(table.place(row), document_text, row.values)
+        if text is not None and node_id is not None:
+            nodes.append(KnowledgeNode(node_id, text, metadata_of(row.values, ["_id", "text"])))
+    problems.raise_if_any()
+    return _split(nodes, config.split)
+
+
+def load_text_corpus(config: TextCorpusConfig) -> list[KnowledgeNode]:
+    """Load a folder of text or Markdown files, or one such file, split into passages.
+
+    Args:
+        config: The folder or file, the patterns and the split.
+
+    Returns:
+        The passages, with `path`, `title` and `document_id` in their metadata. The title is the nearest heading above
+        the passage, and the file's name without its ending where there is none.
+
+    Raises:
+        ConfigError: The settings of the split do not fit each other, or a pattern is none.
+        DataError: The folder is missing or has no such files, or one of them cannot be read or is blank.
+    """
+    check_sizes(config.split.size, config.split.overlap)
+    problems = Problems(config.path)
+    nodes = []
+    for name, path in find_text_files(Path(config.path), config.patterns).items():
+        text = read_text_file(path)
+        if not text.strip():
+            problems.add(name, "has no text")
+        for position, (title, passage) in enumerate(_passages_of_file(path, text, config.split)):
+            nodes.append(
+                KnowledgeNode(f"{name}#{position}", passage, {"path": name, "title": title, "document_id": name})
+            )
+    problems.raise_if_any("Remove these files, or choose other `patterns`.")
+    return nodes
+
+
+def _passages_of_file(path: Path, text: str, split: SplitConfig) -> list[tuple[str, str]]:
+    if path.suffix.lower() in MARKDOWN_SUFFIXES:
+        return split_markdown(text, split.size, split.overlap, title=path.stem)
+    return [(path.stem, passage) for passage in split_text(text, split.size, split.overlap)]
+
+
+def _nodes_of_table(table: Table, columns: PassageColumns) -> list[KnowledgeNode]:
+    problems = Problems(table.name)
+    rows = table.readable_rows(problems)
+    require_column(table, rows, columns.text, "columns.text")
+    if columns.id != PassageColumns().id:
+        require_column(table, rows, columns.id, "columns.id")
+    ids = _ids_of_rows(table, rows, columns.id, problems)
+    nodes = []
+    for row, node_id in zip(rows, ids, strict=True):
+        text = problems.collect(table.place(row), text_value, row.values, columns.text)
+        if text is not None and node_id is not None:
+            nodes.append(KnowledgeNode(node_id, text, metadata_of(row.values, [columns.id, columns.text])))
+    problems.raise_if_any()
+    return nodes
+
+
+def _ids_of_rows(table: Table, rows: Sequence[Row], column: str, problems: Problems) -> list[str | None]:
+    if not any(has_value(row.values, column) for row in rows):
+        return [table.numbered_id(row) for row in rows]
+    ids: list[str | None] = []
+    places: dict[str, str] = {}
+    for row in rows:
+        place = table.place(row)
+        node_id = problems.collect(place, id_value, row.values, column)
+        ids.append(node_id)
+        if node_id is not None and places.setdefault(node_id, place) != place:
+            problems.add(place, f"{column} '{node_id}' is that of {places[node_id]}")
+    return ids
+
+
+def _split(nodes: list[KnowledgeNode], split: SplitConfig | None) -> list[KnowledgeNode]:
+    if split is None:
+        return nodes
+    return [passage for node in nodes for passage in _passages_of_node(node, split)]
+
+
+def _passages_of_node(node: KnowledgeNode, split: SplitConfig) -> list[KnowledgeNode]:
+    passages = split_text(node.text, split.size, split.overlap)
+    if len(passages) == 1:
+        return [node]
+    metadata = {**node.metadata, "document_id": node.id}
+    return [KnowledgeNode(f"{node.id}#{position}", text, metadata) for position, text in enumerate(passages)]

@@ -1,0 +1,249 @@
+"""Examples: questions with their accepted answers, and with the passages that answer them where these are known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedrag_cli import registry
+from fedrag_cli.data.beir import read_judgements, read_queries
+from fedrag_cli.data.columns import (
+    answers_value,
+    checked_id,
+    ids_value,
+    metadata_of,
+    require_column,
+    text_value,
+)
+from fedrag_cli.data.config import (
+    BeirExamplesConfig,
+    ExampleColumns,
+    FileExamplesConfig,
+    HuggingFaceExamplesConfig,
+    SquadExamplesConfig,
+)
+from fedrag_cli.data.huggingface import read_dataset, table_of_dataset
+from fedrag_cli.data.problems import BadValueError, Problems
+from fedrag_cli.data.readers import Row, Table, read_table, table_of_mappings
+from fedrag_cli.data.squad import UNANSWERABLE_HINT, read_questions
+from fedrag_cli.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ID_COLUMN = "id"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Args:
+        id: Unique among the examples of its source.
+        query: The question.
+        responses: The accepted answers, the first one first; none where only passages are judged.
+        relevant_ids: Ids of the passages (or documents) that answer the question, where they are known.
+        metadata: Further fields of its row.
+    """
+
+    id: str
+    query: str
+    responses: tuple[str, ...]
+    relevant_ids: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def response(self) -> str:
+        """The first accepted answer.
+
+        Raises:
+            DataError: The example has no answer.
+        """
+        if not self.responses:
+            raise DataError(
+                f"The example '{self.id}' has no answer, only judged passages.",
+                "Use it for retrieval metrics; training needs examples with answers.",
+            )
+        return self.responses[0]
+
+
+def load_examples(config: Any) -> list[Example]:
+    """Load the examples that a config names.
+
+    Args:
+        config: The config of a registered source of examples.
+
+    Returns:
+        The examples, at least one, with unique ids.
+
+    Raises:
+        DataError: The data is missing or bad.
+    """
+    examples: list[Example] = registry.build("examples", config)
+    if not examples:
+        raise DataError(f"The examples of type '{config.type}' are empty.", "Name a source with at least one example.")
+    return _with_unique_ids(examples, f"the examples of type '{config.type}'")
+
+
+def examples_from_dataset(dataset: Dataset | Iterable[Any], columns: ExampleColumns | None = None) -> list[Example]:
+    """Make examples of a data set.
+
+    Args:
+        dataset: A `datasets.Dataset`, a list of examples (returned as it is), or mappings from column to value.
+        columns: Which column holds what; `query`, `response` and `relevant_ids` by default.
+
+    Returns:
+        The examples, at least one.
+
+    Raises:
+        DataError: A column is missing, or rows are bad; rows are counted from 1.
+    """
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"A mapping is no data set: its items are columns or splits, not rows ({', '.join(map(str, dataset))}).",
+            "Pass one of its splits, or `datasets.Dataset.from_dict(...)` of its columns.",
+        )
+    if isinstance(dataset, str) or not isinstance(dataset, Iterable):
+        raise DataError(
+            f"An object of type {type(dataset).__name__} is no data set.",
+            "Pass a `datasets.Dataset` or a list of mappings.",
+        )
+    columns = columns or ExampleColumns()
+    if hasattr(dataset, "with_format") and hasattr(dataset, "select"):
+        return _examples_of_table(table_of_dataset(dataset, "dataset"), columns)
+    rows = list(dataset)
+    if not rows:
+        raise DataError("The data set has no rows.", "Pass at least one example.")
+    if all(isinstance(row, Example) for row in rows):
+        return _with_unique_ids(rows, "the data set")
+    return _examples_of_table(table_of_mappings("dataset", rows), columns)
+
+
+def load_file_examples(config: FileExamplesConfig) -> list[Example]:
+    """Load examples from a JSONL, JSON, CSV, TSV or Parquet file.
+
+    Args:
+        config: The file and its columns.
+
+    Raises:
+        ConfigError: A list separator is set for a format that has lists of its own.
+        DataError: The file is missing or bad.
+    """
+    table = read_table(Path(config.path), config.format, config.limit)
+    suffix = Path(config.path).suffix.lower().removeprefix(".")
+    if config.list_separator is not None and (suffix if config.format == "auto" else config.format) not in (
+        "csv",
+        "tsv",
+    ):
+        raise ConfigError(
+            f"`list_separator` is for CSV and TSV, but {table.name} is neither.",
+            "Remove it, and write several answers as a list.",
+        )
+    return _examples_of_table(table, config.columns, config.list_separator)
+
+
+def load_huggingface_examples(config: HuggingFaceExamplesConfig) -> list[Example]:
+    """Load examples from a data set of the `datasets` library.
+
+    Args:
+        config: The data set and its columns.
+
+    Raises:
+        DataError: The data set is missing or bad.
+    """
+    table = read_dataset(config.path, config.name, config.split, config.revision, config.limit)
+    return _examples_of_table(table, config.columns)
+
+
+def load_squad_examples(config: SquadExamplesConfig) -> list[Example]:
+    """Load the questions of a JSON file in SQuAD format; the relevant id is that of the paragraph.
+
+    Args:
+        config: The file.
+
+    Raises:
+        DataError: The file is missing or bad, or has questions without answers.
+    """
+    path = Path(config.path)
+    problems = Problems(path.name)
+    examples: dict[str, Example] = {}
+    for count, question in enumerate(read_questions(path, problems), start=1):
+        example_id = question.id or f"{path.stem}-{count:04d}"
+        if example_id in examples:
+            problems.add(question.place, f"id '{example_id}' is used by a question before it")
+            continue
+        paragraph = question.paragraph
+        metadata = {"title": paragraph.title}
+        examples[example_id] = Example(example_id, question.question, question.answers, (paragraph.id,), metadata)
+        if len(examples) == config.limit:
+            break
+    problems.raise_if_any(UNANSWERABLE_HINT)
+    if not examples:
+        raise DataError(f"{path} has no questions.", "Check that its paragraphs have 'qas'.")
+    return list(examples.values())
+
+
+def load_beir_examples(config: BeirExamplesConfig) -> list[Example]:
+    """Load the judged queries of a BEIR folder; they have relevant ids and no answers.
+
+    Args:
+        config: The folder and the split.
+
+    Raises:
+        DataError: The folder or a file in it is missing or bad.
+    """
+    folder = Path(config.path)
+    relevant = read_judgements(folder, config.split)
+    queries = read_queries(folder)
+    problems = Problems(f"{config.split}.tsv")
+    for query_id in relevant:
+        if query_id not in queries:
+            problems.add(f"query-id '{query_id}'", "is not in queries.jsonl")
+    problems.raise_if_any()
+    examples = [Example(key, query, (), relevant[key]) for key, query in queries.items() if key in relevant]
+    if not examples:
+        raise DataError(f"{config.split}.tsv judges no document as relevant.", "Check its scores.")
+    return examples[: config.limit]
+
+
+def _examples_of_table(table: Table, columns: ExampleColumns, separator: str | None = None) -> list[Example]:
+    problems = Problems(table.name)
+    rows = table.readable_rows(problems)
+    require_column(table, rows, columns.query, "columns.query")
+    require_column(table, rows, columns.response, "columns.response")
+    if columns.relevant_ids not in ("", ExampleColumns().relevant_ids):
+        require_column(table, rows, columns.relevant_ids, "columns.relevant_ids")
+    own_ids = _own_ids(rows)
+    used = [columns.query, columns.response, columns.relevant_ids, *([ID_COLUMN] if own_ids else [])]
+    examples = []
+    for position, row in enumerate(rows):
+        place = table.place(row)
+        query = problems.collect(place, text_value, row.values, columns.query)
+        responses = problems.collect(place, answers_value, row.values, columns.response, separator)
+        relevant_ids = problems.collect(place, ids_value, row.values, columns.relevant_ids, separator)
+        if query is not None and responses is not None and relevant_ids is not None:
+            example_id = own_ids[position] if own_ids else table.numbered_id(row)
+            examples.append(Example(example_id, query, responses, relevant_ids, metadata_of(row.values, used)))
+    problems.raise_if_any()
+    return examples
+
+
+def _own_ids(rows: Sequence[Row]) -> list[str]:
+    """Return the rows' own ids, or none where one is missing or used twice: the rows are numbered then."""
+    try:
+        ids = [checked_id(row.values.get(ID_COLUMN), ID_COLUMN) for row in rows]
+    except BadValueError:
+        return []
+    return ids if len(set(ids)) == len(ids) else []
+
+
+def _with_unique_ids(examples: list[Example], source: str) -> list[Example]:
+    problems = Problems(source)
+    for example_id, count in Counter(example.id for example in examples).items():
+        if count > 1:
+            problems.add(f"id '{example_id}'", f"is used by {count} examples")
+    problems.raise_if_any("Give each example an id of its own.")
+    return examples

@@ -1,0 +1,108 @@
+"""Opening files and folders, with errors that say what is there instead."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedrag_cli.errors import DataError
+
+
+def check_file(path: Path) -> None:
+    """Check that a path is a file with content.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: It is missing, a folder or empty.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, but a file is expected.", "Name one file in it.")
+    if not path.is_file():
+        raise DataError(f"The file {path} does not exist.", _neighbours(path))
+    if path.stat().st_size == 0:
+        raise DataError(f"The file {path} is empty.", "Check how it was written, or name another file.")
+
+
+def check_folder(path: Path) -> None:
+    """Check that a path is a folder.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DataError: It is missing or a file.
+    """
+    if path.is_file():
+        raise DataError(f"{path} is a file, but a folder is expected.", f"Did you mean its folder, {path.parent}?")
+    if not path.is_dir():
+        raise DataError(f"The folder {path} does not exist.", _neighbours(path))
+
+
+def decoded_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file with their line ends.
+
+    Lines end at a line feed only: JSON strings may hold the other characters that `str.splitlines` splits at.
+
+    Args:
+        path: The file; a byte order mark at its start is left out.
+
+    Raises:
+        DataError: The file cannot be read or is not UTF-8.
+    """
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
+                yield _decode(path, content, offset + len(line) - len(content))
+                offset += len(line)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def read_text_file(path: Path) -> str:
+    """Return the text of a UTF-8 file, with line feeds as its only line ends.
+
+    Args:
+        path: The file; a byte order mark at its start is left out.
+
+    Raises:
+        DataError: The file cannot be read or is not UTF-8.
+    """
+    return "".join(decoded_lines(path)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the error for a file that the system refuses to read."""
+    return DataError(f"{path} cannot be read: {error.strerror or error}.", "Check the permissions of the file.")
+
+
+def _decode(path: Path, line: bytes, offset: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: the byte 0x{line[error.start]:02x} at offset {offset + error.start} "
+            "cannot be decoded.",
+            "Save the file as UTF-8.",
+        ) from error
+
+
+def _neighbours(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"Its folder {folder} does not exist either; relative paths start at the config's folder."
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        return f"Its folder cannot be listed: {error.strerror or error}."
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.75)
+    if close:
+        return f"Did you mean {' or '.join(repr(name) for name in close)}?"
+    if not names:
+        return f"Its folder {folder} is empty."
+    return f"Its folder has: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."

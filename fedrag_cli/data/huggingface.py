@@ -1,0 +1,135 @@
+"""Rows of data sets of the `datasets` library: in memory, saved to disk, or from the hub."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedrag_cli.data.readers import Table, table_of_mappings
+from fedrag_cli.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MARKS_OF_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+
+
+def read_dataset(path: str, name: str | None, split: str | None, revision: str | None, limit: int | None) -> Table:
+    """Read the rows of a saved data set or of one from the hub.
+
+    Args:
+        path: Directory of `save_to_disk`, or hub id.
+        name: Configuration of the hub data set.
+        split: Split, needed where the data set has several.
+        revision: Branch, tag or commit of the hub data set.
+        limit: Read the first so many rows only.
+
+    Returns:
+        The rows, at least one.
+
+    Raises:
+        ConfigError: A setting of hub data sets is given for a directory.
+        DataError: The data set cannot be loaded, or its split is not named.
+    """
+    folder = Path(path)
+    if any((folder / mark).is_file() for mark in MARKS_OF_SAVED):
+        for key, value in (("name", name), ("revision", revision)):
+            if value is not None:
+                raise ConfigError(
+                    f"`{key}` is for data sets of the hub, but {path} is a directory.", f"Remove `{key}`."
+                )
+        dataset = _one_split(path, _load_saved(path), split)
+    elif folder.is_file():
+        raise DataError(
+            f"{path} is a file, but a directory or a hub id is expected.", "For a file, use the type 'file'."
+        )
+    else:
+        dataset = _one_split(path, _load_from_hub(path, name, split, revision), None)
+    stem = folder.name or path
+    return table_of_dataset(dataset, stem, limit)
+
+
+def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> Table:
+    """Return the rows of a data set.
+
+    Args:
+        dataset: The data set.
+        name: Its name in messages and in the ids of numbered rows.
+        limit: Take the first so many rows only.
+
+    Raises:
+        DataError: It has no rows.
+    """
+    # Pictures and sounds are neither text nor metadata, and decoding them may need further libraries.
+    media = [
+        column
+        for column, feature in dataset.features.items()
+        if hasattr(feature, "decode") and type(feature).__name__ != "Json"
+    ]
+    rows = dataset.remove_columns(media).with_format(None)
+    if limit is not None and limit < len(rows):
+        rows = rows.select(range(limit))
+    if not len(rows):
+        raise DataError(f"The data set '{name}' has no rows.", "Check how it was made, or name another split.")
+    return table_of_mappings(name, rows)
+
+
+def _load_saved(path: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(path)
+    except Exception as error:
+        raise DataError(
+            f"The data set in {path} cannot be loaded: {_first_line(error)}", "Save it again with `save_to_disk`."
+        ) from error
+
+
+def _load_from_hub(path: str, name: str | None, split: str | None, revision: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, name, split=split, revision=revision)
+    except Exception as error:
+        # The library raises its own errors, those of the hub's client and those of the network.
+        raise DataError(f"The data set '{path}' cannot be loaded: {_first_line(error)}", _hint(path, error)) from error
+
+
+def _hint(path: str, error: Exception) -> str:
+    if Path(path).is_dir():
+        return "The directory was not written by `save_to_disk`, and has no data files that `datasets` can load."
+    if isinstance(error, ConnectionError):
+        return "The hub cannot be reached: check the network, or save the data set with `save_to_disk` and name that."
+    if isinstance(error, FileNotFoundError):
+        return "Check the spelling of `path`; for a private data set, log in with `hf auth login`."
+    return "Check `path`, `name`, `split` and `revision`."
+
+
+def _one_split(path: str, loaded: Any, split: str | None) -> Any:
+    import datasets
+
+    if not isinstance(loaded, datasets.DatasetDict):
+        if split is not None and str(getattr(loaded, "split", None)) != split:
+            raise DataError(f"The data set '{path}' is a single one without a split '{split}'.", "Remove the split.")
+        return loaded
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split is None:
+        raise DataError(f"The data set '{path}' has several splits: {_listed(loaded)}.", "Name one of them.")
+    if split not in loaded:
+        close = difflib.get_close_matches(split, list(loaded), n=1)
+        raise DataError(
+            f"The data set '{path}' has no split '{split}'; its splits are: {_listed(loaded)}.",
+            f"Did you mean '{close[0]}'?" if close else "Name one of them.",
+        )
+    return loaded[split]
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(str(name) for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,257 @@
+"""Rows of JSONL, JSON, CSV, TSV and Parquet files."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli.data.files import check_file, decoded_lines, unreadable
+from fedrag_cli.data.problems import Problems
+from fedrag_cli.errors import ConfigError, DataError
+
+FORMAT_OF_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+LARGEST_CELL = 2**31 - 1
+HEADER_HINT = "Each column needs a name of its own."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source.
+
+    Args:
+        number: Line number where rows are lines, and the count of rows, from 1, where they are not.
+        values: Its values by column; empty where the row cannot be read.
+        problem: Why the row cannot be read; empty where it can.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one source.
+
+    Args:
+        name: Name of the source in messages.
+        stem: What ids of numbered rows start with.
+        by_line: The row numbers are line numbers.
+        rows: The rows.
+    """
+
+    name: str
+    stem: str
+    by_line: bool
+    rows: list[Row]
+
+    def place(self, row: Row) -> str:
+        """Return how messages name a row."""
+        return f"{self.name}:{row.number}" if self.by_line else f"{self.name} row {row.number}"
+
+    def numbered_id(self, row: Row) -> str:
+        """Return the id of a row that has none of its own."""
+        return f"{self.stem}-{row.number:04d}"
+
+    def readable_rows(self, problems: Problems) -> list[Row]:
+        """Return the rows that can be read, and add the others to the problems."""
+        for row in self.rows:
+            if row.problem:
+                problems.add(self.place(row), row.problem)
+        return [row for row in self.rows if not row.problem]
+
+
+def read_table(path: Path, format: str = "auto", limit: int | None = None) -> Table:
+    """Read the rows of a file.
+
+    Args:
+        path: The file.
+        format: One of jsonl, json, csv, tsv and parquet; auto goes by the file's ending.
+        limit: Read the first so many rows only.
+
+    Returns:
+        The rows, at least one; those that cannot be read say why.
+
+    Raises:
+        ConfigError: The format cannot be told by the file's ending.
+        DataError: The file is missing, empty, has no rows, or cannot be read at all.
+    """
+    check_file(path)
+    format = _format_of(path) if format == "auto" else format
+    with closing(READERS[format](path)) as reader:
+        rows = list(itertools.islice(reader, limit))
+    if not rows:
+        raise DataError(f"{path} has no rows.", "Check how the file was written, or name another file.")
+    return Table(path.name, path.stem, format in ("jsonl", "csv", "tsv"), rows)
+
+
+def table_of_mappings(name: str, rows: Iterable[Any]) -> Table:
+    """Make a table of mappings that are in memory.
+
+    Args:
+        name: Name of the source in messages and in the ids of numbered rows.
+        rows: The mappings; anything else among them becomes a row that cannot be read.
+    """
+    return Table(name, name, False, [_row_of(number, value) for number, value in enumerate(rows, start=1)])
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: The file is missing, empty or not JSON.
+    """
+    check_file(path)
+    try:
+        return json.loads("".join(decoded_lines(path)))
+    except json.JSONDecodeError as error:
+        hint = "If each line is an object of its own, the format is 'jsonl'." if error.msg == "Extra data" else ""
+        message = f"{path.name}:{error.lineno} is not JSON: {error.msg} (column {error.colno})."
+        raise DataError(message, hint or "Correct the file.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name} is not JSON that can be read: {error}.", "Correct the file.") from error
+
+
+def kind_of(value: Any) -> str:
+    """Return how messages name the type of a value."""
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        type(None): "null",
+        dict: "an object",
+    }
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else f"of type {type(value).__name__}")
+
+
+def _format_of(path: Path) -> str:
+    try:
+        return FORMAT_OF_SUFFIX[path.suffix.lower()]
+    except KeyError:
+        raise ConfigError(
+            f"The format of '{path.name}' cannot be told by its ending.",
+            f"Set `format` to one of {', '.join(READERS)}.",
+        ) from None
+
+
+def _row_of(number: int, value: Any) -> Row:
+    if not isinstance(value, Mapping):
+        return Row(number, {}, f"is no object with named fields but {kind_of(value)}")
+    odd = [key for key in value if not isinstance(key, str)]
+    return Row(number, {}, f"has a field whose name is no text: {odd[0]!r}") if odd else Row(number, value)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(decoded_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _row_of(number, json.loads(line.rstrip()))
+        except json.JSONDecodeError as error:
+            yield Row(number, {}, f"is not JSON: {error.msg} (column {error.colno})")
+        except (ValueError, RecursionError) as error:
+            yield Row(number, {}, f"is not JSON that can be read: {error}")
+
+
+def _read_json_rows(path: Path) -> Iterator[Row]:
+    content = read_json(path)
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path} holds neither a list of objects nor an object whose key 'data' holds one.",
+            "Write the rows as [{...}, {...}], or one object a line as JSONL.",
+        )
+    yield from (_row_of(number, value) for number, value in enumerate(rows, start=1))
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    return _read_delimited(path, ",")
+
+
+def _read_tsv(path: Path) -> Iterator[Row]:
+    return _read_delimited(path, "\t")
+
+
+def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
+    # The standard limit of 131072 characters a cell is below the length of ordinary documents.
+    earlier_limit = csv.field_size_limit(LARGEST_CELL)
+    try:
+        reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
+        header = _read_header(path, reader)
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(number, {}, f"cannot be read: {error}")
+                continue
+            if len(cells) not in (0, len(header)):
+                yield Row(number, {}, f"has {len(cells)} cells, but the header has {len(header)}")
+            elif cells:
+                yield Row(number, dict(zip(header, cells, strict=True)))
+    finally:
+        csv.field_size_limit(earlier_limit)
+
+
+def _read_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
+    try:
+        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
+    except csv.Error as error:
+        raise DataError(f"The header of {path} cannot be read: {error}", HEADER_HINT) from error
+    return _checked_header(path, header)
+
+
+def _checked_header(path: Path, header: list[str]) -> list[str]:
+    unnamed = [str(position) for position, name in enumerate(header, start=1) if not name]
+    if unnamed:
+        raise DataError(f"The header of {path} has no name for column {', '.join(unnamed)}.", HEADER_HINT)
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"The header of {path} names more than once: {', '.join(repeated)}.", HEADER_HINT)
+    return header
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _checked_header(path, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _row_of(number, values)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no Parquet file that can be read: {error}", "Check how it was written.") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json_rows,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+}

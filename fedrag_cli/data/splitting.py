@@ -1,0 +1,180 @@
+"""Splitting texts into passages at the boundaries of sentences.
+
+Passages are slices of the text, so line breaks, lists and code keep their form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fedrag_cli.errors import ConfigError
+
+# A blank line, or the line break before an item of a list.
+BLOCK_BREAK = re.compile(r"\n[^\S\n]*\n\s*|\n(?=[^\S\n]*(?:[-*+•]|\d{1,3}[.)])[^\S\n])")
+SENTENCE_END = re.compile(r"""(?:[.!?…]+["'”’»)\]]*(?=\s)|[。！？]+["”’」』）]*)\s*""")
+WORD = re.compile(r"\S+")
+# Characters before a full stop that are looked at, so that a text without sentences takes linear time.
+LONGEST_LOOK_BACK = 60
+
+# Never the end of a sentence.
+ABBREVIATION = re.compile(
+    r"approx|ca|capt|cf|col|dept|dr|e\.g|eg|est|gen|gov|hon|i\.e|ie|incl|lt|mr|mrs|ms|mt|prof|rep|rev|sen|sgt|st|viz|vs",
+    re.IGNORECASE,
+)
+# No end of a sentence where a number follows.
+ABBREVIATION_BEFORE_NUMBER = re.compile(
+    r"art|ch|eqs?|ex|figs?|nos?|nr|pp?|par|sect?|tab|vols?|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec",
+    re.IGNORECASE,
+)
+# Letters with full stops between them, as in a.m. and U.S.
+DOTTED_LETTERS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a text that is kept together.
+
+    Args:
+        start: Where it starts.
+        end: Where it ends.
+        words: How many words it has.
+        whole: It is a whole sentence or block, not part of one that was cut.
+    """
+
+    start: int
+    end: int
+    words: int
+    whole: bool
+
+
+def split_text(text: str, size: int, overlap: int) -> list[str]:
+    """Split a text into passages at the boundaries of sentences.
+
+    Args:
+        text: The text.
+        size: Most words of a passage; a sentence that is longer by itself is cut between words.
+        overlap: Words of whole sentences that a passage repeats from the one before it, at most.
+
+    Returns:
+        The passages in order; none where the text is blank.
+
+    Raises:
+        ConfigError: The overlap is not below the size.
+    """
+    return pack(text, sentence_spans(text), size, overlap)
+
+
+def pack(text: str, spans: Iterable[tuple[int, int]], size: int, overlap: int) -> list[str]:
+    """Join stretches of a text to passages.
+
+    Args:
+        text: The text.
+        spans: Starts and ends of the stretches, in order, that are kept together where they fit.
+        size: Most words of a passage; a stretch that is longer by itself is cut between words.
+        overlap: Words of whole stretches that a passage repeats from the one before it, at most.
+
+    Returns:
+        The passages in order, each a slice of the text.
+
+    Raises:
+        ConfigError: The overlap is not below the size.
+    """
+    check_sizes(size, overlap)
+    pieces = [piece for start, end in spans for piece in _cut(text, start, end, size)]
+    passages = []
+    first = last = 0
+    while last < len(pieces):
+        words = sum(piece.words for piece in pieces[first:last])
+        while last < len(pieces) and words + pieces[last].words <= size:
+            words += pieces[last].words
+            last += 1
+        passages.append(text[pieces[first].start : pieces[last - 1].end])
+        if last < len(pieces):
+            first = _start_of_next(pieces, last, min(overlap, size - pieces[last].words))
+    return passages
+
+
+def check_sizes(size: int, overlap: int) -> None:
+    """Check the settings of a split.
+
+    Args:
+        size: Most words of a passage.
+        overlap: Words repeated, at most.
+
+    Raises:
+        ConfigError: The size is below 1, or the overlap is negative or not below the size.
+    """
+    if size < 1:
+        raise ConfigError(f"split.size is {size}, but a passage has at least one word.", "Set split.size to 1 or more.")
+    if not 0 <= overlap < size:
+        raise ConfigError(
+            f"split.overlap ({overlap}) is not between 0 and split.size ({size}).",
+            "Set split.overlap to a part of split.size, or to 0.",
+        )
+
+
+def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the starts and ends of the sentences of a text, without the space around them."""
+    start = 0
+    for block_break in BLOCK_BREAK.finditer(text):
+        yield from _sentences_of_block(text, start, block_break.start())
+        start = block_break.end()
+    yield from _sentences_of_block(text, start, len(text))
+
+
+def count_words(text: str) -> int:
+    """Return the number of words between white space."""
+    return len(text.split())
+
+
+def _sentences_of_block(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    sentence = start
+    for match in SENTENCE_END.finditer(text, start, end):
+        if match.end() < end and _ends_sentence(text, sentence, match):
+            yield from _stripped(text, sentence, match.end())
+            sentence = match.end()
+    yield from _stripped(text, sentence, end)
+
+
+def _stripped(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    content = text[start:end]
+    if content.strip():
+        yield start + len(content) - len(content.lstrip()), start + len(content.rstrip())
+
+
+def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
+    following = text[match.end()]
+    if following.islower():
+        return False
+    if match.group().rstrip() != ".":
+        return True
+    words = text[max(start, match.start() - LONGEST_LOOK_BACK) : match.start()].split()
+    word = words[-1].lstrip("\"'“‘«([") if words else ""
+    is_initial = len(word) == 1 and word.isupper()
+    is_number_of_item = word.isdigit() and len(words) == 1
+    if is_initial or is_number_of_item:
+        return False
+    if ABBREVIATION.fullmatch(word) or DOTTED_LETTERS.fullmatch(word):
+        return False
+    return not (ABBREVIATION_BEFORE_NUMBER.fullmatch(word) and following.isdigit())
+
+
+def _cut(text: str, start: int, end: int, size: int) -> Iterator[Piece]:
+    count = count_words(text[start:end])
+    if count <= size:
+        yield Piece(start, end, count, whole=True)
+        return
+    words = list(WORD.finditer(text, start, end))
+    for first in range(0, count, size):
+        part = words[first : first + size]
+        yield Piece(part[0].start(), part[-1].end(), len(part), whole=False)
+
+
+def _start_of_next(pieces: list[Piece], last: int, room: int) -> int:
+    first = last
+    while first > 0 and pieces[first - 1].whole and pieces[first - 1].words <= room:
+        room -= pieces[first - 1].words
+        first -= 1
+    return first

@@ -1,0 +1,108 @@
+"""What every knowledge store can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
+
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import KnowledgeStoreError
+
+
+@dataclass(frozen=True)
+class ScoredNode:
+    """A retrieved passage.
+
+    Args:
+        node: The passage.
+        score: Its similarity to the query; higher is better.
+    """
+
+    node: KnowledgeNode
+    score: float
+
+
+SearchResult: TypeAlias = tuple[Tensor, Tensor]
+
+
+class KnowledgeStore(ABC):
+    """Passages with their embeddings, and search over them.
+
+    A store carries the fingerprint of the encoder that filled it. Whoever searches says which encoder made the query
+    embeddings; another one is refused.
+    """
+
+    encoder_fingerprint: str | None = None
+
+    @abstractmethod
+    def add(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
+        """Add passages; one whose id is there already replaces the old one.
+
+        Args:
+            nodes: The passages.
+            embeddings: Tensor of shape (len(nodes), dimension), finite.
+
+        Raises:
+            KnowledgeStoreError: Sizes do not fit, a value is not finite, or an id occurs twice in `nodes`.
+        """
+
+    @abstractmethod
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove passages and return how many were there."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove all passages and their embeddings."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of passages."""
+
+    @abstractmethod
+    def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
+        """Find the best passages of each query.
+
+        Args:
+            query_embeddings: Tensor of shape (queries, dimension).
+            top_k: How many, from 1 to the number of passages.
+
+        Returns:
+            Scores and positions, both of shape (queries, top_k), best first; equal scores by position.
+
+        Raises:
+            KnowledgeStoreError: The store is empty, top_k is out of range, or sizes do not fit.
+        """
+
+    @abstractmethod
+    def nodes_at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
+        """Return the passages at positions that a search gave."""
+
+    @abstractmethod
+    def embeddings_at(self, positions: Tensor) -> Tensor:
+        """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the store; a kill leaves the old one or the new one, never half."""
+
+    def search(self, query_embeddings: Tensor, top_k: int) -> list[list[ScoredNode]]:
+        """Find the best passages of each query; see `search_positions`."""
+        scores, positions = self.search_positions(query_embeddings, top_k)
+        return [
+            [ScoredNode(node, score) for node, score in zip(self.nodes_at(row), row_scores, strict=True)]
+            for row, row_scores in zip(positions.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def require_encoder(self, fingerprint: str) -> None:
+        """Raise KnowledgeStoreError where the store was filled by another encoder than the one given."""
+        if self.encoder_fingerprint is not None and self.encoder_fingerprint != fingerprint:
+            raise KnowledgeStoreError(
+                f"The knowledge store was filled by another encoder ({self.encoder_fingerprint}) than the retriever's "
+                f"({fingerprint}), so its scores would mean nothing.",
+                "Refresh it with 'fedrag index CONFIG'.",
+            )

@@ -1,0 +1,204 @@
+"""Exact search over embeddings held in memory, on torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.rag.config import MemoryStoreConfig
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
+from fedrag_cli.runs.atomic import replace_directory_atomically
+
+EMBEDDINGS_FILE = "embeddings.safetensors"
+NODES_FILE = "nodes.jsonl"
+FORMAT = "fedrag-memory-store-1"
+
+
+class InMemoryKnowledgeStore(KnowledgeStore):
+    """Passages in a list and embeddings in one tensor that grows by doubling.
+
+    Args:
+        device: Where the embeddings are kept and searched.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Start empty."""
+        self.device = torch.device(device)
+        self.encoder_fingerprint: str | None = None
+        self.corpus_fingerprint: str | None = None
+        self._nodes: list[KnowledgeNode] = []
+        self._positions: dict[str, int] = {}
+        self._buffer = torch.zeros((0, 0), device=self.device)
+
+    @classmethod
+    def from_config(cls, config: MemoryStoreConfig, *, device: torch.device | str = "cpu") -> InMemoryKnowledgeStore:
+        """Load the saved store, or start an empty one where none is saved yet."""
+        if config.path is not None and Path(config.path).exists():
+            return cls.load(Path(config.path), device=device)
+        return cls(device)
+
+    def __len__(self) -> int:
+        """Return the number of passages."""
+        return len(self._nodes)
+
+    @property
+    def nodes(self) -> list[KnowledgeNode]:
+        """All passages, in the order of their positions."""
+        return list(self._nodes)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """All embeddings, of shape (passages, dimension); a view, so do not write into it."""
+        return self._buffer[: len(self._nodes)]
+
+    def add(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
+        """Add or replace passages; see `KnowledgeStore.add`."""
+        self._check_new(nodes, embeddings)
+        if not nodes:
+            return
+        embeddings = embeddings.detach().to(self.device, torch.float32)
+        known = {row: self._positions[node.id] for row, node in enumerate(nodes) if node.id in self._positions}
+        fresh = [row for row in range(len(nodes)) if row not in known]
+        for row, position in known.items():
+            self._nodes[position] = nodes[row]
+        if known:
+            self._buffer[list(known.values())] = embeddings[list(known)]
+        self._reserve(len(self) + len(fresh), embeddings.shape[1])
+        start = len(self)
+        for row in fresh:
+            self._positions[nodes[row].id] = len(self._nodes)
+            self._nodes.append(nodes[row])
+        self._buffer[start : start + len(fresh)] = embeddings[fresh]
+
+    def replace_embeddings(self, embeddings: Tensor) -> None:
+        """Put new embeddings in the place of all old ones, in the order of the passages.
+
+        Args:
+            embeddings: Tensor of shape (passages, dimension).
+        """
+        self._check_new(self._nodes, embeddings)
+        self._buffer = embeddings.detach().to(self.device, torch.float32).clone()
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove passages and return how many were there."""
+        gone = {self._positions[id] for id in ids if id in self._positions}
+        if gone:
+            kept = [position for position in range(len(self)) if position not in gone]
+            self._buffer = self._buffer[kept].clone()
+            self._nodes = [self._nodes[position] for position in kept]
+            self._positions = {node.id: position for position, node in enumerate(self._nodes)}
+        return len(gone)
+
+    def clear(self) -> None:
+        """Remove all passages, their embeddings and the fingerprints."""
+        self.__init__(self.device)  # type: ignore[misc]
+
+    def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
+        """Find the best passages of each query by one matrix product; see `KnowledgeStore.search_positions`."""
+        self._check_search(query_embeddings, top_k)
+        queries = query_embeddings.detach().to(self.device, torch.float32)
+        scores = queries @ self.embeddings.T
+        # A stable sort of the few best makes equal scores come out in the order of the passages.
+        best, positions = scores.topk(top_k, dim=1)
+        order = positions.argsort(dim=1)
+        best, positions = best.gather(1, order), positions.gather(1, order)
+        order = best.argsort(dim=1, descending=True, stable=True)
+        return best.gather(1, order), positions.gather(1, order)
+
+    def nodes_at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
+        """Return the passages at positions that a search gave."""
+        return [self._nodes[position] for position in positions]
+
+    def embeddings_at(self, positions: Tensor) -> Tensor:
+        """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
+        return self.embeddings[positions.to(self.device)]
+
+    def save(self, directory: Path) -> None:
+        """Write passages as JSON lines and embeddings as safetensors into a new directory that replaces the old."""
+        metadata = {"format": FORMAT, "encoder": self.encoder_fingerprint or "", "corpus": self.corpus_fingerprint or ""}
+        with replace_directory_atomically(directory) as target:
+            save_file({"embeddings": self.embeddings.cpu().contiguous()}, target / EMBEDDINGS_FILE, metadata)
+            with (target / NODES_FILE).open("w", encoding="utf-8") as file:
+                for node in self._nodes:
+                    row = {"id": node.id, "text": node.text, "metadata": node.metadata}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path, *, device: torch.device | str = "cpu") -> InMemoryKnowledgeStore:
+        """Read a store that `save` wrote.
+
+        Raises:
+            KnowledgeStoreError: The directory holds no store, or a damaged one.
+        """
+        hint = "Build it anew with 'fedrag index CONFIG' after removing the folder."
+        try:
+            with safe_open(directory / EMBEDDINGS_FILE, framework="pt") as file:
+                metadata, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
+            with (directory / NODES_FILE).open(encoding="utf-8") as lines:
+                nodes = [KnowledgeNode(**json.loads(line)) for line in lines]
+        except FileNotFoundError as error:
+            raise KnowledgeStoreError(f"'{directory}' holds no knowledge store: {error}", hint) from error
+        except (SafetensorError, ValueError, TypeError, OSError) as error:
+            raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {error}", hint) from error
+        if metadata.get("format") != FORMAT or len(nodes) != len(embeddings):
+            raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged or of another format.", hint)
+        store = cls(device)
+        store.add(nodes, embeddings)
+        store.encoder_fingerprint = metadata.get("encoder") or None
+        store.corpus_fingerprint = metadata.get("corpus") or None
+        return store
+
+    def _reserve(self, rows: int, dimension: int) -> None:
+        if rows > self._buffer.shape[0]:
+            grown = torch.zeros((max(rows, 2 * self._buffer.shape[0]), dimension), device=self.device)
+            if len(self):
+                grown[: len(self)] = self.embeddings
+            self._buffer = grown
+
+    def _check_new(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
+        if embeddings.ndim != 2 or embeddings.shape[0] != len(nodes):
+            raise KnowledgeStoreError(
+                f"{len(nodes)} passages came with embeddings of shape {tuple(embeddings.shape)}; expected ({len(nodes)}, dimension)."
+            )
+        if len(self) and embeddings.shape[1] != self._buffer.shape[1]:
+            raise KnowledgeStoreError(
+                f"The store holds embeddings of {self._buffer.shape[1]} numbers, the new ones have {embeddings.shape[1]}.",
+                "Build the store anew with one encoder.",
+            )
+        if not bool(torch.isfinite(embeddings).all()):
+            row = int((~torch.isfinite(embeddings)).any(dim=1).nonzero()[0])
+            raise KnowledgeStoreError(f"The embedding of the passage '{nodes[row].id}' is not finite.")
+        repeated = _first_repeated([node.id for node in nodes])
+        if repeated is not None:
+            raise KnowledgeStoreError(f"The passage id '{repeated}' occurs twice.", "Give every passage an id of its own.")
+
+    def _check_search(self, query_embeddings: Tensor, top_k: int) -> None:
+        if not len(self):
+            raise KnowledgeStoreError("The knowledge store is empty.", "Add passages before searching.")
+        if not 1 <= top_k <= len(self):
+            raise KnowledgeStoreError(
+                f"top_k is {top_k}, but the knowledge store holds {len(self)} passages.",
+                f"Set top_k to a number from 1 to {len(self)}.",
+            )
+        if query_embeddings.ndim != 2 or query_embeddings.shape[1] != self._buffer.shape[1]:
+            raise KnowledgeStoreError(
+                f"Query embeddings have the shape {tuple(query_embeddings.shape)}; expected (queries, {self._buffer.shape[1]})."
+            )
+
+
+def _first_repeated(ids: list[Any]) -> Any | None:
+    seen: set[Any] = set()
+    for id in ids:
+        if id in seen:
+            return id
+        seen.add(id)
+    return None

@@ -1,0 +1,207 @@
+"""A bi-encoder of sentence-transformers as the retriever."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router
+from torch import Tensor
+
+from fedrag_cli.errors import DataError
+from fedrag_cli.rag.config import SentenceTransformerConfig
+from fedrag_cli.rag.models import FingerprintMemory, choose_device, choose_dtype, locate_model, model_errors
+
+Progress = Callable[[int], None]
+
+
+class SentenceTransformerRetriever:
+    """Encodes queries and passages with one shared encoder or with two.
+
+    Args:
+        query_encoder: Encoder of queries.
+        passage_encoder: Encoder of passages; the same object where the encoder is shared.
+        config: Prompts, similarity and batch size.
+    """
+
+    def __init__(
+        self,
+        query_encoder: SentenceTransformer,
+        passage_encoder: SentenceTransformer | None = None,
+        config: SentenceTransformerConfig | None = None,
+    ) -> None:
+        """Put both encoders in eval mode."""
+        self.query_encoder = query_encoder.eval()
+        self.passage_encoder = (passage_encoder or query_encoder).eval()
+        self.config = config or SentenceTransformerConfig(model="model")
+        self._memory_of_passages, self._memory_of_queries = FingerprintMemory(), FingerprintMemory()
+
+    @classmethod
+    def from_config(cls, config: SentenceTransformerConfig, *, device: str = "auto") -> SentenceTransformerRetriever:
+        """Load one or two encoders.
+
+        A model saved by this class with two encoders (a Router) is taken apart into the two again.
+
+        Raises:
+            ModelError: A model is missing or broken.
+        """
+        if config.model is None:
+            query = _load(config.query_model or "", config, device)
+            return cls(query, _load(config.passage_model or "", config, device), config)
+        model = _load(config.model, config, device)
+        if not isinstance(model[0], Router):
+            return cls(model, None, config)
+        routes = model[0].sub_modules
+        query, passage = (
+            SentenceTransformer(modules=list(routes[route]), device=str(model.device)) for route in ("query", "document")
+        )
+        return cls(query, passage, config)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether queries and passages use the same encoder."""
+        return self.query_encoder is self.passage_encoder
+
+    @property
+    def dimension(self) -> int:
+        """Length of an embedding."""
+        size = self.passage_encoder.get_embedding_dimension()
+        return int(size) if size else int(self.encode_passages(["dimension"]).shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoders are."""
+        return torch.device(self.query_encoder.device)
+
+    def separate_encoders(self) -> None:
+        """Give queries a copy of the shared encoder, so that tuning it leaves the passage side as it is."""
+        if self.is_shared:
+            self.query_encoder = copy.deepcopy(self.passage_encoder)
+
+    def fingerprint(self) -> str:
+        """Return a hash of what passage embeddings depend on: weights, prompt, length limit and similarity."""
+        settings = (self.config.passage_prompt, self.passage_encoder.max_seq_length, self.config.similarity)
+        return f"{self._memory_of_passages.fingerprint(self.passage_encoder)}-{_short_hash(settings)}"
+
+    def query_fingerprint(self) -> str:
+        """Return a hash of what query embeddings depend on."""
+        settings = (self.config.query_prompt, self.query_encoder.max_seq_length, self.config.similarity)
+        return f"{self._memory_of_queries.fingerprint(self.query_encoder)}-{_short_hash(settings)}"
+
+    def encode_queries(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
+        """Encode queries without gradient; see `encode_passages`."""
+        return self._encode(self.query_encoder, queries, self.config.query_prompt, progress)
+
+    def encode_passages(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
+        """Encode passages without gradient.
+
+        Args:
+            texts: The passages.
+            progress: Called with the number of texts done after each batch.
+
+        Returns:
+            float32 tensor of shape (len(texts), dimension), on the encoder's device; of unit length where the
+            similarity is cosine.
+        """
+        return self._encode(self.passage_encoder, texts, self.config.passage_prompt, progress)
+
+    def features(self, texts: Sequence[str], *, queries: bool) -> dict[str, Any]:
+        """Tokenise texts for a forward pass with gradient, prompts included."""
+        encoder, prompt = (
+            (self.query_encoder, self.config.query_prompt) if queries else (self.passage_encoder, self.config.passage_prompt)
+        )
+        return dict(encoder.preprocess([prompt + text for text in texts]))
+
+    def embed(self, encoder: SentenceTransformer, features: Mapping[str, Any]) -> Tensor:
+        """Run an encoder on tokenised texts, with gradient where the caller allows it.
+
+        Returns:
+            float32 tensor of shape (texts, dimension); of unit length where the similarity is cosine.
+        """
+        embeddings: Tensor = encoder(dict(features))["sentence_embedding"].float()
+        return F.normalize(embeddings, dim=-1) if self.config.similarity == "cosine" else embeddings
+
+    @torch.inference_mode()
+    def _encode(
+        self, encoder: SentenceTransformer, texts: Sequence[str], prompt: str, progress: Progress | None
+    ) -> Tensor:
+        blank = [position for position, text in enumerate(texts) if not text.strip()]
+        if blank:
+            raise DataError(f"Text {blank[0]} to encode is empty.", "Remove empty questions and passages.")
+        was_training = encoder.training
+        encoder.eval()
+        # Texts of similar length go together, so that little is computed on padding.
+        order = sorted(range(len(texts)), key=lambda position: (-len(texts[position]), position))
+        parts: list[Tensor] = []
+        try:
+            for batch in _chunks(order, self.config.batch_size):
+                features = encoder.preprocess([prompt + texts[position] for position in batch])
+                parts.append(self.embed(encoder, _to_device(features, self.device)))
+                if progress is not None:
+                    progress(len(batch))
+        finally:
+            encoder.train(was_training)
+        sorted_embeddings = torch.cat(parts) if parts else torch.zeros((0, 0), device=self.device)
+        embeddings = torch.empty_like(sorted_embeddings)
+        embeddings[order] = sorted_embeddings
+        return embeddings.clone()
+
+    def count_truncated(self, texts: Sequence[str], *, queries: bool) -> int:
+        """Count the texts that are longer than the encoder's limit, prompts included."""
+        encoder = self.query_encoder if queries else self.passage_encoder
+        prompt = self.config.query_prompt if queries else self.config.passage_prompt
+        limit = encoder.max_seq_length
+        if not limit:
+            return 0
+        # A word is at least one token and a token at least one character: only texts in between need tokenising.
+        doubtful = [prompt + text for text in texts if len(prompt + text) > limit - 2]
+        if not doubtful:
+            return 0
+        ids = encoder.tokenizer(doubtful, truncation=False, verbose=False)["input_ids"]
+        return sum(len(row) > limit for row in ids)
+
+    def save(self, directory: Path) -> None:
+        """Write the encoder, or a Router of the two, loadable by `SentenceTransformer(directory)`.
+
+        A Router's `encode_query` and `encode_document` use the encoder of queries and of passages.
+        """
+        if self.is_shared:
+            self.query_encoder.save(str(directory), create_model_card=False)
+            return
+        router = Router.for_query_document(list(self.query_encoder), list(self.passage_encoder))
+        SentenceTransformer(modules=[router], device=str(self.device)).save(str(directory), create_model_card=False)
+
+
+def _load(reference: str, config: SentenceTransformerConfig, device: str) -> SentenceTransformer:
+    location = locate_model(reference)
+    target = choose_device(device)
+    with model_errors(location, "retriever"):
+        model = SentenceTransformer(
+            location.name_or_path,
+            device=str(target),
+            revision=config.revision,
+            local_files_only=location.is_local,
+            model_kwargs={"dtype": choose_dtype(config.dtype, target, small=True)},
+        )
+    if config.max_length is not None:
+        model.max_seq_length = config.max_length
+    return model
+
+
+def _chunks(positions: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(positions), size):
+        yield positions[start : start + size]
+
+
+def _to_device(features: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+
+
+def _short_hash(settings: tuple[object, ...]) -> str:
+    return hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()

@@ -1,0 +1,150 @@
+"""The RAG system: retrieve passages, write the prompt, generate the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedrag_cli.config import Config, PromptConfig
+from fedrag_cli.errors import ConfigError
+from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.knowledge_stores.base import ScoredNode
+from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RAGAnswer:
+    """An answer and what it was drawn from.
+
+    Args:
+        query: The question.
+        text: The answer.
+        sources: The passages of the prompt, best first.
+        dropped_tokens: Tokens of context that did not fit into the prompt.
+    """
+
+    query: str
+    text: str
+    sources: list[ScoredNode]
+    dropped_tokens: int = 0
+
+
+@dataclass
+class RAGSystem:
+    """Retriever, knowledge store and generator as one.
+
+    Args:
+        retriever: Encodes queries and passages.
+        knowledge_store: Holds the passages; every search asks whether the retriever's encoder filled it.
+        generator: Writes the answers; None where only retrieval is wanted.
+        top_k: Passages of a prompt.
+        config: The config that it was built from, if it was; trainers take their settings and data from it.
+    """
+
+    retriever: SentenceTransformerRetriever
+    knowledge_store: InMemoryKnowledgeStore
+    generator: CausalLMGenerator | None = None
+    top_k: int = 3
+    config: Config | None = None
+
+    @property
+    def prompt_config(self) -> PromptConfig:
+        """How prompts are written."""
+        return self.config.rag_system.prompt if self.config is not None else PromptConfig()
+
+    def require_generator(self) -> CausalLMGenerator:
+        """Return the generator; raises ConfigError where there is none."""
+        if self.generator is None:
+            raise ConfigError("The RAG system has no generator.", "Add rag_system.generator to the config.")
+        return self.generator
+
+    def retrieve(self, query: str, top_k: int | None = None) -> list[ScoredNode]:
+        """Return the best passages for one query; see `batch_retrieve`."""
+        return self.batch_retrieve([query], top_k)[0]
+
+    def batch_retrieve(
+        self, queries: Sequence[str], top_k: int | None = None, progress: Progress | None = None
+    ) -> list[list[ScoredNode]]:
+        """Return the best passages for each query, best first.
+
+        Args:
+            queries: The questions.
+            top_k: How many passages; the system's own by default.
+            progress: Called with the number of queries encoded after each batch.
+
+        Raises:
+            KnowledgeStoreError: The store is empty, smaller than top_k, or was filled by another encoder.
+        """
+        if not queries:
+            return []
+        return self.knowledge_store.search(self._query_embeddings(queries, progress), top_k or self.top_k)
+
+    def _query_embeddings(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
+        self.require_matching_store()
+        return self.retriever.encode_queries(queries, progress)
+
+    def require_matching_store(self) -> None:
+        """Raise KnowledgeStoreError where the knowledge store was filled by another passage encoder."""
+        self.knowledge_store.require_encoder(self.retriever.fingerprint())
+
+    def query(self, query: str, top_k: int | None = None) -> RAGAnswer:
+        """Answer one question; see `batch_query`."""
+        return self.batch_query([query], top_k)[0]
+
+    def batch_query(
+        self, queries: Sequence[str], top_k: int | None = None, progress: Progress | None = None
+    ) -> list[RAGAnswer]:
+        """Answer questions from their passages, all of them in one prompt (`concat`).
+
+        Args:
+            queries: The questions.
+            top_k: Passages of a prompt; the system's own by default.
+            progress: Called with the number of questions answered after each batch.
+
+        Raises:
+            DataError: A question is longer than the context window.
+            KnowledgeStoreError: See `batch_retrieve`.
+        """
+        return self.answer(queries, self.batch_retrieve(queries, top_k), progress)
+
+    def answer(
+        self, queries: Sequence[str], sources: Sequence[list[ScoredNode]], progress: Progress | None = None
+    ) -> list[RAGAnswer]:
+        """Answer questions from passages that were retrieved already; see `batch_query`."""
+        generator = self.require_generator()
+        prompts = [
+            generator.encode_prompt(query, [scored.node for scored in found])
+            for query, found in zip(queries, sources, strict=True)
+        ]
+        texts = generator.generate_from_ids([prompt.ids for prompt in prompts], progress)
+        return [
+            RAGAnswer(query, text, list(found), prompt.dropped_tokens)
+            for query, text, found, prompt in zip(queries, texts, sources, prompts, strict=True)
+        ]
+
+    def generate(self, prompt: str) -> str:
+        """Continue one prompt, without retrieval."""
+        return self.require_generator().generate(prompt)
+
+    def batch_generate(self, prompts: Sequence[str]) -> list[str]:
+        """Continue prompts of any lengths, without retrieval."""
+        return self.require_generator().batch_generate(prompts)
+
+
+def count_truncation(answers: Sequence[RAGAnswer]) -> TruncationCount:
+    """Count how much context was cut off in the prompts of answers."""
+    cut = [answer.dropped_tokens for answer in answers]
+    return TruncationCount(len(cut), sum(tokens > 0 for tokens in cut), sum(cut))
+
+
+def refresh_store(rag_system: RAGSystem, progress: Progress | None = None) -> None:
+    """Re-encode every passage with the retriever's passage encoder as it is now."""
+    store, retriever = rag_system.knowledge_store, rag_system.retriever
+    store.replace_embeddings(retriever.encode_passages([node.text for node in store.nodes], progress))
+    store.encoder_fingerprint = retriever.fingerprint()

@@ -1,0 +1,224 @@
+"""Writes files and directories so that a kill leaves the old or the new, never half.
+
+Everything is written under a temporary name beside its target, brought to the disk, and then renamed. Temporary names
+start with "." and end with ".tmp", so that what a kill leaves behind is recognised.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli.errors import FedRAGError
+
+_LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>[0-9a-f]{8}|old)\.tmp")
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def os_errors(path: Path | str) -> Iterator[None]:
+    """Turn errors of the operating system into a FedRAGError that names a path and says what to do.
+
+    Args:
+        path: What the enclosed code writes.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FedRAGError: If the enclosed code raises OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _DISK_FULL:
+            raise FedRAGError(
+                f"Cannot write {path}: the disk is full ({reason}).",
+                "Free some space or choose another run.output_dir; what was saved before is intact.",
+            ) from error
+        if error.errno in _NO_PERMISSION:
+            raise FedRAGError(
+                f"Cannot write {path}: {reason}.",
+                "Check who owns the folder and whether it is mounted read-only, or choose another run.output_dir.",
+            ) from error
+        raise FedRAGError(
+            f"Cannot write {path}: {error}.", "Check that the folder exists and that its disk works."
+        ) from error
+
+
+def write_bytes_atomically(path: Path | str, content: bytes) -> None:
+    """Write a file: afterwards it holds the whole new content, or still the old one.
+
+    Args:
+        path: The file; missing parent folders are made.
+        content: The new content.
+
+    Raises:
+        FedRAGError: If the file cannot be written.
+    """
+    path = Path(path)
+    temporary = _temporary_name(path)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+def write_text_atomically(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file: afterwards it holds the whole new text, or still the old one.
+
+    Args:
+        path: The file; missing parent folders are made.
+        text: The new text.
+
+    Raises:
+        FedRAGError: If the file cannot be written.
+    """
+    # Texts of data sets hold lone surrogates now and then, which UTF-8 cannot; their escape is valid JSON as well.
+    write_bytes_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json_atomically(path: Path | str, value: Any) -> None:
+    """Write a JSON file, indented, with keys in the order of insertion.
+
+    Args:
+        path: The file; missing parent folders are made.
+        value: What to write; made of dict, list, str, int, float, bool and None, with finite numbers only.
+
+    Raises:
+        FedRAGError: If a number is not finite, or the file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise FedRAGError(
+            f"Cannot write {path}: {error}.", "JSON has no NaN and no infinity; find where the number comes from."
+        ) from error
+    write_text_atomically(path, text + "\n")
+
+
+@contextmanager
+def replace_directory_atomically(path: Path | str) -> Iterator[Path]:
+    """Fill a temporary directory and put it in the place of another when all went well.
+
+    The old directory is set aside by one rename and the new one takes its name by a second. A kill between the two
+    leaves the old one set aside; `remove_leftovers` puts it back.
+
+    Args:
+        path: The directory to replace or to make; missing parent folders are made.
+
+    Yields:
+        The temporary directory, empty, beside the target.
+
+    Raises:
+        FedRAGError: If the enclosed code or the renaming meets an error of the operating system.
+    """
+    path = Path(path)
+    temporary = _temporary_name(path)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            _put_in_place(temporary, path)
+        except BaseException:
+            # The first error is the one to report; what cannot be removed now is a recognisable leftover.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def remove_leftovers(directory: Path | str) -> list[Path]:
+    """Remove what interrupted writes left behind in a directory and below it.
+
+    No other process may be writing there meanwhile. An old directory that was set aside and never replaced gets its
+    name back.
+
+    Args:
+        directory: For instance a run directory; it may be missing.
+
+    Returns:
+        The paths that were removed, sorted.
+
+    Raises:
+        FedRAGError: If one cannot be removed.
+    """
+    removed = []
+    with os_errors(directory):
+        for leftover in sorted(Path(directory).rglob(".*.tmp")):
+            match = _LEFTOVER.fullmatch(leftover.name)
+            # One leftover directory may hold another, which went with it.
+            if match is None or not os.path.lexists(leftover):
+                continue
+            target = leftover.with_name(match["target"])
+            if match["kind"] == "old" and not target.exists():
+                leftover.rename(target)
+            else:
+                _remove(leftover)
+                removed.append(leftover)
+    return removed
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    set_aside = path.with_name(f".{path.name}.old.tmp")
+    if path.is_dir():
+        _remove(set_aside)
+        path.rename(set_aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if set_aside.is_dir() and not path.exists():
+            set_aside.rename(path)
+        raise
+    _sync_directory(path.parent)
+    _remove(set_aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    for entry in directory.rglob("*"):
+        if entry.is_dir():
+            _sync_directory(entry)
+        elif entry.is_file():
+            with entry.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    # Windows cannot open a directory, and its renames need no such call.
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,204 @@
+"""The run directory: where everything that a run knows is kept."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli.errors import ConfigError, DataError, FedRAGError
+from fedrag_cli.runs.atomic import (
+    os_errors,
+    remove_leftovers,
+    write_json_atomically,
+    write_text_atomically,
+)
+from fedrag_cli.runs.metrics_log import MetricsLog, read_events
+
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "accelerate", "flwr", "fedrag-cli")
+
+
+class RunDirectory:
+    """One run's folder: `runs/<name>/<UTC time>-<short id>/`.
+
+    Args:
+        path: The folder; it holds `config.yaml` and `manifest.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open an existing run directory; see `create` and `open`."""
+        self.path = path
+
+    @classmethod
+    def create(cls, output_dir: str, name: str, config_yaml: str, *, command: Sequence[str], seed: int) -> RunDirectory:
+        """Make a new run directory with its config and manifest.
+
+        Args:
+            output_dir: Folder of all runs.
+            name: Name of the run.
+            config_yaml: The whole config, secrets as references.
+            command: The command line.
+            seed: The run's seed.
+
+        Raises:
+            FedRAGError: The folder cannot be written.
+        """
+        time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        path = Path(output_dir) / name / f"{time}-{uuid.uuid4().hex[:6]}"
+        with os_errors(path):
+            path.mkdir(parents=True)
+        run = cls(path)
+        write_text_atomically(run.config_file, config_yaml)
+        run.update_manifest(
+            schema_version=SCHEMA_VERSION,
+            run=name,
+            status="running",
+            command=list(command),
+            seed=seed,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=library_versions(),
+            git=_git_state(),
+        )
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run directory.
+
+        Raises:
+            ConfigError: The folder is no run directory.
+            DataError: Its manifest is damaged.
+        """
+        run = cls(path)
+        if not run.config_file.is_file() or not (path / "manifest.json").is_file():
+            raise ConfigError(
+                f"'{path}' is no run directory (config.yaml or manifest.json is missing).",
+                "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID.",
+            )
+        run.manifest()
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """The config as resolved."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the phases' checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def retriever(self) -> Path:
+        """The tuned retriever."""
+        return self.path / "retriever"
+
+    @property
+    def generator(self) -> Path:
+        """The tuned generator, or its adapter."""
+        return self.path / "generator"
+
+    @property
+    def knowledge_store(self) -> Path:
+        """The knowledge store that fits the tuned retriever."""
+        return self.path / "knowledge_store"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of the pictures."""
+        return self.path / "plots"
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what the manifest says."""
+        return self._read_json("manifest.json")
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Change fields of the manifest."""
+        known = self.manifest() if (self.path / "manifest.json").exists() else {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json_atomically(self.path / "manifest.json", {**known, **fields, "updated": now})
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary of a finished run."""
+        return self._read_json("summary.json")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run, with its parent folders."""
+        write_json_atomically(self.path / name, value)
+
+    def read_json_if_there(self, name: str) -> dict[str, Any] | None:
+        """Return a JSON file of the run, or None where it was not written yet."""
+        return self._read_json(name) if (self.path / name).is_file() else None
+
+    def open_log(self) -> MetricsLog:
+        """Open `metrics.jsonl` for appending."""
+        return MetricsLog(self.path / "metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return all events so far."""
+        return read_events(self.path / "metrics.jsonl")
+
+    def remove(self) -> None:
+        """Remove the whole run directory, and the folder of its name where that is empty then."""
+        shutil.rmtree(self.path)
+        if not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working in the directory at the same time, and clean up after a kill.
+
+        Raises:
+            FedRAGError: Another process works in it.
+        """
+        with os_errors(self.path), (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FedRAGError(f"Another process is working in '{self.path}'.", "Wait for it or stop it.") from error
+            remove_leftovers(self.path)
+            yield
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"'{self.path / name}' cannot be read: {error}") from error
+        return value
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a run depends on."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Return commit and cleanness of the current folder's repository, or None outside of one."""
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, env=environment, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return {"commit": commit, "clean": ask("status", "--porcelain") == ""} if commit else None

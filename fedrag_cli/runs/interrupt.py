@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM: finish the step, save, then stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptGuard:
+    """Notes the first signal for whoever asks; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        """Start without a signal."""
+        self.requested = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[InterruptGuard]:
+    """Hold signals back while the enclosed code runs, so that it can stop at a point where its state is whole.
+
+    Yields:
+        A guard whose `requested` tells whether a signal has come.
+    """
+    guard = InterruptGuard()
+    if threading.current_thread() is not threading.main_thread():
+        yield guard
+        return
+    previous = {number: signal.signal(number, guard._note) for number in SIGNALS}
+    try:
+        yield guard
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

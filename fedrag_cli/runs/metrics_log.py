@@ -1,0 +1,141 @@
+"""The log of a run: `metrics.jsonl`, one event a line, only ever appended to.
+
+A line counts once its newline is there. What follows the last newline was cut off by a kill: readers pass over it, and
+the next writer removes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli.errors import DataError, FedRAGError
+from fedrag_cli.runs.atomic import os_errors
+
+_RESERVED = ("time", "non_finite")
+
+
+class MetricsLog:
+    """Appends events to a log.
+
+    Args:
+        path: The log; it is made where it is missing, and a line that a kill cut off is removed from its end.
+
+    Raises:
+        FedRAGError: If the log cannot be written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        with os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            content = self.path.read_bytes()
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content):
+                os.truncate(self.path, complete)
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Append one event.
+
+        JSON has no NaN and no infinity: such numbers are written as null, and `non_finite` lists their names
+        (`metrics.loss` for one inside a mapping).
+
+        Args:
+            event: Name of the event, such as train_step.
+            **fields: Its fields, made of dict, list, tuple, str, int, float, bool and None.
+
+        Raises:
+            FedRAGError: If the line cannot be written, or a field is named `time` or `non_finite`.
+        """
+        for name in _RESERVED:
+            if name in fields:
+                raise FedRAGError(f"The log writes the field '{name}' itself; name the field of '{event}' otherwise.")
+        non_finite: list[str] = []
+        record: dict[str, Any] = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        record |= {name: _finite(value, name, non_finite) for name, value in fields.items()}
+        if non_finite:
+            record["non_finite"] = non_finite
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        with os_errors(self.path):
+            self._write(line)
+
+    def _write(self, line: bytes) -> None:
+        # One call of os.write has no buffer that a kill could lose, and O_APPEND keeps the lines of two writers whole.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            # The disk takes part of a line only when it is full; the next call then raises the error that says so.
+            while line:
+                line = line[os.write(descriptor, line) :]
+        finally:
+            os.close(descriptor)
+
+
+def read_events(path: Path | str) -> list[dict[str, Any]]:
+    """Read the events of a log.
+
+    Args:
+        path: The log.
+
+    Returns:
+        The events in the order of the file, without what a kill cut off at its end.
+
+    Raises:
+        DataError: If the log is missing or cannot be read, or a complete line is no JSON object.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.", "Check that it is a run directory.") from error
+    complete_lines = content.split(b"\n")[:-1]
+    return [_parse(line, number, path) for number, line in enumerate(complete_lines, start=1)]
+
+
+def latest_by_step(events: Iterable[Mapping[str, Any]], event: str) -> list[dict[str, Any]]:
+    """Keep the last event of each step, because a resumed run repeats the steps after its checkpoint.
+
+    Args:
+        events: Events in the order of the log.
+        event: Name of the events to keep. They have a `step`; those without a `phase` are one phase of their own.
+
+    Returns:
+        The kept events: phases in the order in which they first appear, steps rising within each.
+
+    Raises:
+        DataError: If such an event has no step.
+    """
+    by_phase: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in events:
+        if record.get("event") != event:
+            continue
+        if "step" not in record:
+            raise DataError(f"An event '{event}' of the log has no step.", "The log was not written by fedrag.")
+        by_phase.setdefault(record.get("phase", ""), {})[record["step"]] = dict(record)
+    return [by_step[step] for by_step in by_phase.values() for step in sorted(by_step)]
+
+
+def _parse(line: bytes, number: int, path: Path | str) -> dict[str, Any]:
+    hint = "Lines are never changed once written; restore the log, or remove that line."
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: is no JSON ({error}).", hint) from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}:{number}: is no JSON object.", hint)
+    return record
+
+
+def _finite(value: Any, name: str, non_finite: list[str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        non_finite.append(name)
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item, f"{name}.{key}", non_finite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, f"{name}.{position}", non_finite) for position, item in enumerate(value)]
+    return value

@@ -1,0 +1,257 @@
+"""The model card of a run: its README.md, which says what was tuned, on what, and what it changed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, NotRequired, TypedDict
+
+import yaml
+
+
+class TunedRetriever(TypedDict):
+    """What became of the retriever."""
+
+    model: str
+    """The model that was tuned."""
+    trainer: str
+    """Name of the trainer, such as lsr."""
+    train: NotRequired[str]
+    """query where the query encoder alone was tuned, both where passages were tuned too."""
+
+
+class TunedGenerator(TypedDict):
+    """What became of the generator."""
+
+    model: str
+    """The model that was tuned."""
+    trainer: str
+    """Name of the trainer, such as ralt."""
+    adapter: bool
+    """Whether the run saved a LoRA adapter rather than all weights."""
+
+
+class Tuned(TypedDict):
+    """Which sides were tuned; None for a side that was left alone."""
+
+    retriever: TunedRetriever | None
+    generator: TunedGenerator | None
+
+
+class RunSummary(TypedDict):
+    """What a model card is written from. What a run does not have is left out or empty."""
+
+    run_name: str
+    """Name of the run."""
+    status: str
+    """`done`, or how the run ended otherwise."""
+    mode: str
+    """retriever, generator or alternating."""
+    seed: int
+    """Seed of the run."""
+    command: Sequence[str]
+    """The command line, one string an argument."""
+    tuned: Tuned
+    """Which sides were tuned."""
+    data: Mapping[str, int]
+    """Number of examples of each split, and of `passages`."""
+    fingerprints: NotRequired[Mapping[str, str]]
+    """Fingerprints of the same data, and of the models."""
+    split: NotRequired[str | None]
+    """The split that the differences were measured on."""
+    differences: NotRequired[Sequence[Mapping[str, Any]]]
+    """The metrics before and after, as `MetricDifference.to_dict` gives them."""
+    loss: NotRequired[float | None]
+    """The last training loss."""
+    steps: NotRequired[int | None]
+    """Optimizer steps that were taken."""
+    seconds: NotRequired[float | None]
+    """Time of the training."""
+    settings: NotRequired[Mapping[str, Any]]
+    """The trainer's part of the config."""
+    truncated: NotRequired[Mapping[str, int]]
+    """How many texts were cut to the models' lengths, by kind."""
+    versions: NotRequired[Mapping[str, str]]
+    """Versions of Python and of the libraries."""
+    plots: NotRequired[Sequence[str]]
+    """Names of the files in `plots/`."""
+
+
+def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
+    """Write the model card of a run.
+
+    The same summary gives the same card. Absolute paths are cut to their last part, because they say nothing on another
+    machine and may name people.
+
+    Args:
+        summary: What is known of the run, of the shape of `RunSummary`.
+
+    Returns:
+        Markdown, with YAML front matter.
+    """
+    sections = [
+        _head(summary),
+        _tuned(summary["tuned"]),
+        _results(summary),
+        _plots(summary.get("plots") or ()),
+        _loading(summary["tuned"]),
+        _data(summary["data"], summary.get("fingerprints") or {}),
+        _training(summary),
+        _truncation(summary.get("truncated") or {}),
+        _versions(summary.get("versions") or {}),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _head(summary: Mapping[str, Any]) -> str:
+    front_matter = yaml.safe_dump({"tags": ["fedrag", "rag"]}, sort_keys=False)
+    title = f"---\n{front_matter}---\n\n# {summary['run_name']}"
+    if summary["status"] == "done":
+        return title
+    return f"{title}\n\n**This run did not finish: its status is `{summary['status']}`.**"
+
+
+def _tuned(tuned: Mapping[str, Any]) -> str:
+    lines = ["## What was tuned", ""]
+    for side in ("retriever", "generator"):
+        part = tuned[side]
+        if part is None:
+            lines.append(f"- **{side.capitalize()}**: not tuned.")
+            continue
+        details = [f"trainer `{part['trainer']}`"]
+        if part.get("train"):
+            encoders = {"query": "query encoder only", "both": "query and passage encoder"}
+            details.append(encoders.get(part["train"], part["train"]))
+        if "adapter" in part:
+            details.append("LoRA adapter" if part["adapter"] else "all weights")
+        lines.append(f"- **{side.capitalize()}**: `{_portable(part['model'])}`, {', '.join(details)}.")
+    return "\n".join(lines)
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    differences = summary.get("differences") or ()
+    if not differences:
+        return ""
+    rows = []
+    for item in differences:
+        change = item["difference"]
+        interval = f"{100 * item['confidence']:g} %: {change['low']:+.4f} to {change['high']:+.4f}"
+        rows.append(
+            [
+                item["metric"],
+                str(item["n"]),
+                f"{item['before']:.4f}",
+                f"{item['after']:.4f}",
+                f"{change['mean']:+.4f}",
+                interval,
+                item["verdict"],
+            ]
+        )
+    split = f" on the {summary['split']} split" if summary.get("split") else ""
+    table = _table(["Metric", "n", "Before", "After", "Difference", "Interval", "Verdict"], rows, numbers=range(1, 5))
+    return (
+        f"## Before and after{split}\n\n{table}\n\n"
+        "Both were measured on the same n questions; the interval is that of a paired bootstrap over them. "
+        "A verdict needs an interval without 0. It speaks for questions like these, and for this one run."
+    )
+
+
+def _plots(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    images = [f"![{name.rsplit('.', 1)[0].replace('_', ' ')}](plots/{name})" for name in names]
+    return "## Plots\n\n" + "\n\n".join(images)
+
+
+def _loading(tuned: Mapping[str, Any]) -> str:
+    blocks = []
+    if tuned["retriever"] is not None:
+        blocks.append(
+            "from sentence_transformers import SentenceTransformer\n\n"
+            'retriever = SentenceTransformer("retriever")\n'
+            'query_embeddings = retriever.encode_query(["a question"])\n'
+            'passage_embeddings = retriever.encode_document(["a passage"])'
+        )
+    generator = tuned["generator"]
+    if generator is not None and generator["adapter"]:
+        blocks.append(
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"base_model = AutoModelForCausalLM.from_pretrained({_portable(generator['model'])!r})\n"
+            'generator = PeftModel.from_pretrained(base_model, "generator")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("generator")'
+        )
+    elif generator is not None:
+        blocks.append(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'generator = AutoModelForCausalLM.from_pretrained("generator")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("generator")'
+        )
+    if not blocks:
+        return ""
+    code = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    return f"## How to load\n\nIn this folder:\n\n{code}"
+
+
+def _data(counts: Mapping[str, int], fingerprints: Mapping[str, str]) -> str:
+    names = dict.fromkeys([*counts, *fingerprints])
+    rows = [
+        [name, str(counts.get(name, "")), f"`{fingerprints[name]}`" if name in fingerprints else ""] for name in names
+    ]
+    return "## Data\n\n" + _table(["Part", "Count", "Fingerprint"], rows, numbers=[1])
+
+
+def _training(summary: Mapping[str, Any]) -> str:
+    command = shlex.join(_portable_argument(argument) for argument in summary["command"])
+    lines = [f"- Mode: {summary['mode']}", f"- Seed: {summary['seed']}"]
+    if summary.get("steps") is not None:
+        lines.append(f"- Steps: {summary['steps']}")
+    if summary.get("loss") is not None:
+        lines.append(f"- Last training loss: {summary['loss']:.4g}")
+    if summary.get("seconds") is not None:
+        lines.append(f"- Time of the training: {summary['seconds']:.0f} s")
+    text = "## Training\n\n" + "\n".join(lines) + f"\n\n```sh\n{command}\n```"
+    settings = summary.get("settings")
+    if settings:
+        dumped = yaml.safe_dump(_portable(settings), sort_keys=False, allow_unicode=True)
+        text += f"\n\nSettings of the trainer:\n\n```yaml\n{dumped}```"
+    return text
+
+
+def _truncation(truncated: Mapping[str, int]) -> str:
+    if not truncated:
+        return ""
+    rows = [[kind, str(count)] for kind, count in truncated.items()]
+    return "## Truncation\n\nTexts that were cut to a model's length:\n\n" + _table(["Kind", "Cut"], rows, numbers=[1])
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    if not versions:
+        return ""
+    rows = [[name, version] for name, version in versions.items()]
+    return "## Versions\n\n" + _table(["Package", "Version"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    rule = ["---:" if column in numbers else "---" for column in range(len(header))]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *escaped])
+
+
+def _portable_argument(argument: str) -> str:
+    key, separator, value = argument.partition("=")
+    return f"{key}={_portable(value)}" if separator else str(_portable(argument))
+
+
+def _portable(value: Any) -> Any:
+    """Cut absolute paths to their last part, in texts and in whatever holds them."""
+    if isinstance(value, str):
+        for flavour in (PurePosixPath, PureWindowsPath):
+            if flavour(value).is_absolute():
+                return flavour(value).name
+        return value
+    if isinstance(value, Mapping):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    return value

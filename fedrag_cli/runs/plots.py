@@ -1,0 +1,259 @@
+"""Draws a run's curves and what the run changed, as PNG files.
+
+Figures are made without `matplotlib.pyplot`, so no global state is touched and no window system is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedrag_cli.errors import FedRAGError
+from fedrag_cli.runs.atomic import write_bytes_atomically
+from fedrag_cli.runs.metrics_log import latest_by_step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+_LINE_COLOURS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+_LINE_MARKERS = ("o", "s", "^", "D", "v", "P")
+_VERDICT_COLOURS = {"better": _GREEN, "worse": _ORANGE, "no difference shown": _GREY}
+_DOTS_PER_INCH = 150
+# Below this many points a smoothed line would hide more than it shows.
+_FEWEST_POINTS_TO_SMOOTH = 20
+
+Points = list[tuple[float, float]]
+
+
+def plot_curves(events: Iterable[Mapping[str, Any]], directory: Path | str) -> list[Path]:
+    """Draw the curves of a run, one panel a phase.
+
+    - `loss.png`: the training loss of each step, faint, with a running mean; the validation loss as markers.
+    - `validation.png`: the other validation metrics, where there are any.
+    - `learning_rate.png`: the course of the learning rate.
+
+    Steps that a resumed run repeated are drawn once, and values that are not finite are left out.
+
+    Args:
+        events: The events of the run's log: `train_step` with `phase`, `step`, `loss` and `learning_rate`, and
+            `validation` with `phase`, `step` and `metrics`. Others are passed over.
+        directory: Where the files go; it is made where it is missing.
+
+    Returns:
+        The files that were written; none for a log without such events.
+
+    Raises:
+        DataError: If an event has no step.
+        FedRAGError: If a file cannot be written.
+    """
+    log = list(events)
+    steps = latest_by_step(log, "train_step")
+    validations = latest_by_step(log, "validation")
+    training_loss = _points(steps, lambda event: {"training": event.get("loss")})
+    learning_rate = _points(steps, lambda event: {"learning rate": event.get("learning_rate")})
+    validation_loss = _points(validations, lambda event: {"validation": event["metrics"].get("loss")})
+    validation_metrics = _points(
+        validations, lambda event: {name: value for name, value in event["metrics"].items() if name != "loss"}
+    )
+
+    loss_curves = {
+        phase: training_loss.get(phase, {}) | validation_loss.get(phase, {})
+        for phase in dict.fromkeys([*training_loss, *validation_loss])
+    }
+    drawings: list[tuple[str, dict[str, dict[str, Points]], str, Callable[[Axes, dict[str, Points]], None]]] = [
+        ("loss.png", loss_curves, "loss", _draw_loss),
+        ("validation.png", validation_metrics, "validation metric", _draw_metrics),
+        ("learning_rate.png", learning_rate, "learning rate", _draw_learning_rate),
+    ]
+    written = []
+    for name, curves_of_phase, y_label, draw in drawings:
+        if curves_of_phase:
+            path = Path(directory) / name
+            _save(_panels(curves_of_phase, y_label, draw), path)
+            written.append(path)
+    return written
+
+
+def plot_difference(differences: Sequence[Mapping[str, Any]], path: Path | str) -> None:
+    """Draw what a run changed: each metric before and after, and the difference with its interval.
+
+    Args:
+        differences: For each metric `metric`, `n`, `before`, `after`, `difference` (with `mean`, `low` and `high`),
+            `verdict` and `confidence`, as `MetricDifference.to_dict` gives them. At least one.
+        path: The PNG file.
+
+    Raises:
+        FedRAGError: If there is no difference to draw, or the file cannot be written.
+    """
+    if not differences:
+        raise FedRAGError("There is no difference to draw.", "Evaluate at least one metric before and after.")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.5 + 0.55 * len(differences)), layout=_spaced_layout())
+    values, changes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.1))
+    rows = range(len(differences))
+    _draw_before_and_after(values, differences)
+    _draw_differences(changes, differences)
+    values.set_yticks(rows, [_metric_label(item) for item in differences], fontsize=9)
+    # The first metric belongs at the top; matplotlib counts upwards.
+    values.set_ylim(len(differences) - 0.4, -0.6)
+    values.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.3)
+    _save(figure, Path(path))
+
+
+def _points(
+    events: Iterable[Mapping[str, Any]], values_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> dict[str, dict[str, Points]]:
+    """Collect, for each phase and name, the points (step, value) whose value is a finite number."""
+    curves: dict[str, dict[str, Points]] = {}
+    for event in events:
+        for name, value in values_of(event).items():
+            if value is not None and math.isfinite(value):
+                phase = curves.setdefault(event.get("phase", ""), {})
+                phase.setdefault(name, []).append((float(event["step"]), float(value)))
+    return curves
+
+
+def _panels(
+    curves_of_phase: Mapping[str, dict[str, Points]],
+    y_label: str,
+    draw: Callable[[Axes, dict[str, Points]], None],
+) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(2, len(curves_of_phase))
+    rows = math.ceil(len(curves_of_phase) / columns)
+    figure = Figure(figsize=(0.8 + 5.2 * columns, 3.6 * rows), layout=_spaced_layout())
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (phase, curves) in zip(grid, curves_of_phase.items(), strict=False):
+        draw(axes, curves)
+        axes.set_title(phase, fontsize=11)
+        axes.set_xlabel("step")
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _tidy(axes, grid="both")
+    for axes in grid[len(curves_of_phase) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _draw_loss(axes: Axes, curves: dict[str, Points]) -> None:
+    if training := curves.get("training"):
+        steps, losses = zip(*training, strict=True)
+        if len(training) < _FEWEST_POINTS_TO_SMOOTH:
+            axes.plot(steps, losses, color=_BLUE, linewidth=1.8, marker="o", markersize=4, label="training")
+        else:
+            axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
+            smooth = _running_mean(losses, window=max(5, len(losses) // 20))
+            axes.plot(steps, smooth, color=_BLUE, linewidth=2, label="training, running mean")
+    if validation := curves.get("validation"):
+        steps, losses = zip(*validation, strict=True)
+        axes.plot(
+            steps, losses, color=_ORANGE, linestyle="--", linewidth=1, marker="D", markersize=6, label="validation"
+        )
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_metrics(axes: Axes, curves: dict[str, Points]) -> None:
+    for position, (name, points) in enumerate(curves.items()):
+        steps, values = zip(*points, strict=True)
+        axes.plot(
+            steps,
+            values,
+            color=_LINE_COLOURS[position % len(_LINE_COLOURS)],
+            marker=_LINE_MARKERS[position % len(_LINE_MARKERS)],
+            markersize=5,
+            linewidth=1.6,
+            label=name,
+        )
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_learning_rate(axes: Axes, curves: dict[str, Points]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    steps, rates = zip(*curves["learning rate"], strict=True)
+    marker = "o" if len(steps) < _FEWEST_POINTS_TO_SMOOTH else ""
+    axes.plot(steps, rates, color=_BLUE, linewidth=1.8, marker=marker, markersize=4)
+    axes.set_ylim(0, max(*rates, 1e-12) * 1.08)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Average each value with its neighbours; at the ends, with those that there are."""
+    half = window // 2
+    neighbours = (values[max(0, position - half) : position + half + 1] for position in range(len(values)))
+    return [sum(group) / len(group) for group in neighbours]
+
+
+def _draw_before_and_after(axes: Axes, differences: Sequence[Mapping[str, Any]]) -> None:
+    rows = range(len(differences))
+    before = [item["before"] for item in differences]
+    after = [item["after"] for item in differences]
+    axes.hlines(rows, before, after, color="#BBBBBB", linewidth=2, zorder=1)
+    # A ring around a smaller dot shows both where nothing changed.
+    axes.scatter(before, rows, s=80, facecolor="white", edgecolor=_GREY, linewidth=1.6, label="before", zorder=2)
+    axes.scatter(after, rows, s=35, color=_BLUE, label="after", zorder=3)
+    axes.margins(x=0.12)
+    axes.set_xlabel("mean over the questions")
+    _tidy(axes, grid="x")
+
+
+def _draw_differences(axes: Axes, differences: Sequence[Mapping[str, Any]]) -> None:
+    axes.axvline(0, color="black", linewidth=1)
+    for row, item in enumerate(differences):
+        colour = _VERDICT_COLOURS[item["verdict"]]
+        mean, low, high = (item["difference"][name] for name in ("mean", "low", "high"))
+        axes.hlines(row, low, high, color=colour, linewidth=2.5)
+        axes.plot(mean, row, color=colour, marker="o", markersize=7)
+        axes.text(
+            1.02,
+            row,
+            f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]\n{item['verdict']}",
+            transform=axes.get_yaxis_transform(),
+            verticalalignment="center",
+            fontsize=8.5,
+            color=colour,
+        )
+    axes.margins(x=0.08)
+    axes.set_xlabel(f"after - before, with {_percent(differences)} interval")
+    axes.tick_params(axis="y", length=0)
+    _tidy(axes, grid="x")
+
+
+def _metric_label(item: Mapping[str, Any]) -> str:
+    return f"{item['metric']} (n = {item['n']})\n{item['before']:.3f} \N{RIGHTWARDS ARROW} {item['after']:.3f}"
+
+
+def _percent(differences: Sequence[Mapping[str, Any]]) -> str:
+    levels = sorted({item["confidence"] for item in differences})
+    return " or ".join(f"{100 * level:g} %" for level in levels)
+
+
+def _spaced_layout() -> ConstrainedLayoutEngine:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+
+
+def _tidy(axes: Axes, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    if grid in ("x", "both"):
+        axes.xaxis.grid(True, color="#E5E5E5", linewidth=0.8)
+    if grid in ("y", "both"):
+        axes.yaxis.grid(True, color="#E5E5E5", linewidth=0.8)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=_DOTS_PER_INCH)
+    write_bytes_atomically(path, content.getvalue())

@@ -1,0 +1,57 @@
+"""How long work tells of itself: events for records, tasks with progress, and notes.
+
+Libraries call a `Reporter`; what becomes of it is up to the caller (files, a terminal, nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+
+
+class Advance(Protocol):
+    """Takes the units of a task that were just done."""
+
+    def __call__(self, done: int) -> None:
+        """Count `done` more units."""
+
+    def total(self, total: int) -> None:
+        """Correct the number of units, where it becomes known only later."""
+
+
+class Reporter(Protocol):
+    """What trainers and evaluators tell while they work."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record one event; the fields are plain numbers, texts, lists and dicts."""
+
+    def task(self, description: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """Start a task of `total` units; the context yields a function that takes the units just done."""
+
+    def note(self, message: str) -> None:
+        """Tell something worth knowing, in one line."""
+
+
+class _SilentAdvance:
+    def __call__(self, done: int) -> None:
+        pass
+
+    def total(self, total: int) -> None:
+        pass
+
+
+class SilentReporter:
+    """A reporter that keeps quiet."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Do nothing."""
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
+        """Yield a counter that does nothing."""
+        yield _SilentAdvance()
+
+    def note(self, message: str) -> None:
+        """Do nothing."""

@@ -1,0 +1,46 @@
+"""LoRA adapters (peft)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from fedrag_cli.errors import ConfigError
+from fedrag_cli.trainers.config import LoRAConfig
+
+
+def add_adapter(model: Any, config: LoRAConfig, seed: int) -> PeftModel:
+    """Put a fresh LoRA adapter on a model; a model that has one already keeps it and goes on training it.
+
+    Args:
+        model: A `PreTrainedModel`, or a `PeftModel`.
+        config: Rank, scaling, dropout and target layers.
+        seed: Seed of the initialisation.
+
+    Raises:
+        ConfigError: No layer of the model has one of the wanted names, or the model's adapter has another shape.
+    """
+    if isinstance(model, PeftModel):
+        present = model.peft_config[model.active_adapter]
+        if (present.r, present.lora_alpha) != (config.r, config.alpha):
+            raise ConfigError(
+                f"The model has an adapter with r {present.r} and alpha {present.lora_alpha} already, "
+                f"but trainer.generator.lora asks for r {config.r} and alpha {config.alpha}.",
+                "Make them equal, or start from the model without adapter.",
+            )
+        return model
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    settings = LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, settings)
+        except ValueError as error:
+            raise ConfigError(
+                f"trainer.generator.lora.target_modules does not fit the model: {error}",
+                "Use all-linear, or name layers of this model.",
+            ) from error

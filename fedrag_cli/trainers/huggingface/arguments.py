@@ -1,0 +1,76 @@
+"""From our settings to the arguments of transformers.Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from fedrag_cli.errors import ModelError, TrainingError
+from fedrag_cli.trainers.config import TrainingConfig
+
+
+def training_arguments(
+    config: TrainingConfig, *, directory: Path, seed: int, device: torch.device, report_to: tuple[str, ...] = ()
+) -> TrainingArguments:
+    """Return the arguments of transformers.Trainer for a trainer's settings.
+
+    Validation and checkpoints are scheduled by `schedule.py`; the arguments only allow them.
+
+    Args:
+        config: The trainer's settings.
+        directory: Where checkpoints go.
+        seed: Seed of data order and dropout.
+        device: Where the model is.
+        report_to: Experiment trackers.
+
+    Raises:
+        TrainingError: The learning rate is not above 0.
+        ModelError: The device cannot compute in the wanted precision.
+    """
+    if config.learning_rate <= 0:
+        raise TrainingError(
+            f"The learning rate is {config.learning_rate}, so training could not move a weight.",
+            "Set learning_rate above 0, for instance 2e-5 for a retriever or 2e-4 for LoRA.",
+        )
+    precision = _precision(config.precision, device)
+    return TrainingArguments(
+        output_dir=str(directory),
+        seed=seed,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        optim=config.optimizer,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        activation_checkpointing=config.gradient_checkpointing,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=10**9,
+        metric_for_best_model=config.validation.metric or "loss",
+        greater_is_better=(config.validation.metric or "loss") != "loss",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=list(report_to) or "none",
+        log_level="error",
+    )
+
+
+def _precision(precision: str, device: torch.device) -> str:
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if precision == "float16" and device.type != "cuda":
+        raise ModelError(
+            f"precision: float16 needs a cuda device, but the model is on {device.type}.", "Set precision: auto."
+        )
+    return precision

@@ -1,0 +1,258 @@
+"""What both trainers share: data, the training loop, checkpoints and the checks before and after."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrag_cli.data.examples import Example, examples_from_dataset, load_examples
+from fedrag_cli.errors import ConfigError, DataError, RunInterruptedError
+from fedrag_cli.losses import proximal_penalty
+from fedrag_cli.rag.models import tensors_fingerprint
+from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.atomic import os_errors, write_json_atomically
+from fedrag_cli.runs.checkpoints import latest_checkpoint
+from fedrag_cli.runs.interrupt import deferred_interrupts
+from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.trainers.base import BaseTrainer, TrainResult
+from fedrag_cli.trainers.config import TrainingConfig
+from fedrag_cli.trainers.huggingface.arguments import training_arguments
+from fedrag_cli.trainers.huggingface.checks import copy_weights, require_moved, require_trainable, trainable
+from fedrag_cli.trainers.huggingface.loop import TrainingLoop
+from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
+
+START_FILE = "start.json"
+ExtraMetrics = Callable[[], Mapping[str, float]]
+
+
+class HuggingFaceTrainer(BaseTrainer):
+    """A trainer that runs on transformers.Trainer.
+
+    Args:
+        rag_system: The RAG system to tune.
+        train_dataset: A `datasets.Dataset` with `query` and `response`, or a list of examples; by default the
+            config's `dataset.train`.
+        validation_dataset: The same for validation; by default the config's `dataset.validation`, if any.
+        config: The trainer's settings; by default those of the RAG system's config, or the class's defaults.
+        seed: Seed of data order, dropout and adapter initialisation; by default the config's `run.seed`.
+        reporter: Takes events and progress; silent by default.
+    """
+
+    config: TrainingConfig
+    what: str
+    """What is trained, for messages."""
+
+    def __init__(
+        self,
+        rag_system: RAGSystem,
+        train_dataset: Any = None,
+        validation_dataset: Any = None,
+        config: TrainingConfig | None = None,
+        *,
+        seed: int | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        """Read the data and check that the model can be trained."""
+        self.rag_system = rag_system
+        self.config = config or self._config_of(rag_system)
+        self.seed = seed if seed is not None else rag_system.config.run.seed if rag_system.config else 42
+        self.reporter: Reporter = reporter or SilentReporter()
+        self.train_examples = self._examples(train_dataset, "train")
+        self.validation_examples = self._examples(validation_dataset, "validation")
+        self.extra_validation: ExtraMetrics | None = None
+        self.reference_weights: Mapping[str, Tensor] | None = None
+        self.proximal_mu = 0.0
+        self._require_responses()
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The model that transformers.Trainer sees; its parameters with gradient are what is trained."""
+
+    @abstractmethod
+    def _default_config(self) -> TrainingConfig: ...
+
+    @abstractmethod
+    def _prepare(self, work_directory: Path, resuming: Path | None) -> Sequence[Any]:
+        """Do what comes before the first step and return the training instances."""
+
+    @abstractmethod
+    def _collate(self, instances: list[Any]) -> dict[str, Any]: ...
+
+    def _finish(self) -> None:
+        """Do what comes after the last step, with the final weights."""
+
+    def _on_checkpoint(self, directory: Path) -> None:
+        """Add what is ours to a checkpoint."""
+
+    def _on_step(self, step: int) -> None:
+        """Do what is due after an optimizer step."""
+
+    def _counts(self) -> dict[str, Any]:
+        """Return counts for the result, such as truncated prompts."""
+        return {}
+
+    def add_proximal_term(self, mu: float, reference: Mapping[str, Tensor] | None = None) -> None:
+        """Pull the weights towards a reference while training (FedProx, arXiv 1812.06127).
+
+        Args:
+            mu: Strength; 0 takes the term away.
+            reference: Weights by name as `trained_weights` gives them; those of now by default.
+        """
+        self.proximal_mu = mu
+        self.reference_weights = dict(reference) if reference is not None else self.trained_weights()
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Return copies of the tensors that training changes, by name, on the CPU."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in trainable(self.model).items()}
+
+    def load_trained_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put tensors back that `trained_weights` gave; raises ModelError where names or shapes differ."""
+        copy_weights(trainable(self.model), weights)
+        self._finish()
+
+    def train(self, *, phase: str | None = None, checkpoints: Path | None = None) -> TrainResult:
+        """Tune on the training examples; see `BaseTrainer.train`.
+
+        Raises:
+            TrainingError: Training cannot work or did not work; the message names the cause.
+            RunInterruptedError: A signal came; a checkpoint is saved where there is a folder for checkpoints.
+        """
+        if not self.train_examples:
+            raise DataError(f"There are no examples to train the {self.side} on.", "Set dataset.train, or pass train_dataset.")
+        require_trainable(self.model, self.what)
+        started = time.monotonic()
+        name = phase or self.side
+        if checkpoints is not None:
+            return self._train_in(checkpoints, name, started)
+        with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
+            return self._train_in(Path(directory), name, started)
+
+    def _train_in(self, directory: Path, phase: str, started: float) -> TrainResult:
+        with os_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        resuming = latest_checkpoint(directory)
+        before = self._fingerprint_at_start(directory)
+        instances = self._prepare(directory, resuming)
+        if resuming is not None:
+            self.reporter.note(f"{phase}: going on from {resuming.name}")
+        with deferred_interrupts() as guard, self.reporter.task(phase, 1, "step") as advance:
+            callback = ScheduleCallback(
+                self.config,
+                has_validation=bool(self.validation_examples),
+                reporter=self.reporter,
+                phase=phase,
+                guard=guard,
+                advance=advance,
+                on_checkpoint=self._on_checkpoint,
+                on_step=self._on_step,
+            )
+            loop = self._loop(directory, instances, callback)
+            with os_errors(directory):
+                loop.train(resume_from_checkpoint=str(resuming) if resuming else None)
+            if guard.requested:
+                raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; a checkpoint is saved.")
+        if self.config.validation.keep_best and callback.validates:
+            loop.load_best()
+        self.model.eval()
+        require_moved(before, self._fingerprint(), self.what, loop.state.log_history)
+        self._finish()
+        return self._result(loop, time.monotonic() - started)
+
+    def _loop(self, directory: Path, instances: Sequence[Any], callback: ScheduleCallback) -> TrainingLoop:
+        report_to = tuple(self.rag_system.config.run.report_to) if self.rag_system.config else ()
+        loop = TrainingLoop(
+            model=self.model,
+            args=training_arguments(
+                self.config, directory=directory, seed=self.seed, device=self._device(), report_to=report_to
+            ),
+            train_dataset=_Instances(instances),
+            data_collator=self._collate,
+            validate=self.validate,
+            penalty=self._penalty if self.proximal_mu else None,
+            callbacks=[callback],
+        )
+        loop.remove_callback(_printer())
+        return loop
+
+    def _result(self, loop: TrainingLoop, seconds: float) -> TrainResult:
+        log = loop.state.log_history
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        validations = [entry for entry in log if any(name.startswith("eval_") for name in entry)]
+        metrics: dict[str, Any] = self._counts()
+        if validations:
+            best = [entry for entry in validations if entry["step"] == loop.state.best_global_step]
+            chosen = (best or validations)[-1] if self.config.validation.keep_best else validations[-1]
+            metrics["validation"] = {k.removeprefix("eval_"): v for k, v in chosen.items() if k.startswith("eval_")}
+            metrics["validation_step"] = chosen["step"]
+        return TrainResult(sum(losses) / max(len(losses), 1), loop.state.global_step, metrics, seconds)
+
+    def _penalty(self, model: nn.Module) -> Tensor:
+        reference = {name: tensor.to(self._device()) for name, tensor in (self.reference_weights or {}).items()}
+        return proximal_penalty(trainable(model).items(), reference, self.proximal_mu)
+
+    def _fingerprint(self) -> str:
+        return tensors_fingerprint(trainable(self.model))
+
+    def _fingerprint_at_start(self, directory: Path) -> str:
+        """Return the fingerprint from before the first step, also where the run was resumed since."""
+        file = directory / START_FILE
+        if file.is_file():
+            return str(json.loads(file.read_text(encoding="utf-8"))["trained_weights"])
+        fingerprint = self._fingerprint()
+        write_json_atomically(file, {"trained_weights": fingerprint})
+        return fingerprint
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _config_of(self, rag_system: RAGSystem) -> TrainingConfig:
+        default = self._default_config()
+        if rag_system.config is None:
+            return default
+        found: TrainingConfig = getattr(rag_system.config.trainer, self.side)
+        if not isinstance(found, type(default)):
+            raise ConfigError(
+                f"trainer.{self.side} is of the type '{getattr(found, 'type', None)}', which {type(self).__name__} does not run.",
+                "Pass config=, or change trainer." + self.side + ".type.",
+            )
+        return found
+
+    def _examples(self, dataset: Any, split: str) -> list[Example]:
+        if dataset is not None:
+            return examples_from_dataset(dataset)
+        source = getattr(self.rag_system.config.dataset, split) if self.rag_system.config else None
+        return load_examples(source) if source is not None else []
+
+    def _require_responses(self) -> None:
+        for example in (*self.train_examples, *self.validation_examples):
+            if not example.responses:
+                raise DataError(
+                    f"The example '{example.id}' has no response, which training needs.",
+                    "Train on a source with answers; BEIR folders serve evaluation only.",
+                )
+
+
+class _Instances(torch.utils.data.Dataset[Any]):
+    def __init__(self, instances: Sequence[Any]) -> None:
+        self._instances = instances
+
+    def __len__(self) -> int:
+        return len(self._instances)
+
+    def __getitem__(self, position: int) -> Any:
+        return self._instances[position]
+
+
+def _printer() -> type:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback

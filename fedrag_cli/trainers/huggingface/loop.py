@@ -1,0 +1,66 @@
+"""The training loop: transformers.Trainer with our validation and an optional proximal term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from fedrag_cli.runs.checkpoints import MARKER, PREFIX
+
+Validate = Callable[[], dict[str, float]]
+Penalty = Callable[[nn.Module], Tensor]
+
+
+class TrainingLoop(Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` whose validation is ours and whose loss may get a penalty.
+
+    Args:
+        validate: Computes the validation metrics of the model as it is.
+        penalty: Added to the loss of each optimizer step, such as FedProx's proximal term.
+        options: Arguments of `transformers.Trainer`.
+    """
+
+    def __init__(self, *, validate: Validate, penalty: Penalty | None = None, **options: Any) -> None:
+        """Set the loop up."""
+        super().__init__(**options)
+        self._validate = validate
+        self._penalty = penalty
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Run our validation, and log it the way transformers does."""
+        with torch.random.fork_rng():
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._validate().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Add the penalty, spread over the batches of one optimizer step."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._penalty is None:
+            return result
+        penalty = self._penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Take the mark of completeness away before a checkpoint is written over."""
+        directory = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        (directory / MARKER).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def load_best(self) -> bool:
+        """Bring the best checkpoint's weights back, where another step than the last was the best."""
+        best = self.state.best_global_step
+        if not best or best == self.state.global_step or self.state.best_model_checkpoint is None:
+            return False
+        self._load_best_model()
+        return True

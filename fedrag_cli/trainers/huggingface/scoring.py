@@ -1,0 +1,136 @@
+"""LM likelihoods of answers given single passages, computed once for each (example, passage) pair.
+
+A likelihood cannot change while the language model is frozen, so it is cached by model, prompt, example and passage.
+The cache is a file that only grows: a run that was killed goes on with exactly the numbers it had computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedrag_cli.data.examples import Example
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import DataError
+from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches
+from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.reporting import Reporter, SilentReporter
+
+Pair = tuple[Example, KnowledgeNode]
+
+
+class LikelihoodCache:
+    """Log-likelihoods by key, in memory and, where a path is given, in a file of JSON lines.
+
+    Args:
+        path: The file; each line holds one scored batch.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Read what the file holds; a line that a kill cut off is dropped."""
+        self._values: dict[str, float] = {}
+        self._path = path
+        if path is None:
+            return
+        with os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                self._read(path)
+
+    def __len__(self) -> int:
+        """Return the number of likelihoods."""
+        return len(self._values)
+
+    def get(self, key: str) -> float | None:
+        """Return a likelihood, or None where it was not computed yet."""
+        return self._values.get(key)
+
+    def put(self, keys: Sequence[str], values: Sequence[float]) -> None:
+        """Keep one batch of likelihoods."""
+        self._values.update(zip(keys, values, strict=True))
+        if self._path is None:
+            return
+        line = json.dumps({"keys": list(keys), "values": list(values)}) + "\n"
+        with os_errors(self._path), self._path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        try:
+            for line in whole.splitlines():
+                record = json.loads(line)
+                self._values.update(zip(record["keys"], record["values"], strict=True))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"The likelihood cache '{path}' is damaged: {error}", "Remove the file; the likelihoods are computed anew."
+            ) from error
+
+
+class LikelihoodScorer:
+    """Scores (example, passage) pairs with a generator, through a cache.
+
+    Args:
+        generator: The language model; its weights must not change while the scorer is used.
+        cache_directory: Where the cache file goes; without it the cache lives in memory.
+    """
+
+    def __init__(self, generator: CausalLMGenerator, cache_directory: Path | None = None) -> None:
+        """Open the cache that belongs to the generator's weights and prompt."""
+        self.generator = generator
+        self.truncation = TruncationCount()
+        path = cache_directory / f"likelihoods-{self._identity()}.jsonl" if cache_directory is not None else None
+        self.cache = LikelihoodCache(path)
+
+    def score(self, pairs: Sequence[Pair], reporter: Reporter | None = None) -> tuple[Tensor, Tensor]:
+        """Return log p(response | passage, query) and the response's length for each pair.
+
+        Pairs are put into length-sorted batches of a token budget; a batch is computed unless all of it is cached. The
+        batches depend on the pairs alone and not on the cache, so that a resumed run gets bit-identical numbers.
+
+        Args:
+            pairs: Examples and single passages.
+            reporter: Shows the progress.
+
+        Returns:
+            Sums of log-probabilities (float32) and numbers of tokens (int64), each of shape (len(pairs),).
+        """
+        encoded = [self._encode(example, node) for example, node in pairs]
+        keys = [self._key(prompt, target) for prompt, target in encoded]
+        lengths = [len(prompt) + len(target) for prompt, target in encoded]
+        with (reporter or SilentReporter()).task("Scoring answers", len(pairs), "pair") as advance:
+            for batch in length_sorted_batches(lengths, self.generator.config.batch_tokens):
+                if any(self.cache.get(keys[position]) is None for position in batch):
+                    totals = self.generator.score_batch([encoded[position] for position in batch])
+                    self.cache.put([keys[position] for position in batch], totals.tolist())
+                advance(len(batch))
+        totals = torch.tensor([self.cache.get(key) for key in keys], dtype=torch.float32)
+        return totals, torch.tensor([len(target) for _, target in encoded])
+
+    def _encode(self, example: Example, node: KnowledgeNode) -> TokenPair:
+        target = self.generator.prompts.answer_tokens(example.response)
+        prompt = self.generator.encode_prompt(example.query, [node], answer_tokens=len(target))
+        self.truncation.add(prompt)
+        return prompt.ids, target
+
+    @staticmethod
+    def _key(prompt: list[int], target: list[int]) -> str:
+        return hashlib.blake2b(json.dumps([prompt, target]).encode(), digest_size=12).hexdigest()
+
+    def _identity(self) -> str:
+        # The keys hold the token ids themselves, so the prompt's settings need no mention here.
+        config = self.generator.config
+        settings = [self.generator.fingerprint(), config.batch_tokens, config.precision]
+        return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,196 @@
+"""Files and directories are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedrag_cli.errors import FedRAGError
+from fedrag_cli.runs.atomic import (
+    os_errors,
+    remove_leftovers,
+    replace_directory_atomically,
+    write_bytes_atomically,
+    write_json_atomically,
+    write_text_atomically,
+)
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "for it" / "text.md"
+    write_text_atomically(path, "old")
+    write_text_atomically(path, "neu: äöü\n")
+    assert path.read_text(encoding="utf-8") == "neu: äöü\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_bytes_atomically(tmp_path / "ours", b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
+    value = {"z": 1, "a": [1.5, None, True, "Köln"]}
+    write_json_atomically(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert text.startswith('{\n  "z": 1,\n  "a"')
+    assert "Köln" in text
+    assert json.loads(text) == value
+
+
+def test_json_holds_what_utf8_cannot(tmp_path: Path) -> None:
+    write_json_atomically(tmp_path / "a.json", {"answer": "half \ud83d of a pair"})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"answer": "half \ud83d of a pair"}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_json_refuses_numbers_that_are_not_finite(tmp_path: Path, number: float) -> None:
+    path = tmp_path / "a.json"
+    write_json_atomically(path, {"loss": 1.0})
+    with pytest.raises(FedRAGError, match=r"a\.json"):
+        write_json_atomically(path, {"loss": number})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+
+
+def test_a_target_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken" / "file").mkdir(parents=True)
+    with pytest.raises(FedRAGError, match="Cannot write"):
+        write_text_atomically(tmp_path / "taken", "text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_directory_is_made_and_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "retriever"
+    for content in ("old", "new"):
+        with replace_directory_atomically(target) as directory:
+            assert directory.parent == tmp_path
+            assert directory.name.startswith(".")
+            assert directory.name.endswith(".tmp")
+            (directory / "weights").mkdir()
+            (directory / "weights" / content).write_text(content)
+            assert not (target / "weights" / content).exists()
+        assert [entry.name for entry in (target / "weights").iterdir()] == [content]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failure_leaves_the_old_directory(tmp_path: Path) -> None:
+    target = tmp_path / "retriever"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def fail_halfway() -> None:
+        with replace_directory_atomically(target) as directory:
+            (directory / "new").write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
+    assert [entry.name for entry in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_to_a_directory_is_replaced_but_not_its_target(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("kept")
+    target = tmp_path / "retriever"
+    target.symlink_to(elsewhere)
+    with replace_directory_atomically(target) as directory:
+        (directory / "new").write_text("new")
+    assert (target / "new").exists()
+    assert (elsewhere / "kept").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "retriever"]
+
+
+def test_a_file_in_the_way_of_a_directory_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "retriever").write_text("a file")
+    with pytest.raises(FedRAGError, match="Cannot write"), replace_directory_atomically(tmp_path / "retriever"):
+        pass
+    assert (tmp_path / "retriever").read_text() == "a file"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+def test_a_kill_leaves_the_old_directory_and_a_recognisable_leftover(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "old").write_text("old")
+    program = (
+        "import os, signal, sys\n"
+        "from fedrag_cli.runs.atomic import replace_directory_atomically\n"
+        "with replace_directory_atomically(sys.argv[1]) as directory:\n"
+        "    (directory / 'half').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
+    assert finished.returncode == -signal.SIGKILL
+    assert [entry.name for entry in target.iterdir()] == ["old"]
+    removed = remove_leftovers(tmp_path)
+    assert len(removed) == 1
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_leftovers_are_removed_and_other_files_kept(tmp_path: Path) -> None:
+    kept = [tmp_path / ".hidden.tmp", tmp_path / "a.json", tmp_path / "b.0123abcd.tmp"]
+    leftovers = [tmp_path / ".a.json.0123abcd.tmp", tmp_path / "plots" / ".loss.png.89abcdef.tmp"]
+    (tmp_path / "plots").mkdir()
+    for path in kept + leftovers:
+        path.write_text("x")
+    directory = tmp_path / ".retriever.00000000.tmp"
+    directory.mkdir()
+    (directory / ".inner.00000000.tmp").write_text("x")
+    assert remove_leftovers(tmp_path) == sorted([*leftovers, directory])
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in [*leftovers, directory])
+
+
+def test_a_directory_that_was_set_aside_comes_back_when_it_was_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".retriever.old.tmp").mkdir()
+    (tmp_path / ".retriever.old.tmp" / "weights").write_text("old")
+    assert remove_leftovers(tmp_path) == []
+    assert (tmp_path / "retriever" / "weights").read_text() == "old"
+
+    (tmp_path / ".retriever.old.tmp").mkdir()
+    assert remove_leftovers(tmp_path) == [tmp_path / ".retriever.old.tmp"]
+    assert (tmp_path / "retriever" / "weights").read_text() == "old"
+
+
+def test_no_directory_has_no_leftovers(tmp_path: Path) -> None:
+    assert remove_leftovers(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EACCES, "Permission denied"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_errors_of_the_system_say_what_to_do(number: int, message: str) -> None:
+    with pytest.raises(FedRAGError, match=message) as caught, os_errors("runs/summary.json"):
+        raise OSError(number, os.strerror(number))
+    assert "runs/summary.json" in caught.value.message
+    assert caught.value.hint
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk() -> None:
+    with pytest.raises(FedRAGError, match="the disk is full"), os_errors("/dev/full"):
+        Path("/dev/full").write_bytes(b"text")
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(KeyError), os_errors("path"):
+        raise KeyError("name")

@@ -1,0 +1,268 @@
+import csv
+import datetime
+import json
+import math
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fedrag_cli.data.config import BeirExamplesConfig, ExampleColumns, FileExamplesConfig, SquadExamplesConfig
+from fedrag_cli.data.examples import Example, examples_from_dataset, load_examples
+from fedrag_cli.errors import ConfigError, DataError
+
+
+def write_jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def load(path, **settings):
+    return load_examples(FileExamplesConfig(path=str(path), **settings))
+
+
+def test_file_examples(tmp_path):
+    path = write_jsonl(
+        tmp_path / "train.jsonl",
+        {"query": " Who? ", "response": " Me ", "relevant_ids": "d1", "owner": "A"},
+        {"query": "How many?", "response": ["four", 4, "four"], "relevant_ids": [7, "d2"]},
+        {"query": "Which?", "response": {"text": ["that"], "answer_start": [0]}, "relevant_ids": None},
+    )
+    examples = load(path)
+    assert examples == [
+        Example("train-0001", "Who?", ("Me",), ("d1",), {"owner": "A"}),
+        Example("train-0002", "How many?", ("four", "4"), ("7", "d2")),
+        Example("train-0003", "Which?", ("that",)),
+    ]
+    assert examples[1].response == "four"
+
+
+def test_own_ids_are_taken_where_all_rows_have_one_of_their_own(tmp_path):
+    rows = [{"id": 5, "query": "a", "response": "b"}, {"id": "x", "query": "c", "response": "d"}]
+    assert [item.id for item in load(write_jsonl(tmp_path / "t.jsonl", *rows))] == ["5", "x"]
+    rows[1]["id"] = 5
+    numbered = load(write_jsonl(tmp_path / "t.jsonl", *rows))
+    assert [(item.id, item.metadata) for item in numbered] == [("t-0001", {"id": 5}), ("t-0002", {"id": 5})]
+
+
+def test_every_bad_row_is_listed(tmp_path):
+    good = {"query": "q", "response": "r"}
+    bad = [
+        {"query": "q", "response": ""},
+        {"query": "q", "response": None},
+        {"query": "q"},
+        {"query": "q", "response": []},
+        {"query": "q", "response": ["x", " "]},
+        {"query": "q", "response": True},
+        {"query": "q", "response": {"a": 1}},
+        {"query": "q", "response": math.nan},
+        {"query": " ", "response": {"text": []}},
+        {"query": 3, "response": [["x"]]},
+        {"query": "q", "response": "r", "relevant_ids": [1.5]},
+        {"query": "q", "response": "\ud800"},
+        {"query": "q", "response": math.inf},
+    ]
+    with pytest.raises(DataError) as caught:
+        load(write_jsonl(tmp_path / "train.jsonl", good, *bad))
+    assert caught.value.message.splitlines() == [
+        "15 problems in train.jsonl:",
+        "train.jsonl:2: response is empty",
+        "train.jsonl:3: response is missing (null)",
+        "train.jsonl:4: has no 'response'",
+        "train.jsonl:5: response is an empty list",
+        "train.jsonl:6: response 2 of 2 is blank",
+        "train.jsonl:7: response is a boolean, not a text",
+        "train.jsonl:8: response is an object, not a text",
+        "train.jsonl:9: response is missing (null)",
+        "train.jsonl:10: query is blank",
+        "train.jsonl:10: response is an empty list",
+        "train.jsonl:11: query is a number, not a text",
+        "train.jsonl:11: response is a list, not a text",
+        "train.jsonl:12: relevant_ids is a number, not a text or a whole number",
+        "train.jsonl:13: response is no valid Unicode text: it has half of a surrogate pair",
+        "train.jsonl:14: response is infinite",
+    ]
+    assert caught.value.hint == "Correct or remove what is listed; nothing is left out in silence."
+    assert caught.value.exit_code == 3
+
+
+def test_long_lists_of_problems_are_cut(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", *({"query": "q", "response": ""} for _ in range(55)))
+    with pytest.raises(DataError) as caught:
+        load(path)
+    lines = caught.value.message.splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "... and 35 more"
+    assert load(write_jsonl(tmp_path / "u.jsonl", {"query": "q", "response": "r"}, {}), limit=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "missing", "hint"),
+    [
+        ({"query": "q", "respones": "r"}, "response", ": did you mean 'respones'?"),
+        ({"query": "q", "answer": "r"}, "response", ": did you mean 'answer'?"),
+        ({"query": "q", "x": {"y": 1}}, "response", "."),
+        ({"question": "q", "response": "r"}, "query", ": did you mean 'question'?"),
+    ],
+)
+def test_missing_columns_are_one_error(tmp_path, row, missing, hint):
+    path = write_jsonl(tmp_path / "train.jsonl", row, row)
+    with pytest.raises(DataError, match=f"train.jsonl has no column '{missing}'; its columns are: ") as caught:
+        load(path)
+    assert caught.value.hint == f"Set `columns.{missing}` to the name of the column that holds it{hint}"
+
+
+def test_mapped_relevant_ids_must_exist(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", {"query": "q", "response": "r", "docs": ["d"]})
+    assert load(path, columns=ExampleColumns(relevant_ids="docs"))[0].relevant_ids == ("d",)
+    with pytest.raises(DataError, match="has no column 'doc'") as caught:
+        load(path, columns=ExampleColumns(relevant_ids="doc"))
+    assert caught.value.hint.endswith("did you mean 'docs'?")
+    with pytest.raises(DataError, match="has no column 'gold'"):
+        load(path, columns=ExampleColumns(relevant_ids="gold"))
+
+
+def test_dots_reach_into_nested_values(tmp_path):
+    row = {"in": {"q": "Q", "lang": "en"}, "answers": [{"text": "A"}, {"text": "B"}]}
+    path = write_jsonl(tmp_path / "t.jsonl", row)
+    columns = ExampleColumns(query="in.q", response="answers.text")
+    assert load(path, columns=columns) == [Example("t-0001", "Q", ("A", "B"), (), {"in": {"lang": "en"}})]
+    with pytest.raises(DataError, match=r"no column 'in.query'; its columns are: in, in.q, in.lang, answers\."):
+        load(path, columns=ExampleColumns(query="in.query"))
+
+
+def test_csv_with_several_answers_in_a_cell(tmp_path):
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["query", "response", "relevant_ids"], ["q", "a | b", "1|2"], ["q", "c", ""]])
+    assert load(path, list_separator="|") == [
+        Example("t-0002", "q", ("a", "b"), ("1", "2")),
+        Example("t-0003", "q", ("c",)),
+    ]
+    assert load(path)[0].responses == ("a | b",)
+    with pytest.raises(ConfigError, match="`list_separator` is for CSV and TSV"):
+        load(write_jsonl(tmp_path / "t.jsonl", {"query": "q", "response": "a|b"}), list_separator="|")
+
+
+def test_csv_with_empty_cells(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("query,response\nq,\nq,r,s\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert caught.value.message.splitlines()[1:] == [
+        "t.csv:3: has 3 cells, but the header has 2",
+        "t.csv:2: response is empty",
+    ]
+
+
+def test_parquet_metadata_has_types_of_json(tmp_path):
+    path = tmp_path / "t.parquet"
+    columns = {"query": ["q"], "response": [2.5], "day": [datetime.date(2024, 1, 2)], "raw": [b"abc"], "n": [math.nan]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    examples = load(path)
+    assert examples == [Example("t-0001", "q", ("2.5",), (), {"day": "2024-01-02", "raw": "<3 bytes>", "n": None})]
+    json.dumps(examples[0].metadata, allow_nan=False)
+
+
+def test_parquet_problems_count_rows(tmp_path):
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"query": ["q", "q"], "response": ["r", None]}), path)
+    with pytest.raises(DataError, match=r"t.parquet row 2: response is missing \(null\)"):
+        load(path)
+
+
+def test_examples_from_mappings_and_examples():
+    examples = examples_from_dataset([{"query": "q", "response": "r"}])
+    assert examples == [Example("dataset-0001", "q", ("r",))]
+    assert examples_from_dataset(examples) == examples
+    assert examples_from_dataset(iter([{"a": "q", "b": "r"}]), ExampleColumns(query="a", response="b")) == examples
+    with pytest.raises(DataError, match="dataset row 2: has no 'response'"):
+        examples_from_dataset([{"query": "q", "response": "r"}, {"query": "q"}])
+    with pytest.raises(DataError, match="dataset row 1: is no object with named fields but a text"):
+        examples_from_dataset(["q"])
+    with pytest.raises(DataError, match="The data set has no rows"):
+        examples_from_dataset([])
+    with pytest.raises(DataError, match=r"A mapping is no data set: .* \(query, response\)"):
+        examples_from_dataset({"query": ["q"], "response": ["r"]})
+    with pytest.raises(DataError, match="An object of type NoneType is no data set"):
+        examples_from_dataset(None)
+    with pytest.raises(DataError, match="id 'dataset-0001': is used by 2 examples"):
+        examples_from_dataset(examples * 2)
+
+
+def squad_file(tmp_path, *questions):
+    content = {"data": [{"title": "New York", "paragraphs": [{"context": "One.", "qas": list(questions)}]}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def question(number, *answers):
+    return {"id": f"q{number}", "question": "Q?", "answers": [{"text": text, "answer_start": 0} for text in answers]}
+
+
+def test_squad_examples(tmp_path):
+    path = squad_file(
+        tmp_path, question(1, "One", "one", "One"), question(2, "a"), {**question(3), "is_impossible": True}
+    )
+    assert load_examples(SquadExamplesConfig(path=path, limit=2)) == [
+        Example("q1", "Q?", ("One", "one"), ("New_York-0",), {"title": "New York"}),
+        Example("q2", "Q?", ("a",), ("New_York-0",), {"title": "New York"}),
+    ]
+
+
+def test_bad_squad_examples(tmp_path):
+    unanswerable = {**question(2), "is_impossible": True}
+    path = squad_file(tmp_path, question(1, "a"), unanswerable, question(1, "b"), {"question": "", "answers": 1})
+    with pytest.raises(DataError) as caught:
+        load_examples(SquadExamplesConfig(path=path))
+    place = "squad.json data[0].paragraphs[0]"
+    assert caught.value.message.splitlines()[1:] == [
+        f"{place}.qas[1]: the question has no answers",
+        f"{place}.qas[2]: id 'q1' is used by a question before it",
+        f"{place}.qas[3]: question is empty",
+        f"{place}.qas[3]: answers is no list of objects",
+    ]
+    assert "unanswerable questions of SQuAD v2 (`is_impossible`) must be removed first" in caught.value.hint
+
+
+def beir_folder(tmp_path, judgements):
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text(judgements, encoding="utf-8")
+    write_jsonl(tmp_path / "queries.jsonl", *({"_id": f"q{number}", "text": f"Q{number}?"} for number in range(4)))
+    return str(tmp_path)
+
+
+def test_beir_examples(tmp_path):
+    path = beir_folder(tmp_path, "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq1\td3\t2\nq2\td1\t0\nq3\td1\t1\n")
+    examples = load_examples(BeirExamplesConfig(path=path))
+    assert examples == [Example("q1", "Q1?", (), ("d1", "d3")), Example("q3", "Q3?", (), ("d1",))]
+    assert load_examples(BeirExamplesConfig(path=path, limit=1)) == examples[:1]
+    with pytest.raises(DataError, match="The example 'q1' has no answer, only judged passages"):
+        _ = examples[0].response
+    with pytest.raises(DataError, match=r"dev.tsv does not exist") as caught:
+        load_examples(BeirExamplesConfig(path=path, split="dev"))
+    assert caught.value.hint == "Its folder has: test.tsv."
+
+
+def test_bad_beir_judgements(tmp_path):
+    path = beir_folder(tmp_path, "query-id\tcorpus-id\tscore\nq1\td1\tx\nq1\t\t1\nq9\td1\t1\n")
+    with pytest.raises(DataError) as caught:
+        load_examples(BeirExamplesConfig(path=path))
+    assert caught.value.message.splitlines()[1:] == [
+        "test.tsv:2: score is no number: 'x'",
+        "test.tsv:3: corpus-id is empty",
+    ]
+    judgements = tmp_path / "qrels" / "test.tsv"
+    judgements.write_text("query-id\tcorpus-id\tscore\nq9\td1\t1\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"query-id 'q9': is not in queries.jsonl"):
+        load_examples(BeirExamplesConfig(path=path))
+    judgements.write_text("query-id\tcorpus-id\tscore\nq1\td1\t0\n", encoding="utf-8")
+    with pytest.raises(DataError, match="judges no document as relevant"):
+        load_examples(BeirExamplesConfig(path=path))
+    judgements.write_text("q1\t0\td1\t1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="has no rows"):
+        load_examples(BeirExamplesConfig(path=path))
+    judgements.write_text("q1\td1\t1\nq2\td1\t1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="has no column 'query-id'; its columns are: q1, d1, 1"):
+        load_examples(BeirExamplesConfig(path=path))
