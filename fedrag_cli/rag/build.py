@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from fedrag_cli.config import Config
 from fedrag_cli.data.corpora import load_corpus
@@ -15,8 +14,7 @@ from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.registry import build
-
-Progress = Callable[[int], None]
+from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
 
 def build_rag_system(
@@ -24,8 +22,7 @@ def build_rag_system(
     *,
     nodes: Sequence[KnowledgeNode] | None = None,
     with_generator: bool = True,
-    store_directory: Path | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter | None = None,
 ) -> RAGSystem:
     """Load the models and the passages that a config describes, and fill or open the knowledge store.
 
@@ -33,8 +30,7 @@ def build_rag_system(
         config: A loaded config.
         nodes: The passages, where they are loaded already.
         with_generator: Whether to load the generator.
-        store_directory: A saved store to use in place of the config's.
-        progress: Called with the number of passages encoded after each batch, where the store is filled.
+        reporter: Told what is being loaded, and shown how the store is filled.
 
     Raises:
         ModelError: A model is missing or broken.
@@ -43,24 +39,24 @@ def build_rag_system(
     """
     nodes = nodes if nodes is not None else load_corpus(config.dataset.corpus)
     _check_top_k(config, len(nodes))
+    reporter = reporter or SilentReporter()
     device = config.run.device
+    reporter.note("Loading the models")
     retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=device)
-    store = _open_store(config, retriever, nodes, store_directory, progress)
     generator = None
     if with_generator and config.rag_system.generator is not None:
         generator = build("generator", config.rag_system.generator, prompt=config.rag_system.prompt, device=device)
+    store = _open_store(config, retriever, nodes, reporter)
     return RAGSystem(retriever, store, generator, config.rag_system.top_k, config)
 
 
 def build_knowledge_store(
-    config: Config,
-    retriever: SentenceTransformerRetriever,
-    nodes: Sequence[KnowledgeNode],
-    progress: Progress | None = None,
+    retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
 ) -> InMemoryKnowledgeStore:
     """Encode passages into a new store that carries the fingerprints of encoder and corpus."""
     store = InMemoryKnowledgeStore(retriever.device)
-    store.add(nodes, retriever.encode_passages([node.text for node in nodes], progress))
+    with reporter.task("Encoding passages", len(nodes), "passage") as advance:
+        store.add(nodes, retriever.encode_passages([node.text for node in nodes], advance))
     store.encoder_fingerprint = retriever.fingerprint()
     store.corpus_fingerprint = corpus_fingerprint(nodes)
     return store
@@ -75,20 +71,16 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
 
 
 def _open_store(
-    config: Config,
-    retriever: SentenceTransformerRetriever,
-    nodes: Sequence[KnowledgeNode],
-    store_directory: Path | None,
-    progress: Progress | None,
+    config: Config, retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
 ) -> InMemoryKnowledgeStore:
-    path = store_directory or (Path(config.rag_system.knowledge_store.path) if config.rag_system.knowledge_store.path else None)
-    if path is None or not path.exists():
-        return build_knowledge_store(config, retriever, nodes, progress)
-    store = InMemoryKnowledgeStore.load(path, device=retriever.device)
+    store: InMemoryKnowledgeStore = build("knowledge_store", config.rag_system.knowledge_store, device=retriever.device)
+    if not len(store):
+        return build_knowledge_store(retriever, nodes, reporter)
     store.require_encoder(retriever.fingerprint())
     if store.corpus_fingerprint != corpus_fingerprint(nodes):
         raise KnowledgeStoreError(
-            f"The knowledge store in '{path}' was built from other passages than the corpus has now.",
+            f"The knowledge store in '{config.rag_system.knowledge_store.path}' was built from other passages than the "
+            "corpus has now.",
             "Refresh it with 'fedrag index CONFIG'.",
         )
     return store

@@ -87,6 +87,8 @@ class LSRConfig(TrainingConfig):
     """Log-likelihood of the answer: mean over its tokens, or sum."""
     divergence: Literal["forward", "reverse"] = "forward"
     """forward is KL(LM || retriever), reverse is KL(retriever || LM)."""
+    dropout: bool = False
+    """Use the encoder's dropout while training; it makes the retrieved passages jitter, and each new one must be scored."""
     refresh_every: PositiveInt | None = None
     """With train: both, re-encode all passages every so many steps; once an epoch by default."""
 
@@ -129,13 +131,13 @@ def register(registry: Registry) -> None:
         "retriever_trainer",
         "lsr",
         LSRConfig,
-        "fedrag_cli.trainers.huggingface.lsr:HuggingFaceTrainerForLSR",
+        "fedrag_cli.trainers.huggingface.lsr:HuggingFaceTrainerForLSR.from_config",
         "LM-supervised retrieval (REPLUG, RA-DIT)",
     )
     registry.register(
         "generator_trainer",
         "ralt",
         RALTConfig,
-        "fedrag_cli.trainers.huggingface.ralt:HuggingFaceTrainerForRALT",
+        "fedrag_cli.trainers.huggingface.ralt:HuggingFaceTrainerForRALT.from_config",
         "retrieval-augmented tuning of the generator (RA-DIT)",
     )

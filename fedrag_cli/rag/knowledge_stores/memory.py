@@ -100,7 +100,9 @@ class InMemoryKnowledgeStore(KnowledgeStore):
 
     def clear(self) -> None:
         """Remove all passages, their embeddings and the fingerprints."""
-        self.__init__(self.device)  # type: ignore[misc]
+        self.encoder_fingerprint = self.corpus_fingerprint = None
+        self._nodes, self._positions = [], {}
+        self._buffer = torch.zeros((0, 0), device=self.device)
 
     def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
         """Find the best passages of each query by one matrix product; see `KnowledgeStore.search_positions`."""

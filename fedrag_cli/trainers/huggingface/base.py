@@ -72,6 +72,11 @@ class HuggingFaceTrainer(BaseTrainer):
         self.proximal_mu = 0.0
         self._require_responses()
 
+    @classmethod
+    def from_config(cls, config: TrainingConfig, rag_system: RAGSystem, **options: Any) -> HuggingFaceTrainer:
+        """Build the trainer the way the registry does: config first; options as for the class."""
+        return cls(rag_system, config=config, **options)
+
     @property
     @abstractmethod
     def model(self) -> nn.Module:

@@ -41,12 +41,16 @@ class LSRModel(nn.Module):
     def __init__(self, trainer: HuggingFaceTrainerForLSR) -> None:
         """Register the encoders that are trained, and no other module."""
         super().__init__()
+        # Kept out of the module tree: the language model in there is frozen and must not be saved or moved with it.
+        self._trainer = [trainer]
         retriever = trainer.rag_system.retriever
         self.query_encoder = retriever.query_encoder
         if trainer.config.train == "both" and not retriever.is_shared:
             self.passage_encoder = retriever.passage_encoder
-        # Kept out of the module tree: the language model in there is frozen and must not be saved or moved with it.
-        self._trainer = [trainer]
+
+    def train(self, mode: bool = True) -> LSRModel:
+        """Switch to training mode, with dropout only where the config wants it."""
+        return super().train(mode and self._trainer[0].config.dropout)
 
     def forward(
         self, features: dict[str, Any], examples: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None

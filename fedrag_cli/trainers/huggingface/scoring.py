@@ -97,8 +97,8 @@ class LikelihoodScorer:
     def score(self, pairs: Sequence[Pair], reporter: Reporter | None = None) -> tuple[Tensor, Tensor]:
         """Return log p(response | passage, query) and the response's length for each pair.
 
-        Pairs are put into length-sorted batches of a token budget; a batch is computed unless all of it is cached. The
-        batches depend on the pairs alone and not on the cache, so that a resumed run gets bit-identical numbers.
+        Pairs that are not cached are put into length-sorted batches, longest first. A run that was killed between two
+        batches forms the same batches of the rest, so a resumed run gets bit-identical numbers.
 
         Args:
             pairs: Examples and single passages.
@@ -109,15 +109,19 @@ class LikelihoodScorer:
         """
         encoded = [self._encode(example, node) for example, node in pairs]
         keys = [self._key(prompt, target) for prompt, target in encoded]
-        lengths = [len(prompt) + len(target) for prompt, target in encoded]
-        with (reporter or SilentReporter()).task("Scoring answers", len(pairs), "pair") as advance:
-            for batch in length_sorted_batches(lengths, self.generator.config.batch_tokens):
-                if any(self.cache.get(keys[position]) is None for position in batch):
-                    totals = self.generator.score_batch([encoded[position] for position in batch])
-                    self.cache.put([keys[position] for position in batch], totals.tolist())
-                advance(len(batch))
+        missing = {key: pair for key, pair in zip(keys, encoded, strict=True) if self.cache.get(key) is None}
+        self._score_missing(missing, reporter or SilentReporter())
         totals = torch.tensor([self.cache.get(key) for key in keys], dtype=torch.float32)
         return totals, torch.tensor([len(target) for _, target in encoded])
+
+    def _score_missing(self, missing: dict[str, TokenPair], reporter: Reporter) -> None:
+        keys, pairs = list(missing), list(missing.values())
+        lengths = [len(prompt) + len(target) for prompt, target in pairs]
+        with reporter.task("Scoring answers", len(pairs), "pair") as advance:
+            for batch in length_sorted_batches(lengths, self.generator.config.batch_tokens):
+                totals = self.generator.score_batch([pairs[position] for position in batch])
+                self.cache.put([keys[position] for position in batch], totals.tolist())
+                advance(len(batch))
 
     def _encode(self, example: Example, node: KnowledgeNode) -> TokenPair:
         target = self.generator.prompts.answer_tokens(example.response)

@@ -1,0 +1,23 @@
+"""`fedrag doctor`: versions, devices and packages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.session import session
+
+NAME = "doctor"
+
+
+def command(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False) -> None:
+    """Check that the installed libraries fit and say what this machine can compute on; exits 1 if something is wrong."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.runs.installation import examine
+
+        report: dict[str, Any] = examine()
+        current.result(report, lambda renderer: renderer.installation(report))
+        if not report["healthy"]:
+            raise typer.Exit(1)

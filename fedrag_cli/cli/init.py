@@ -1,0 +1,29 @@
+"""`fedrag init`: a config to start from, with its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.session import session
+
+NAME = "init"
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; it is made where it is missing.")],
+    template: Annotated[str, typer.Option("--template", "-t", help="Which config to start from.")] = "quickstart",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write fedrag.yaml, its schema and its data into a folder; nothing is overwritten."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.config.templates import write_template
+
+        written = write_template(template, directory)
+        document = {"template": template, "files": [str(path) for path in written]}
+        current.result(document, lambda renderer: renderer.initialised(directory, written))

@@ -1,0 +1,69 @@
+"""The entry point: one command a file, registered here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from fedrag_cli.cli import components, doctor, evaluate, index, init, query, resume, schema, train, validate
+
+HELP = """Tune the retriever and the generator of a RAG system on your own data.
+
+Exit codes: 0 done, 1 failed, 2 usage or config, 3 data or model missing or bad, 130 interrupted with a checkpoint
+saved. With --json a command prints one JSON document to stdout; all else goes to stderr.
+"""
+
+app = typer.Typer(
+    name="fedrag", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+for module in (init, validate, schema, components, doctor, index, train, resume, evaluate, query):
+    app.command(name=module.NAME)(module.command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from importlib import metadata
+
+        typer.echo(metadata.version("fedrag-cli"))
+        raise typer.Exit
+
+
+_root.__doc__ = HELP
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: The arguments after the program's name; those of the process by default.
+    """
+    _quiet_environment()
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="fedrag")
+    except SystemExit as leave:
+        return int(leave.code or 0) if isinstance(leave.code, int | None) else 1
+    return 0
+
+
+def _quiet_environment() -> None:
+    """Turn the libraries' telemetry and update checks off before they are imported, and their bars where nobody looks."""
+    settings = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    if not sys.stderr.isatty():
+        settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedrag_cli.errors import ConfigError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print tracebacks and the libraries' warnings.")]
+ConfigArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="YAML file (fedrag.yaml by default), and settings that win over it, such as trainer.mode=generator.",
+    ),
+]
+
+_OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)*=")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Positional arguments by meaning.
+
+    Args:
+        path: The config or run directory; None where none was given.
+        overrides: `key.path=value` texts.
+        rest: What is neither, in order.
+    """
+
+    path: Path | None
+    overrides: list[str]
+    rest: list[str]
+
+
+def sort_arguments(arguments: Sequence[str] | None, *, most_rest: int = 0) -> Arguments:
+    """Tell path, overrides and the rest apart.
+
+    Args:
+        arguments: The positional arguments of a command.
+        most_rest: How many further arguments the command takes.
+
+    Raises:
+        ConfigError: There are more arguments than the command takes.
+    """
+    overrides = [argument for argument in arguments or () if _OVERRIDE.match(argument) and not Path(argument).exists()]
+    others = [argument for argument in arguments or () if argument not in overrides]
+    if len(others) > 1 + most_rest:
+        raise ConfigError(
+            f"There is one argument too many: '{others[1 + most_rest]}'.",
+            "Write settings as key.path=value, without spaces.",
+        )
+    return Arguments(Path(others[0]) if others else None, overrides, others[1:])

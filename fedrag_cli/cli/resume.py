@@ -1,0 +1,32 @@
+"""`fedrag resume`: go on where a run stopped, from its directory alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.session import session
+
+NAME = "resume"
+
+
+def command(
+    run_dir: Annotated[Path, typer.Argument(help="The run directory, such as runs/NAME/TIME-ID.")],
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with an interrupted run; it ends with the numbers that it would have had undisturbed."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.config import load_config_with_source
+        from fedrag_cli.runs.directory import RunDirectory
+
+        run = RunDirectory.open(run_dir)
+        source = load_config_with_source(run.config_file)
+        from fedrag_cli.trainer_managers.training_run import resume_training
+
+        summary = resume_training(run, source, current.reporter())
+        current.result(summary, lambda renderer: renderer.training_summary(summary))

@@ -1,0 +1,118 @@
+"""What surrounds every command: where output goes, and how errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fedrag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, FedRAGError
+
+if TYPE_CHECKING:
+    from fedrag_cli.cli.render import Renderer
+    from fedrag_cli.runs.reporting import Reporter
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of a command.
+
+    Args:
+        json_output: Whether the result goes to stdout as JSON.
+        quiet: Whether to print errors only.
+        verbose: Whether to print tracebacks and the libraries' warnings.
+        renderer: Writes for people, to stderr.
+    """
+
+    json_output: bool
+    quiet: bool
+    verbose: bool
+    renderer: Renderer
+
+    def result(self, document: Mapping[str, Any], show: Callable[[Renderer], None] | None = None) -> None:
+        """Give the command's result: as JSON on stdout, or for people."""
+        if self.json_output:
+            print_json(document)
+        elif show is not None and not self.quiet:
+            show(self.renderer)
+
+    def reporter(self) -> Reporter:
+        """Return what long work reports to."""
+        from fedrag_cli.runs.reporting import SilentReporter
+
+        return SilentReporter() if self.quiet else self.renderer.reporter()
+
+
+@contextmanager
+def session(*, json_output: bool, quiet: bool, verbose: bool) -> Iterator[Session]:
+    """Run a command's body: errors become a message (or JSON) and the documented exit code."""
+    from fedrag_cli.cli.render import Renderer
+
+    renderer = Renderer()
+    if not verbose:
+        _quiet_libraries()
+    try:
+        yield Session(json_output, quiet, verbose, renderer)
+    except (typer.Exit, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        _fail(renderer, FedRAGError("Interrupted."), EXIT_INTERRUPTED, json_output)
+    except FedRAGError as error:
+        if verbose:
+            traceback.print_exc()
+        _fail(renderer, error, error.exit_code, json_output)
+    except BrokenPipeError:
+        raise typer.Exit(EXIT_FAILED) from None
+    except Exception as error:  # noqa: BLE001  (the last resort of the command line: no traceback unless asked for)
+        if verbose:
+            traceback.print_exc()
+        _fail(renderer, _unexpected(error), EXIT_FAILED, json_output)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document to stdout, with a schema version in front."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2, ensure_ascii=False)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) -> None:
+    if json_output:
+        details: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+        problems = getattr(error, "problems", None)
+        if problems:
+            details["problems"] = [
+                {"file": p.position.file, "line": p.position.line, "path": p.path, "message": p.message} for p in problems
+            ]
+        print_json({"error": {**details, "exit_code": code}})
+    renderer.error(error)
+    raise typer.Exit(code)
+
+
+def _unexpected(error: Exception) -> FedRAGError:
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return FedRAGError("The disk is full.", "Free some space; what was saved before is intact.")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return FedRAGError(
+            f"The memory is full ({reason}).",
+            "Lower trainer.*.batch_size or rag_system.generator.batch_tokens, or set gradient_checkpointing: true.",
+        )
+    return FedRAGError(reason, "This should not happen. Run the command again with --verbose and report what it prints.")
+
+
+def _quiet_libraries() -> None:
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "sentence_transformers", "datasets", "peft", "accelerate", "torch", "flwr"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,42 @@
+"""The config's JSON Schema, for editors that complete and check YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedrag_cli.config.listing import setting_help
+from fedrag_cli.config.validation import config_adapter
+from fedrag_cli.registry import registry
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}
+
+
+def config_json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a config file, with the registered components.
+
+    Every setting may also be an interpolation (`${...}`), and nothing is required at the top, because a file may
+    extend another one.
+    """
+    schema = config_adapter().json_schema()
+    definitions = schema.pop("$defs")
+    helps = {component.config_class.__name__: setting_help(component.config_class) for component in registry().all()}
+    for name, definition in definitions.items():
+        for setting, help in helps.get(name, {}).items():
+            definition["properties"][setting].setdefault("description", help)
+        definition.pop("required", None)
+        definition["properties"] = {
+            setting: _or_interpolation(field) for setting, field in definition.get("properties", {}).items()
+        }
+    schema.pop("required", None)
+    extends = {"type": "string", "description": "Path of a config that this one builds on."}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return {"$schema": DIALECT, **schema, "$defs": definitions}
+
+
+def _or_interpolation(field: dict[str, Any]) -> dict[str, Any]:
+    about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+    if field.get("type") == "string" or "const" in field:
+        return {**about, **field} if "const" in field else {**about, "anyOf": [field, INTERPOLATION]}
+    options = field.pop("anyOf", None) or field.pop("oneOf", None) or [field]
+    return {**about, "anyOf": [*options, INTERPOLATION]}

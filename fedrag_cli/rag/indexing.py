@@ -1,0 +1,48 @@
+"""Building the knowledge store on disk."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli.config import Config
+from fedrag_cli.data.corpora import load_corpus
+from fedrag_cli.errors import ConfigError
+from fedrag_cli.rag.build import build_knowledge_store
+from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.registry import build
+from fedrag_cli.runs.reporting import Reporter
+
+
+def build_index(config: Config, reporter: Reporter) -> dict[str, Any]:
+    """Encode the corpus and save the store at `rag_system.knowledge_store.path`, in the place of an old one.
+
+    Returns:
+        Where it is, how many passages it holds, how many of them were cut, its fingerprints and the time taken.
+
+    Raises:
+        ConfigError: The config names no path.
+    """
+    path = config.rag_system.knowledge_store.path
+    if path is None:
+        raise ConfigError(
+            "The config does not say where to save the knowledge store.",
+            "Set rag_system.knowledge_store.path, or add rag_system.knowledge_store.path=FOLDER to the command.",
+        )
+    nodes = load_corpus(config.dataset.corpus)
+    started = time.monotonic()
+    retriever: SentenceTransformerRetriever = build(
+        "retriever", config.rag_system.retriever, device=config.run.device
+    )
+    store = build_knowledge_store(retriever, nodes, reporter)
+    store.save(Path(path))
+    return {
+        "path": path,
+        "passages": len(store),
+        "truncated": retriever.count_truncated([node.text for node in nodes], queries=False),
+        "dimension": store.embeddings.shape[1],
+        "encoder_fingerprint": store.encoder_fingerprint,
+        "corpus_fingerprint": store.corpus_fingerprint,
+        "seconds": round(time.monotonic() - started, 2),
+    }
