@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fedrag_cli.errors import ConfigError
+from fedrag_cli.errors import ConfigError, FedRAGError
 
 ENTRY_POINT_GROUP = "fedrag.components"
 BUILT_IN_MODULES = ("fedrag_cli.data.config", "fedrag_cli.rag.config", "fedrag_cli.trainers.config")
@@ -126,9 +126,11 @@ class Registry:
             self._origin = entry_point.dist.name if entry_point.dist else entry_point.value
             try:
                 entry_point.load()(self)
-            except (ImportError, AttributeError, TypeError) as error:
+            except FedRAGError:
+                raise
+            except Exception as error:  # noqa: BLE001  (a plug-in may raise anything, and every command loads it)
                 raise ConfigError(
-                    f"The plug-in '{entry_point.name}' of '{self._origin}' cannot be loaded: {error}",
+                    f"The plug-in '{entry_point.name}' of '{self._origin}' cannot be loaded: {type(error).__name__}: {error}",
                     f"Repair or uninstall '{self._origin}'.",
                 ) from error
         return self

@@ -35,7 +35,7 @@ def command(
                 "type": component.name,
                 "help": component.help,
                 "origin": component.origin,
-                "settings": component_settings(component.config_class),
+                "settings": component_settings(component.config_class) if json or name is not None else [],
             }
             for component in found
         ]

@@ -32,8 +32,8 @@ class Renderer:
 
     def __init__(self) -> None:
         """Find out whether stderr is a terminal; NO_COLOR is respected by Rich."""
-        self.console = Console(stderr=True, highlight=False, soft_wrap=False)
-        self.output = Console(highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=False)
+        self.output = Console(highlight=False, emoji=False)
 
     def reporter(self) -> Reporter:
         """Return a reporter with live bars on a terminal, and plain lines elsewhere."""

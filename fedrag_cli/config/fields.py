@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, MinLen
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from fedrag_cli.registry import registry
 
@@ -18,11 +18,21 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Interval(ge=0, le=1)]
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("is no number")
+    return value
+
+
+# pydantic takes true for 1, which YAML writes as `yes` and `on` too.
+_NUMBER = BeforeValidator(_refuse_bool)
+PositiveInt = Annotated[int, Gt(0), _NUMBER]
+NonNegativeInt = Annotated[int, Ge(0), _NUMBER]
+PositiveFloat = Annotated[float, Gt(0), _NUMBER]
+NonNegativeFloat = Annotated[float, Ge(0), _NUMBER]
+Fraction = Annotated[float, Interval(ge=0, le=1), _NUMBER]
 NonEmptyStr = Annotated[str, MinLen(1)]
 
 T = TypeVar("T")
@@ -30,8 +40,11 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config_class(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only dataclass that refuses unknown keys and takes its help from field docstrings."""
-    cls.__pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
+    """Make a frozen, keyword-only dataclass that refuses unknown keys.
+
+    The docstring below a field is its help; `listing.setting_help` reads it from the source when somebody asks.
+    """
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -70,7 +83,8 @@ class ComponentSlot:
     def type_of(self, value: Any) -> str | None:
         """Return the `type:` of a raw mapping or of an already built component config."""
         if isinstance(value, dict):
-            return value.get("type", self.default)
+            given = value.get("type")
+            return self.default if given is None else str(given)
         return getattr(value, "type", None)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from fedrag_cli.config.fields import slots_of
 from fedrag_cli.config.listing import setting_help
+from fedrag_cli.config.schema import Config
 from fedrag_cli.config.validation import config_adapter
 from fedrag_cli.registry import registry
 
@@ -20,7 +23,7 @@ def config_json_schema() -> dict[str, Any]:
     """
     schema = config_adapter().json_schema()
     definitions = schema.pop("$defs")
-    helps = {component.config_class.__name__: setting_help(component.config_class) for component in registry().all()}
+    helps = {owner.__name__: setting_help(owner) for owner in _config_classes()}
     for name, definition in definitions.items():
         for setting, help in helps.get(name, {}).items():
             definition["properties"][setting].setdefault("description", help)
@@ -29,9 +32,23 @@ def config_json_schema() -> dict[str, Any]:
             setting: _or_interpolation(field) for setting, field in definition.get("properties", {}).items()
         }
     schema.pop("required", None)
+    for setting, help in helps[Config.__name__].items():
+        schema["properties"][setting].setdefault("description", help)
     extends = {"type": "string", "description": "Path of a config that this one builds on."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return {"$schema": DIALECT, **schema, "$defs": definitions}
+
+
+def _config_classes() -> set[type]:
+    """Return the dataclasses of the whole config, those of the registered components included."""
+    found: set[type] = set()
+    waiting: list[type] = [Config, *(component.config_class for component in registry().all())]
+    while waiting:
+        owner = waiting.pop()
+        found.add(owner)
+        inner = (slot for field in dataclasses.fields(owner) for slot in slots_of(owner, field.name))
+        waiting.extend(slot for slot in inner if isinstance(slot, type) and slot not in found)
+    return found
 
 
 def _or_interpolation(field: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -24,10 +29,32 @@ def component_settings(config_class: type) -> list[dict[str, Any]]:
 
 
 def setting_help(config_class: type) -> dict[str, str]:
-    """Return the help of each setting; pydantic knows only those that the class itself writes, not inherited ones."""
+    """Return the help of each setting: the docstring below its field, inherited ones included."""
     help: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(base):
-            properties = TypeAdapter(base).json_schema()["properties"]
-            help |= {name: field["description"] for name, field in properties.items() if "description" in field}
+            help |= _field_docstrings(base)
     return help
+
+
+@functools.cache
+def _field_docstrings(owner: type) -> dict[str, str]:
+    try:
+        body = _class_bodies(inspect.getsourcefile(owner) or "").get(owner.__qualname__, [])
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+@functools.cache
+def _class_bodies(file: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedrag_cli.config.checks import check_config
 from fedrag_cli.config.paths import absolute_paths
-from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path
+from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path, in_order
+from fedrag_cli.config.references import escape, expression, failure, origin, resolved
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import DEFAULT_CONFIG, ConfigTree, read_tree
 from fedrag_cli.config.validation import validate_values
@@ -32,10 +33,27 @@ class ConfigSource:
         Keeping references keeps secrets out of the file: a value that came from the environment is read from there
         again when the file is loaded.
         """
-        values = _plain(self.config)
-        for path, expression in _interpolations(self.tree.tree, ()):
-            _put_reference(values, path, expression, self.tree.folder(path))
+        values = self._with_references(self.config, ())
         return OmegaConf.to_yaml(OmegaConf.create(values), resolve=False, sort_keys=False)
+
+    def _with_references(self, value: Any, path: KeyPath) -> Any:
+        reference = expression(self.tree.tree, path) if path else None
+        if reference is not None:
+            return self._folder_of_reference(value, path) + reference
+        if dataclasses.is_dataclass(value):
+            names = [field.name for field in dataclasses.fields(value)]
+            return {name: self._with_references(getattr(value, name), (*path, name)) for name in names}
+        if isinstance(value, list | tuple):
+            return [self._with_references(item, (*path, index)) for index, item in enumerate(value)]
+        return escape(value) if isinstance(value, str) else value
+
+    def _folder_of_reference(self, value: Any, path: KeyPath) -> str:
+        """Return the folder that a relative path counts from, because the written file may lie elsewhere."""
+        given = resolved(self.tree.tree, origin(self.tree.tree, path))
+        if not isinstance(value, str) or not isinstance(given, str) or given == value or Path(given).is_absolute():
+            return ""
+        bases = [base.resolve() for base in (self.tree.folder(path), Path()) if base is not None]
+        return next((f"{base}/" for base in bases if str((base / given).resolve()) == value), "")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -61,7 +79,7 @@ def load_config_with_source(path: str | Path | None = None, overrides: Sequence[
     values, unresolved = _resolve(tree)
     config, problems = validate_values(values, tree)
     broken = {problem.path for problem in unresolved}
-    problems = unresolved + [problem for problem in problems if problem.path not in broken]
+    problems = in_order(unresolved + [problem for problem in problems if problem.path not in broken])
     if config is not None and not problems:
         config = absolute_paths(config, tree)
         problems = [
@@ -80,8 +98,7 @@ def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:
         try:
             value = node[key]
         except (OmegaConfBaseException, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            problems.append(ConfigProblem(tree.position(path), format_path(path), reason))
+            problems.append(ConfigProblem(tree.position(path), format_path(path), failure(error)))
             return None
         if isinstance(value, DictConfig):
             return {str(inner): resolve(value, inner, (*path, str(inner))) for inner in value}
@@ -91,38 +108,3 @@ def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:
 
     values = {str(key): resolve(tree.tree, key, (str(key),)) for key in tree.tree}
     return values, problems
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _interpolations(node: DictConfig | ListConfig, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    keys = list(node.keys()) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        inner = (*path, str(key) if isinstance(node, DictConfig) else key)
-        if OmegaConf.is_interpolation(node, key):
-            child = node._get_node(key)
-            yield inner, str(child._value())  # type: ignore[union-attr]
-            continue
-        child = None if OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(child, DictConfig | ListConfig):
-            yield from _interpolations(child, inner)
-
-
-def _put_reference(values: Any, path: KeyPath, expression: str, folder: Path | None) -> None:
-    for key in path[:-1]:
-        values = values[key]
-    resolved = values[path[-1]]
-    # A relative reference would be resolved against the place of the written file, so its folder goes in front.
-    if folder is not None and isinstance(resolved, str) and _lies_in(resolved, folder):
-        expression = f"{folder.resolve()}/{expression}"
-    values[path[-1]] = expression
-
-
-def _lies_in(resolved: str, folder: Path) -> bool:
-    return Path(resolved).is_absolute() and Path(resolved).is_relative_to(folder.resolve())

@@ -52,6 +52,11 @@ class InvalidConfigError(ConfigError):
         self.problems = tuple(problems)
 
 
+def in_order(problems: Iterable[ConfigProblem]) -> list[ConfigProblem]:
+    """Return problems by file and line."""
+    return sorted(problems, key=lambda problem: (problem.position.file, problem.position.line))
+
+
 def format_path(path: Iterable[str | int]) -> str:
     """Write a key path as users write it: `dataset.corpus.path`, `evaluation.metrics[1]`."""
     text = ""

@@ -9,9 +9,12 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, Position
+from fedrag_cli.config.fields import ComponentSlot, slots_of
+from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, Position, format_path
+from fedrag_cli.config.references import origin
+from fedrag_cli.config.schema import Config
 from fedrag_cli.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -37,8 +40,11 @@ class ConfigTree:
         return Position(str(self.main_file), 1)
 
     def folder(self, path: KeyPath) -> Path | None:
-        """Return the folder of the file that names a value; None for defaults and the command line."""
-        position = self.positions.get(path)
+        """Return the folder of the file that names a value; None for defaults and the command line.
+
+        A value that is a reference to another setting counts as named where that one is written.
+        """
+        position = self.positions.get(origin(self.tree, path))
         return Path(position.file).parent if position is not None and position.line else None
 
 
@@ -90,13 +96,25 @@ def _read_file(path: Path) -> tuple[DictConfig, Positions]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InvalidConfigError([ConfigProblem(Position(str(path), line), "", f"is no YAML: {error.problem}")]) from error
+    except GrammarParseError as error:
+        raise InvalidConfigError([_bad_reference(error, node, str(path))]) from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", f"is no YAML: {error}")]) from error
+        reason = str(error).splitlines()[0]
+        raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", f"is no YAML: {reason}")]) from error
     if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
         raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", "holds no settings (expected 'key: value' lines)")])
     positions: Positions = {}
     _collect_positions(node, (), str(path), positions)
     return tree, positions
+
+
+def _bad_reference(error: GrammarParseError, node: yaml.Node | None, file: str) -> ConfigProblem:
+    positions: Positions = {}
+    if node is not None:
+        _collect_positions(node, (), file, positions)
+    key = str(getattr(error, "full_key", ""))
+    place = next((place for path, place in positions.items() if format_path(path) == key), Position(file, 1))
+    return ConfigProblem(place, key, "is a broken reference (write ${oc.env:NAME} or ${section.key}, and \\${ for the characters)")
 
 
 def _collect_positions(node: yaml.Node, path: KeyPath, file: str, positions: Positions) -> None:
@@ -121,27 +139,51 @@ def _apply_override(tree: DictConfig, positions: Positions, override: str) -> Di
     try:
         change = OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"The override '{override}' cannot be read: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"The override '{override}' cannot be read: {reason}.", "Write its value as in YAML, in quotes where needed."
+        ) from error
     _drop_replaced_components(tree, change, positions)
-    for length in range(1, len(path) + 1):
-        if length == len(path) or path[:length] not in positions:
-            positions[path[:length]] = Position(f"{COMMAND_LINE} ({override})", 0)
+    place = Position(f"{COMMAND_LINE} ({override})", 0)
+    for length in range(1, len(path)):
+        positions.setdefault(path[:length], place)
+    value: Any = change
+    for part in path:
+        value = _raw(value, part)
+    _place_override(value, path, place, positions)
     return _merge(tree, change)
 
 
-def _drop_replaced_components(base: DictConfig, change: DictConfig, positions: Positions, path: KeyPath = ()) -> None:
+def _place_override(value: Any, path: KeyPath, place: Position, positions: Positions) -> None:
+    """Note that a value and all below it come from the command line; a section only adds to what is there."""
+    if isinstance(value, DictConfig):
+        positions.setdefault(path, place)
+        for key in value:
+            _place_override(_raw(value, key), (*path, str(key)), place, positions)
+        return
+    for known in [known for known in positions if known[: len(path)] == path]:
+        del positions[known]
+    positions[path] = place
+
+
+def _drop_replaced_components(
+    base: DictConfig, change: DictConfig, positions: Positions, path: KeyPath = (), owner: type | None = Config
+) -> None:
     """Drop a base's component where the change names another `type:`, so that settings of the old one do not linger."""
     for key in list(change.keys()):
         old, new = _raw(base, key), _raw(change, key)
         if not isinstance(old, DictConfig) or not isinstance(new, DictConfig):
             continue
         inner = (*path, str(key))
-        if "type" in new and "type" in old and _raw(new, "type") != _raw(old, "type"):
+        slots = list(slots_of(owner, str(key))) if owner is not None else []
+        default = next((slot.default for slot in slots if isinstance(slot, ComponentSlot)), None)
+        if "type" in new and _raw(new, "type") != (_raw(old, "type") or default):
             del base[key]
             for known in [known for known in positions if known[: len(inner)] == inner]:
                 del positions[known]
         else:
-            _drop_replaced_components(old, new, positions, inner)
+            section = next((slot for slot in slots if isinstance(slot, type)), None)
+            _drop_replaced_components(old, new, positions, inner, section)
 
 
 def _raw(tree: DictConfig, key: Any) -> Any:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedrag_cli.config.fields import slots_of
-from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, suggestion
+from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, in_order, suggestion
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import ConfigTree
 from fedrag_cli.registry import registry
+
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+}
 
 
 @functools.cache
@@ -36,8 +50,17 @@ def validate_values(values: dict[str, Any], tree: ConfigTree) -> tuple[Config | 
         return config_adapter().validate_python(values), []
     except ValidationError as error:
         problems = [_problem(details, values, tree) for details in error.errors(include_url=False)]
-    unique = {(problem.path, problem.message): problem for problem in problems}
-    return None, sorted(unique.values(), key=lambda problem: (problem.position.file, problem.position.line))
+    return None, in_order(_one_for_each_path(problems))
+
+
+def _one_for_each_path(problems: Sequence[ConfigProblem]) -> Iterator[ConfigProblem]:
+    """Join what the members of a union say about the same value."""
+    by_path: dict[str, list[ConfigProblem]] = {}
+    for problem in problems:
+        by_path.setdefault(problem.path, []).append(problem)
+    for path, same in by_path.items():
+        messages = dict.fromkeys(problem.message for problem in same)
+        yield ConfigProblem(same[0].position, path, "; or ".join(messages))
 
 
 def _problem(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> ConfigProblem:
@@ -110,8 +133,12 @@ def _message(details: ErrorDetails, path: KeyPath, owner: type | None) -> str:
         return f"{given!r} {context.get('error')}"
     if kind in ("dataclass_type", "dict_type", "union_tag_not_found"):
         return f"needs settings below it ('key: value' lines), not {given!r}"
-    message = details["msg"][0].lower() + details["msg"][1:]
-    return f"{message}, not {given!r}"
+    if kind in EXPECTED:
+        return f"must be {EXPECTED[kind]}, not {given!r}"
+    if kind == "string_too_short":
+        return "must not be empty"
+    message = details["msg"].replace("Input should be", "must be")
+    return f"{message[0].lower()}{message[1:]}, not {given!r}"
 
 
 def _close(given: object, options: list[str]) -> str:

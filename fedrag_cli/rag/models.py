@@ -117,14 +117,18 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    chosen = torch.device(device)
+    missing = ModelError(f"This machine has no device '{device}'.", "Set run.device to auto or cpu.")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise missing from error
     there = {
         "cpu": True,
         "mps": torch.backends.mps.is_available(),
         "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
     }
     if not there.get(chosen.type, False):
-        raise ModelError(f"This machine has no device '{device}'.", "Set run.device to auto or cpu.")
+        raise missing
     return chosen
 
 

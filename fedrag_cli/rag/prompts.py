@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.config import PromptConfig
@@ -146,14 +147,28 @@ class PromptEncoder:
                 f"The passage '{passage.id}' has no field {error}, which rag_system.prompt.passage_template names.",
                 f"Its fields: {', '.join(sorted({*passage.metadata, 'id', 'text'}))}.",
             ) from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"The passage '{passage.id}' does not fit rag_system.prompt.passage_template: {error}.",
+                "Name plain fields there, such as {title}, or give every passage a value that the format takes.",
+            ) from error
 
     def _render(self, query: str, context: str) -> str:
         text = self.config.template.format(context=context, query=query)
         if not self._uses_chat_template:
             return text
-        rendered: str = self.tokenizer.apply_chat_template(
-            self._messages(text), tokenize=False, add_generation_prompt=True
-        )
+        return self._apply_chat_template(self._messages(text), add_generation_prompt=True)
+
+    def _apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ModelError(
+                f"The tokenizer's chat template refuses the prompt: {error}",
+                "Remove rag_system.prompt.system, or set rag_system.prompt.chat_template: never.",
+            ) from error
         return rendered
 
     def _messages(self, text: str) -> list[dict[str, str]]:
@@ -167,8 +182,10 @@ class PromptEncoder:
         # A tokenizer may add an end token of its own; a prompt must stay open for the answer.
         ids: list[int] = self.tokenizer(text)["input_ids"]
         bare = self._ids(text)
-        start = ids[: len(ids) - len(bare)] if ids[-len(bare) :] == bare else ids[:1]
-        return [*start, *bare] if len(ids) > len(bare) else bare
+        for start in range(len(ids) - len(bare) + 1):
+            if ids[start : start + len(bare)] == bare:
+                return ids[: start + len(bare)]
+        return bare
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -191,15 +208,16 @@ class PromptEncoder:
     def _find_end_ids(self) -> list[int]:
         """Return the ids after an answer, up to and including the token that ends the turn."""
         end = self.tokenizer.eos_token_id
+        endless = ModelError(
+            "The tokenizer has no end token, so an answer could never end.", "Use a model whose tokenizer has one."
+        )
         if not self._uses_chat_template:
             if end is None:
-                raise ModelError("The tokenizer has no end token, so an answer could never end.")
+                raise endless
             return [int(end)]
         prompt, answer = self._render("question", "context"), "answer"
         conversation = [*self._messages(self.config.template.format(context="context", query="question"))]
-        full: str = self.tokenizer.apply_chat_template(
-            [*conversation, {"role": "assistant", "content": answer}], tokenize=False
-        )
+        full = self._apply_chat_template([*conversation, {"role": "assistant", "content": answer}])
         if not full.startswith(prompt + answer) or self._ids(full)[: len(self._ids(prompt))] != self._ids(prompt):
             raise ModelError(
                 "The tokenizer's chat template writes a prompt that is no prefix of the whole conversation, so the "
@@ -211,7 +229,11 @@ class PromptEncoder:
         for position, token in enumerate(suffix):
             if token == end or token in special:
                 return suffix[: position + 1]
-        return [*suffix, int(end)] if end is not None else suffix
+        if end is not None:
+            return [*suffix, int(end)]
+        if not suffix:
+            raise endless
+        return suffix
 
 
 def _word_ends(text: str) -> list[int]:

@@ -242,7 +242,8 @@ def _location_options(location: ModelLocation, revision: str | None) -> dict[str
 
 def _without_quantizer(model: Any) -> Any:
     """Forget that a GGUF file was quantised: its weights are plain tensors now, and would not be saved otherwise."""
-    model.hf_quantizer = None
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model

@@ -20,7 +20,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches
-from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.rag.prompts import EncodedPrompt, TruncationCount
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
@@ -90,9 +90,16 @@ class LikelihoodScorer:
     def __init__(self, generator: CausalLMGenerator, cache_directory: Path | None = None) -> None:
         """Open the cache that belongs to the generator's weights and prompt."""
         self.generator = generator
-        self.truncation = TruncationCount()
+        self._identified: dict[tuple[str, ...], tuple[str, int]] = {}
+        self._truncated: dict[tuple[str, str], EncodedPrompt] = {}
         path = cache_directory / f"likelihoods-{self._identity()}.jsonl" if cache_directory is not None else None
         self.cache = LikelihoodCache(path)
+
+    @property
+    def truncation(self) -> TruncationCount:
+        """How many of the prompts so far were cut."""
+        dropped = sum(prompt.dropped_tokens for prompt in self._truncated.values())
+        return TruncationCount(len(self._identified), len(self._truncated), dropped)
 
     def score(self, pairs: Sequence[Pair], reporter: Reporter | None = None) -> tuple[Tensor, Tensor]:
         """Return log p(response | passage, query) and the response's length for each pair.
@@ -107,12 +114,15 @@ class LikelihoodScorer:
         Returns:
             Sums of log-probabilities (float32) and numbers of tokens (int64), each of shape (len(pairs),).
         """
-        encoded = [self._encode(example, node) for example, node in pairs]
-        keys = [self._key(prompt, target) for prompt, target in encoded]
-        missing = {key: pair for key, pair in zip(keys, encoded, strict=True) if self.cache.get(key) is None}
+        known = [self._identify(example, node) for example, node in pairs]
+        missing = {
+            key: self._encode(example, node)
+            for (key, _), (example, node) in zip(known, pairs, strict=True)
+            if self.cache.get(key) is None
+        }
         self._score_missing(missing, reporter or SilentReporter())
-        totals = torch.tensor([self.cache.get(key) for key in keys], dtype=torch.float32)
-        return totals, torch.tensor([len(target) for _, target in encoded])
+        totals = torch.tensor([self.cache.get(key) for key, _ in known], dtype=torch.float32)
+        return totals, torch.tensor([length for _, length in known])
 
     def _score_missing(self, missing: dict[str, TokenPair], reporter: Reporter) -> None:
         keys, pairs = list(missing), list(missing.values())
@@ -123,15 +133,21 @@ class LikelihoodScorer:
                 self.cache.put([keys[position] for position in batch], totals.tolist())
                 advance(len(batch))
 
+    def _identify(self, example: Example, node: KnowledgeNode) -> tuple[str, int]:
+        """Return a pair's key in the cache and its number of answer tokens, tokenised only once."""
+        texts = (example.query, example.response, node.id, node.text)
+        if texts not in self._identified:
+            prompt, target = self._encode(example, node)
+            key = hashlib.blake2b(json.dumps([prompt, target]).encode(), digest_size=12).hexdigest()
+            self._identified[texts] = (key, len(target))
+        return self._identified[texts]
+
     def _encode(self, example: Example, node: KnowledgeNode) -> TokenPair:
         target = self.generator.prompts.answer_tokens(example.response)
         prompt = self.generator.encode_prompt(example.query, [node], answer_tokens=len(target))
-        self.truncation.add(prompt)
+        if prompt.dropped_tokens:
+            self._truncated[(example.query, node.id)] = prompt
         return prompt.ids, target
-
-    @staticmethod
-    def _key(prompt: list[int], target: list[int]) -> str:
-        return hashlib.blake2b(json.dumps([prompt, target]).encode(), digest_size=12).hexdigest()
 
     def _identity(self) -> str:
         # The keys hold the token ids themselves, so the prompt's settings need no mention here.

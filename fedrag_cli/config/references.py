@@ -1,0 +1,111 @@
+"""References in a config (`${run.name}`, `${oc.env:TOKEN}`): where they lead, and what to say where one fails."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    UnsupportedInterpolationType,
+)
+
+from fedrag_cli.config.problems import KeyPath
+
+_SETTING = re.compile(r"\$\{\s*(\.*)([A-Za-z_]\w*(?:\.\w+|\[\d+\])*)\s*\}")
+_RESOLVER = re.compile(r"(?<!\\)\$\{\s*[\w.]+\s*:")
+_MOST_STEPS = 32
+
+
+def origin(tree: DictConfig, path: KeyPath) -> KeyPath:
+    """Return where a value is written: `path` itself, or the place that references to other settings lead to."""
+    for _ in range(_MOST_STEPS):
+        length, text = _first_reference(tree, path)
+        match = _SETTING.fullmatch(text)
+        if match is None:
+            return path
+        path = (*_target(match, path[:length]), *path[length:])
+    return path
+
+
+def expression(tree: DictConfig, path: KeyPath) -> str | None:
+    """Return the text behind a value that a resolver such as `oc.env` gives, references to other settings written out.
+
+    Args:
+        tree: The unresolved config.
+        path: A value, or a section.
+
+    Returns:
+        The text; None where the value depends on no resolver, or is a part of what one gives.
+    """
+    path = origin(tree, path)
+    length, text = _first_reference(tree, path)
+    if length < len(path):
+        return None
+    for _ in range(_MOST_STEPS):
+        written_out = _SETTING.sub(lambda match: _raw_text(tree, origin(tree, _target(match, path))), text)
+        if written_out == text:
+            break
+        text = written_out
+    return text if _RESOLVER.search(text) else None
+
+
+def failure(error: Exception) -> str:
+    """Return in words why a reference cannot be resolved."""
+    text = str(error).splitlines()[0]
+    if match := re.search(r"Environment variable '(.+)' not found", text):
+        return f"the environment variable '{match[1]}' is not set"
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+        return "has no value yet ('???')"
+    if isinstance(error, InterpolationKeyError) and (match := re.search(r"'(.+?)' not found", text)):
+        return f"refers to '{match[1]}', which the config does not set"
+    if isinstance(error, UnsupportedInterpolationType):
+        return f"has the unknown resolver '{text.rpartition(' ')[2]}' (write ${{oc.env:NAME}} for an environment variable)"
+    if "Recursive interpolation" in text:
+        return "refers to itself"
+    return text[:1].lower() + text[1:]
+
+
+def _first_reference(tree: DictConfig, path: KeyPath) -> tuple[int, str]:
+    """Return the first reference on the way to a value, and how many keys lead to it; an empty text where is none."""
+    node: Any = tree
+    for length, key in enumerate(path, start=1):
+        if not isinstance(node, DictConfig | ListConfig) or node._is_none() or node._is_missing():
+            break
+        try:
+            child = node._get_node(key)
+        except (KeyError, IndexError):
+            break
+        if child is not None and child._is_interpolation():  # type: ignore[union-attr]
+            return length, str(child._value())  # type: ignore[union-attr]
+        node = child
+    return len(path), ""
+
+
+def _target(match: re.Match[str], path: KeyPath) -> KeyPath:
+    keys = tuple(int(key[1:]) if key[0] == "[" else key for key in re.findall(r"\w+|\[\d+", match[2]))
+    return (*path[: -len(match[1])], *keys) if match[1] else keys
+
+
+def _raw_text(tree: DictConfig, path: KeyPath) -> str:
+    _, text = _first_reference(tree, path)
+    if text:
+        return text
+    value: Any = tree
+    for key in path:
+        value = value[key]
+    return str(value)
+
+
+def escape(text: str) -> str:
+    """Return a text as it has to be written so that it is read as itself, not as a reference."""
+    return text.replace("${", "\\${")
+
+
+def resolved(tree: DictConfig, path: KeyPath) -> Any:
+    """Return the value of a path, references followed; None where there is none."""
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    return OmegaConf.select(tree, key)

@@ -1,0 +1,65 @@
+"""Measure how long the commands that load no model take to start, against importing typer and rich alone.
+
+Every command runs in fresh processes, the commands in turn, so that a slow moment of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FEDRAG = (sys.executable, "-m", "fedrag_cli")
+COMMANDS: dict[str, tuple[tuple[str, ...], float | None]] = {
+    'python -c "import typer, rich"': ((sys.executable, "-c", "import typer, rich"), None),
+    "fedrag --help": ((*FEDRAG, "--help"), 2.5),
+    "fedrag validate configs/quickstart.yaml": ((*FEDRAG, "validate", str(ROOT / "configs" / "quickstart.yaml")), 5.0),
+    "fedrag components": ((*FEDRAG, "components"), None),
+}
+
+
+def seconds(command: tuple[str, ...]) -> float:
+    """Run a command in a process of its own and return the wall time it took."""
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "NO_COLOR": "1"})
+    return time.perf_counter() - started
+
+
+def measure(runs: int) -> dict[str, list[float]]:
+    """Time every command `runs` times, interleaved, after one run each that only warms the caches."""
+    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for run in range(runs + 1):
+        for name, (command, _) in COMMANDS.items():
+            taken = seconds(command)
+            if run:
+                times[name].append(taken)
+    return times
+
+
+def table(times: dict[str, list[float]]) -> str:
+    """Return medians, spread and ratios to the first command as a Markdown table."""
+    base = statistics.median(next(iter(times.values())))
+    lines = ["| command | median, s | min - max, s | ratio | target |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, taken in times.items():
+        target = COMMANDS[name][1]
+        median = statistics.median(taken)
+        limit = f"<= {target}" if target is not None else ""
+        spread = f"{min(taken):.3f} - {max(taken):.3f}"
+        lines.append(f"| `{name}` | {median:.3f} | {spread} | {median / base:.2f} | {limit} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=15, help="runs of each command (15 by default)")
+    print(table(measure(parser.parse_args().runs)))
+
+
+if __name__ == "__main__":
+    main()
