@@ -128,9 +128,10 @@ class Registry:
                 entry_point.load()(self)
             except FedRAGError:
                 raise
-            except Exception as error:  # noqa: BLE001  (a plug-in may raise anything, and every command loads it)
+            except Exception as error:  # A plug-in may raise anything, and every command loads it.
+                reason = f"{type(error).__name__}: {error}"
                 raise ConfigError(
-                    f"The plug-in '{entry_point.name}' of '{self._origin}' cannot be loaded: {type(error).__name__}: {error}",
+                    f"The plug-in '{entry_point.name}' of '{self._origin}' cannot be loaded: {reason}",
                     f"Repair or uninstall '{self._origin}'.",
                 ) from error
         return self

@@ -145,7 +145,7 @@ def test_a_learning_rate_of_zero_is_named(rag_system: RAGSystem) -> None:
 
 def test_a_learning_rate_that_rounds_away_is_named(rag_system: RAGSystem) -> None:
     trainer = HuggingFaceTrainerForLSR(
-        rag_system, config=LSRConfig(top_k=4, batch_size=4, learning_rate=1e-30, validation=ValidationConfig(every="never"))
+        rag_system, config=LSRConfig(top_k=4, batch_size=4, learning_rate=1e-60, validation=ValidationConfig(every="never"))
     )
     with pytest.raises(TrainingError, match="did not move the retriever: every step was smaller than the weights' rounding"):
         trainer.train()
@@ -179,17 +179,22 @@ def _train(write_config: Callable[..., Path], folder: str, **settings: Any) -> d
     rag_system = build_rag_system(load_config(write_config(folder)))
     trainer = HuggingFaceTrainerForLSR(
         rag_system,
-        config=LSRConfig(top_k=4, learning_rate=1e-3, validation=ValidationConfig(every="never"), **settings),
+        config=LSRConfig(top_k=4, validation=ValidationConfig(every="never"), **{"learning_rate": 1e-3, **settings}),
     )
     trainer.train()
     return trainer.trained_weights()
 
 
 def test_accumulated_batches_equal_one_large_batch(write_config: Callable[..., Path]) -> None:
-    large = _train(write_config, "large", batch_size=8, epochs=2)
-    small = _train(write_config, "small", batch_size=1, gradient_accumulation_steps=8, epochs=2)
+    """With plain SGD, because Adam's first steps divide rounding errors by themselves."""
+    start = HuggingFaceTrainerForLSR(build_rag_system(load_config(write_config("start")))).trained_weights()
+    large = _train(write_config, "large", batch_size=8, epochs=2, optimizer="sgd", learning_rate=1e-2)
+    small = _train(
+        write_config, "small", batch_size=1, gradient_accumulation_steps=8, epochs=2, optimizer="sgd", learning_rate=1e-2
+    )
     for name, tensor in large.items():
-        torch.testing.assert_close(small[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    assert max((large[name] - start[name]).abs().max().item() for name in large) > 1e-4
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(write_config: Callable[..., Path]) -> None:

@@ -102,10 +102,11 @@ def _train(write_config: Callable[..., Path], folder: str, **settings: Any) -> d
 
 def test_accumulated_batches_equal_one_large_batch(write_config: Callable[..., Path]) -> None:
     """Answers differ in length, so the mean must be over the tokens of the whole step and not over batches."""
-    large = _train(write_config, "large", batch_size=8)
-    small = _train(write_config, "small", batch_size=1, gradient_accumulation_steps=8)
+    large = _train(write_config, "large", batch_size=8, optimizer="sgd")
+    small = _train(write_config, "small", batch_size=1, gradient_accumulation_steps=8, optimizer="sgd")
     for name, tensor in large.items():
-        torch.testing.assert_close(small[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    assert max(tensor.abs().max().item() for name, tensor in large.items() if "lora_B" in name) > 1e-4
 
 
 def test_a_model_without_gradient_is_named(rag_system: RAGSystem) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -16,8 +18,16 @@ Exit codes: 0 done, 1 failed, 2 usage or config, 3 data or model missing or bad,
 saved. With --json a command prints one JSON document to stdout; all else goes to stderr.
 """
 
+# Plain help: Rich's needs a Markdown parser, whose import takes as long as all the rest together.
 app = typer.Typer(
-    name="fedrag", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    name="fedrag",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    # click suggests them already.
+    suggest_commands=False,
 )
 for module in (init, validate, schema, components, doctor, index, train, resume, evaluate, query):
     app.command(name=module.NAME)(module.command)
@@ -42,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments after the program's name; those of the process by default.
     """
     _quiet_environment()
+    if arguments is None:
+        # The process ends after this, and collecting the libraries' thousands of objects then is wasted time.
+        atexit.register(gc.freeze)
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="fedrag")
     except SystemExit as leave:

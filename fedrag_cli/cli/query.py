@@ -43,7 +43,7 @@ def command(
         rag_system = build_rag_system(config, reporter=current.reporter())
         if question is not None:
             answer = _answer(rag_system, question)
-            current.result(answer, lambda renderer: renderer.answer(answer))
+            _show(current, answer)
         else:
             _answer_lines(current, rag_system)
 
@@ -78,9 +78,17 @@ def _answer_lines(current: Session, rag_system: RAGSystem) -> None:
         answer = _answer(rag_system, question)
         answers.append(answer)
         if not current.json_output:
-            current.renderer.answer(answer)
+            _show(current, answer)
     if current.json_output:
         current.result({"answers": answers})
+
+
+def _show(current: Session, answer: dict[str, Any]) -> None:
+    """Give an answer; with --quiet without its sources, because the answer itself is what was asked for."""
+    if current.json_output:
+        current.result(answer)
+    else:
+        current.renderer.answer(answer, sources=not current.quiet)
 
 
 def _questions(current: Session) -> Iterator[str]:

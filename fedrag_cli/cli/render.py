@@ -135,10 +135,10 @@ class Renderer:
             self.line(f"wrote {path}")
         self.line(f"Next: cd {directory} && fedrag train")
 
-    def answer(self, answer: Mapping[str, Any]) -> None:
+    def answer(self, answer: Mapping[str, Any], *, sources: bool = True) -> None:
         """Print an answer to stdout and its sources to stderr."""
         self.text(answer["answer"])
-        for number, source in enumerate(answer["sources"], start=1):
+        for number, source in enumerate(answer["sources"] if sources else (), start=1):
             self.line(Text(f"  [{number}] {source['id']} ({source['score']:.3f}) {source['text']}", style="dim"))
 
     def evaluation(self, summary: Mapping[str, Any]) -> None:

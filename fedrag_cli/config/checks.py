@@ -15,6 +15,7 @@ ANSWER_METRICS = ("exact_match", "f1")
 
 def check_config(config: Config) -> Iterator[Finding]:
     """Yield what is wrong between settings that are each right by themselves, as (key path, message)."""
+    yield from _check_run_name(config)
     yield from _check_device(config)
     yield from _check_retriever_models(config)
     yield from _check_evaluation(config)
@@ -49,6 +50,12 @@ def evaluation_split(config: Config) -> str | None:
     if config.dataset.test is not None:
         return "test"
     return "validation" if config.dataset.validation is not None else None
+
+
+def _check_run_name(config: Config) -> Iterator[Finding]:
+    name = config.run.name
+    if name.strip(" .") == "" or any(character in name for character in "/\\\0"):
+        yield ("run", "name"), f"{name!r} is no name of a folder (write the path into run.output_dir)"
 
 
 def _check_device(config: Config) -> Iterator[Finding]:

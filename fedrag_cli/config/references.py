@@ -63,7 +63,8 @@ def failure(error: Exception) -> str:
     if isinstance(error, InterpolationKeyError) and (match := re.search(r"'(.+?)' not found", text)):
         return f"refers to '{match[1]}', which the config does not set"
     if isinstance(error, UnsupportedInterpolationType):
-        return f"has the unknown resolver '{text.rpartition(' ')[2]}' (write ${{oc.env:NAME}} for an environment variable)"
+        name = text.rpartition(" ")[2]
+        return f"has the unknown resolver '{name}' (write ${{oc.env:NAME}} for an environment variable)"
     if "Recursive interpolation" in text:
         return "refers to itself"
     return text[:1].lower() + text[1:]

@@ -114,7 +114,8 @@ def _bad_reference(error: GrammarParseError, node: yaml.Node | None, file: str) 
         _collect_positions(node, (), file, positions)
     key = str(getattr(error, "full_key", ""))
     place = next((place for path, place in positions.items() if format_path(path) == key), Position(file, 1))
-    return ConfigProblem(place, key, "is a broken reference (write ${oc.env:NAME} or ${section.key}, and \\${ for the characters)")
+    message = "is a broken reference (write ${oc.env:NAME} or ${section.key}, and \\${ for the characters)"
+    return ConfigProblem(place, key, message)
 
 
 def _collect_positions(node: yaml.Node, path: KeyPath, file: str, positions: Positions) -> None:
@@ -130,7 +131,7 @@ def _collect_positions(node: yaml.Node, path: KeyPath, file: str, positions: Pos
 
 
 def _apply_override(tree: DictConfig, positions: Positions, override: str) -> DictConfig:
-    key, separator, text = override.partition("=")
+    key, separator, _ = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(
             f"'{override}' is no override.", "Write overrides as key.path=value, for instance trainer.mode=generator."
@@ -141,7 +142,8 @@ def _apply_override(tree: DictConfig, positions: Positions, override: str) -> Di
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"The override '{override}' cannot be read: {reason}.", "Write its value as in YAML, in quotes where needed."
+            f"The override '{override}' cannot be read: {reason}.",
+            "Write its value as in YAML, in quotes where needed.",
         ) from error
     _drop_replaced_components(tree, change, positions)
     place = Position(f"{COMMAND_LINE} ({override})", 0)

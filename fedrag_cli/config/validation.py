@@ -16,7 +16,6 @@ from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import ConfigTree
 from fedrag_cli.registry import registry
 
-
 EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedrag_cli.errors import ModelError
@@ -97,7 +98,7 @@ def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if location.is_local:
             hint = "Check that the folder holds a whole model (config.json, tokenizer files, *.safetensors)."

@@ -118,7 +118,19 @@ class CausalLMGenerator:
 
         Returns:
             The answers, in the order of the prompts.
+
+        Raises:
+            DataError: A prompt has no tokens, or leaves no room for an answer in the context window.
         """
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise DataError(f"Prompt {row} has no tokens.", "Remove empty prompts.")
+            if len(prompt) + self.config.max_new_tokens > self.context_window:
+                raise DataError(
+                    f"Prompt {row} has {len(prompt)} tokens and the answer needs {self.config.max_new_tokens}, but the context "
+                    f"window has {self.context_window}.",
+                    "Shorten the prompt, or lower rag_system.generator.max_new_tokens.",
+                )
         answers = [""] * len(prompts)
         lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
         for batch in length_sorted_batches(lengths, self.config.batch_tokens):
@@ -144,7 +156,10 @@ class CausalLMGenerator:
         return [text.strip() for text in texts]
 
     def _generation_config(self) -> GenerationConfig:
-        sampling = {"do_sample": True, "temperature": self.config.temperature} if self.config.temperature > 0 else {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
+        if self.config.temperature == 0:
+            # Transformers fills what is left out from the model's own settings, such as a penalty for repetition.
+            sampling = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         ends = {self.prompts.end_ids[-1], *_as_list(self.tokenizer.eos_token_id)}
         return GenerationConfig(
             max_new_tokens=self.config.max_new_tokens, pad_token_id=self.pad_id, eos_token_id=sorted(ends), **sampling

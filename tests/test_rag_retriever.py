@@ -1,0 +1,312 @@
+"""The retriever: order, length, prompts, one encoder or two, saving and loading, fingerprints and errors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from fedrag_cli.errors import DataError, ModelError
+from fedrag_cli.rag.config import SentenceTransformerConfig
+from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+
+TEXTS = [
+    "the cat",
+    "the colour of the owl is blue and the colour of the cat is red .",
+    "a",
+    "where is the dog ?",
+    "the the the the the the the",
+    "where is the cat ?",
+]
+LONG = " ".join(["the cat lives in the red house and the owl in the tree"] * 12)
+
+
+def load(folder: Path | None, *, device: str = "cpu", **settings: Any) -> SentenceTransformerRetriever:
+    model = {} if folder is None else {"model": str(folder)}
+    return SentenceTransformerRetriever.from_config(SentenceTransformerConfig(**model, **settings), device=device)
+
+
+def nudge(encoder: SentenceTransformer) -> None:
+    with torch.no_grad():
+        next(encoder.parameters()).add_(0.05 * torch.arange(32))
+
+
+# Encoding
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_the_order_is_kept_and_the_batch_size_does_not_matter(models: dict[str, Path], batch_size: int) -> None:
+    retriever, done = load(models["retriever"], batch_size=batch_size), []
+    together = retriever.encode_passages(TEXTS, done.append)
+    single = torch.cat([load(models["retriever"]).encode_passages([text]) for text in TEXTS])
+    assert (together - single).abs().max() < 1e-6
+    assert torch.cdist(single, single).add(torch.eye(len(TEXTS))).min() > 1e-3
+    assert sum(done) == len(TEXTS)
+    assert torch.equal(retriever.encode_queries(TEXTS), together)
+
+
+def test_embeddings_equal_those_of_sentence_transformers(models: dict[str, Path]) -> None:
+    plain = SentenceTransformer(str(models["retriever"]), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    assert (load(models["retriever"]).encode_passages(TEXTS) - plain).abs().max() < 1e-6
+
+
+def test_cosine_gives_unit_length_and_dot_leaves_the_length(models: dict[str, Path]) -> None:
+    full = SentenceTransformer(str(models["retriever"]), device="cpu")
+    without_normalisation = SentenceTransformer(modules=list(full)[:2], device="cpu")
+    cosine = SentenceTransformerRetriever(without_normalisation, None, SentenceTransformerConfig(model="m"))
+    dot = SentenceTransformerRetriever(without_normalisation, None, SentenceTransformerConfig(model="m", similarity="dot"))
+    assert torch.allclose(cosine.encode_queries(TEXTS).norm(dim=1), torch.ones(len(TEXTS)), atol=1e-6)
+    raw = dot.encode_queries(TEXTS)
+    assert (raw.norm(dim=1) - 1).abs().min() > 0.1
+    assert torch.allclose(torch.nn.functional.normalize(raw, dim=1), cosine.encode_queries(TEXTS), atol=1e-6)
+
+
+def test_embeddings_carry_no_gradient_and_no_dropout_and_may_be_used_in_training(tmp_path: Path) -> None:
+    from conftest import make_retriever
+
+    retriever = load(make_retriever(tmp_path / "model", dropout=0.5))
+    retriever.query_encoder.train()
+    first, second = retriever.encode_queries(TEXTS), retriever.encode_queries(TEXTS)
+    assert torch.equal(first, second)
+    assert retriever.query_encoder.training
+    assert not first.requires_grad
+    weight = torch.ones(32, requires_grad=True)
+    (first.clone() * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_forward_pass_with_gradient_equals_encoding(models: dict[str, Path]) -> None:
+    retriever = load(models["retriever"], query_prompt="query: ", passage_prompt="passage: ")
+    for queries, expected in ((True, retriever.encode_queries(TEXTS)), (False, retriever.encode_passages(TEXTS))):
+        embeddings = retriever.embed(retriever.query_encoder, retriever.features(TEXTS, queries=queries))
+        assert embeddings.requires_grad
+        assert torch.allclose(embeddings.detach(), expected, atol=1e-6)
+
+
+def test_prompts_are_put_in_front(models: dict[str, Path]) -> None:
+    plain = load(models["retriever"])
+    prompted = load(models["retriever"], query_prompt="query: ", passage_prompt="passage: ")
+    assert torch.equal(prompted.encode_queries(TEXTS), plain.encode_queries(["query: " + text for text in TEXTS]))
+    assert torch.equal(prompted.encode_passages(TEXTS), plain.encode_passages(["passage: " + text for text in TEXTS]))
+    assert not torch.allclose(prompted.encode_queries(TEXTS), prompted.encode_passages(TEXTS), atol=1e-3)
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_a_blank_text_is_refused_by_position(models: dict[str, Path], blank: str) -> None:
+    retriever = load(models["retriever"], query_prompt="query: ")
+    with pytest.raises(DataError, match="Text 1 to encode is empty"):
+        retriever.encode_queries(["a", blank])
+
+
+def test_no_texts_give_no_embeddings(models: dict[str, Path]) -> None:
+    assert len(load(models["retriever"]).encode_passages([])) == 0
+
+
+def test_the_dimension_and_the_device_are_those_of_the_model(models: dict[str, Path]) -> None:
+    retriever = load(models["retriever"])
+    assert (retriever.dimension, retriever.device) == (32, torch.device("cpu"))
+
+
+# Length
+
+
+def tokens(retriever: SentenceTransformerRetriever, text: str) -> int:
+    return len(retriever.passage_encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
+def test_max_length_cuts_what_is_longer(models: dict[str, Path]) -> None:
+    short = load(models["retriever"], max_length=10)
+    assert not torch.allclose(short.encode_passages([LONG]), load(models["retriever"]).encode_passages([LONG]), atol=1e-3)
+    words = LONG.split()
+    fitting = max((" ".join(words[:n]) for n in range(1, 9)), key=lambda text: (tokens(short, text) <= 10, len(text)))
+    assert tokens(short, fitting) == 10
+    assert torch.allclose(short.encode_passages([fitting + " dog"]), short.encode_passages([fitting + " owl"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["a", "cat ", "🦉", "ﷺ", "日"])
+@pytest.mark.parametrize("max_length", [None, 12])
+def test_truncated_texts_are_counted_exactly(models: dict[str, Path], text: str, max_length: int | None) -> None:
+    retriever = load(models["retriever"], max_length=max_length)
+    limit = max_length or 64
+    texts = [text * count for count in range(1, 70)]
+    expected = sum(tokens(retriever, row) > limit for row in texts)
+    assert 0 < expected < len(texts)
+    assert retriever.count_truncated(texts, queries=False) == expected
+    # What is not counted really reaches the encoder whole.
+    whole = [row for row in texts if tokens(retriever, row) <= limit]
+    features = retriever.features(whole, queries=False)
+    assert features["attention_mask"].sum(dim=1).tolist() == [tokens(retriever, row) for row in whole]
+
+
+def test_prompts_count_as_length(models: dict[str, Path]) -> None:
+    retriever = load(models["retriever"], query_prompt="the " * 40, max_length=40)
+    assert retriever.count_truncated(TEXTS, queries=True) == len(TEXTS)
+    assert retriever.count_truncated(TEXTS, queries=False) == 0
+    assert retriever.count_truncated([], queries=True) == 0
+
+
+# One encoder or two
+
+
+def test_a_shared_encoder_is_one_object_until_it_is_separated(models: dict[str, Path]) -> None:
+    retriever = load(models["retriever"])
+    assert retriever.is_shared
+    before = retriever.encode_passages(TEXTS)
+    retriever.separate_encoders()
+    assert not retriever.is_shared
+    shared_memory = {p.data_ptr() for p in retriever.query_encoder.parameters()} & {
+        p.data_ptr() for p in retriever.passage_encoder.parameters()
+    }
+    assert not shared_memory
+    assert torch.equal(retriever.encode_queries(TEXTS), before)
+    nudge(retriever.query_encoder)
+    assert torch.equal(retriever.encode_passages(TEXTS), before)
+    assert not torch.allclose(retriever.encode_queries(TEXTS), before, atol=1e-3)
+
+
+def test_separating_twice_keeps_a_tuned_query_encoder(models: dict[str, Path]) -> None:
+    retriever = load(models["retriever"])
+    retriever.separate_encoders()
+    nudge(retriever.query_encoder)
+    tuned = retriever.encode_queries(TEXTS)
+    retriever.separate_encoders()
+    assert torch.equal(retriever.encode_queries(TEXTS), tuned)
+
+
+def test_two_models_encode_queries_and_passages_each(models: dict[str, Path]) -> None:
+    both = load(None, query_model=str(models["other_retriever"]), passage_model=str(models["retriever"]))
+    assert not both.is_shared
+    assert torch.equal(both.encode_queries(TEXTS), load(models["other_retriever"]).encode_queries(TEXTS))
+    assert torch.equal(both.encode_passages(TEXTS), load(models["retriever"]).encode_passages(TEXTS))
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("settings", [{}, {"query_prompt": "query: ", "passage_prompt": "passage: "}, {"max_length": 10}])
+@pytest.mark.parametrize("separate", [False, True])
+def test_what_is_saved_gives_the_same_embeddings_in_sentence_transformers_and_here(
+    models: dict[str, Path], tmp_path: Path, separate: bool, settings: dict[str, Any]
+) -> None:
+    retriever = load(models["retriever"], **settings)
+    if separate:
+        retriever.separate_encoders()
+        nudge(retriever.query_encoder)
+    queries, passages = retriever.encode_queries([*TEXTS, LONG]), retriever.encode_passages([*TEXTS, LONG])
+    retriever.save(tmp_path / "saved")
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert (plain.encode_query([*TEXTS, LONG], convert_to_tensor=True) - queries).abs().max() < 1e-6
+    assert (plain.encode_document([*TEXTS, LONG], convert_to_tensor=True) - passages).abs().max() < 1e-6
+    again = load(tmp_path / "saved", **settings)
+    assert again.is_shared is not separate
+    assert (again.encode_queries([*TEXTS, LONG]) - queries).abs().max() < 1e-6
+    assert (again.encode_passages([*TEXTS, LONG]) - passages).abs().max() < 1e-6
+    assert again.fingerprint() == retriever.fingerprint()
+    assert again.query_fingerprint() == retriever.query_fingerprint()
+    again.save(tmp_path / "twice")
+    twice = load(tmp_path / "twice", **settings)
+    assert (twice.encode_queries(TEXTS) - queries[:-1]).abs().max() < 1e-6
+    assert not [file for file in (tmp_path / "saved").rglob("*") if file.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_a_length_limit_holds_for_a_saved_pair_too(models: dict[str, Path], tmp_path: Path) -> None:
+    retriever = load(models["retriever"])
+    retriever.separate_encoders()
+    retriever.save(tmp_path / "saved")
+    short, expected = load(tmp_path / "saved", max_length=10), load(models["retriever"], max_length=10)
+    assert (short.query_encoder.max_seq_length, short.passage_encoder.max_seq_length) == (10, 10)
+    assert (short.encode_queries([LONG]) - expected.encode_queries([LONG])).abs().max() < 1e-6
+    assert (short.encode_passages([LONG]) - expected.encode_passages([LONG])).abs().max() < 1e-6
+    assert short.count_truncated([LONG], queries=True) == 1
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_is_that_of_what_passage_embeddings_depend_on(models: dict[str, Path]) -> None:
+    base = load(models["retriever"]).fingerprint()
+    assert load(models["retriever"]).fingerprint() == base
+    assert load(models["retriever"], query_prompt="query: ", batch_size=3).fingerprint() == base
+    others = [
+        load(models["retriever"], passage_prompt="passage: ").fingerprint(),
+        load(models["retriever"], max_length=10).fingerprint(),
+        load(models["retriever"], similarity="dot").fingerprint(),
+        load(models["other_retriever"]).fingerprint(),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_the_fingerprint_follows_the_weights_of_the_passage_encoder_only(models: dict[str, Path]) -> None:
+    retriever = load(models["retriever"])
+    base, query_base = retriever.fingerprint(), retriever.query_fingerprint()
+    retriever.separate_encoders()
+    nudge(retriever.query_encoder)
+    assert retriever.fingerprint() == base
+    assert retriever.query_fingerprint() != query_base
+    nudge(retriever.passage_encoder)
+    changed = retriever.fingerprint()
+    assert changed != base
+    retriever.passage_encoder.load_state_dict(load(models["retriever"]).passage_encoder.state_dict())
+    assert retriever.fingerprint() == base
+    retriever.passage_encoder = load(models["other_retriever"]).passage_encoder
+    assert retriever.fingerprint() == load(models["other_retriever"]).fingerprint()
+
+
+# Errors
+
+
+def broken_model(models: dict[str, Path], tmp_path: Path, kind: str) -> str:
+    if kind == "hub id":
+        return "no-such-owner/no-such-model"
+    folder = tmp_path / "model"
+    if kind == "empty folder":
+        folder.mkdir()
+        return str(folder)
+    shutil.copytree(models["retriever"], folder)
+    weights = next(folder.rglob("*.safetensors"))
+    if kind == "no weights":
+        weights.unlink()
+    if kind == "torn weights":
+        weights.write_bytes(weights.read_bytes()[:500])
+    if kind == "broken modules.json":
+        (folder / "modules.json").write_text("{", encoding="utf-8")
+    if kind == "no tokenizer":
+        for file in folder.rglob("tokenizer*"):
+            file.unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["hub id", "empty folder", "no weights", "torn weights", "broken modules.json", "no tokenizer"]
+)
+def test_a_missing_or_broken_model_is_a_model_error_with_a_hint(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    reference = broken_model(models, tmp_path, kind)
+    with pytest.raises(ModelError, match="The retriever '.*' cannot be loaded") as caught:
+        SentenceTransformerRetriever.from_config(SentenceTransformerConfig(model=reference), device="cpu")
+    assert reference in caught.value.message
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("reference", ["package://no_such_package_here/x", "/no/such/folder"])
+def test_a_model_that_is_nowhere_is_a_model_error_with_a_hint(reference: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        SentenceTransformerRetriever.from_config(SentenceTransformerConfig(model=reference), device="cpu")
+    assert caught.value.hint
+
+
+def test_a_file_is_no_model_of_a_retriever(tmp_path: Path) -> None:
+    for name in ("weights.bin", "model.gguf"):
+        (tmp_path / name).touch()
+        with pytest.raises(ModelError):
+            SentenceTransformerRetriever.from_config(SentenceTransformerConfig(model=str(tmp_path / name)), device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without cuda")
+def test_an_absent_device_is_a_model_error(models: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match="no device 'cuda'"):
+        load(models["retriever"], device="cuda")

@@ -1,0 +1,215 @@
+"""Runs that are killed with -9 or interrupted, and resumed, end with the numbers of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedrag_cli.cli.main import main
+from fedrag_cli.runs.metrics_log import latest_by_step, read_events
+
+FEDRAG = [sys.executable, "-W", "ignore", "-m", "fedrag_cli"]
+ALTERNATING = {
+    "mode": "alternating",
+    "retriever": {
+        "top_k": 4, "batch_size": 2, "learning_rate": 1e-3, "epochs": 2, "save_every": 3,
+        "validation": {"metric": "mrr", "every": 4},
+    },
+    "generator": {"top_k": 2, "batch_size": 4, "learning_rate": 1e-2, "epochs": 2, "lora": {"dropout": 0.1}},
+}  # fmt: skip
+
+
+def _start(config: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*FEDRAG, "train", str(config), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+    )
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _resume(run: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [*FEDRAG, "resume", str(run), "--json"], capture_output=True, text=True, env=_environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def _run_of(config: Path) -> Path:
+    (run,) = (config.parent / "runs" / "tiny").iterdir()
+    return run
+
+
+def _wait_for(process: subprocess.Popen[str], config: Path, ready: Callable[[Path], bool]) -> Path:
+    """Wait until something is true of the run directory, and return the directory."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        folders = list((config.parent / "runs" / "tiny").glob("*"))
+        if folders and ready(folders[0]):
+            return folders[0]
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    raise AssertionError("the run did not get that far")
+
+
+def _numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    changing = ("seconds", "run_dir", "command", "metrics")
+    return {name: value for name, value in summary.items() if name not in changing}
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    files = [*run.glob("retriever/**/*.safetensors"), *run.glob("generator/*.safetensors")]
+    assert len(files) == 3
+    return {f"{file.relative_to(run)}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _assert_equal_runs(run: Path, other: Path) -> None:
+    first, second = (_numbers(json.loads((path / "summary.json").read_text())) for path in (run, other))
+    assert first == second
+    weights = _weights(other)
+    for name, tensor in _weights(run).items():
+        assert torch.equal(weights[name], tensor), name
+    for event in ("train_step", "validation"):
+        logs = [latest_by_step(read_events(path / "metrics.jsonl"), event) for path in (run, other)]
+        without_time = [[{k: v for k, v in entry.items() if k != "time"} for entry in log] for log in logs]
+        assert without_time[0] == without_time[1]
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Path:
+    """A folder with a config, its data and a run that was left alone; tests copy config and data."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+def _prepare(write_config: Callable[..., Path], undisturbed: Path) -> tuple[Path, Path]:
+    """Return a fresh config and the run directory of the undisturbed run of the same config."""
+    config = write_config("disturbed", trainer=ALTERNATING)
+    kept = undisturbed / "run"
+    if not kept.exists():
+        reference = write_config("reference", trainer=ALTERNATING)
+        process = _start(reference)
+        output = process.communicate(timeout=300)
+        assert process.returncode == 0, output[1]
+        shutil.move(_run_of(reference), kept)
+    return config, kept
+
+
+def _has_event(name: str, count: int = 1, phase: str = "") -> Callable[[Path], bool]:
+    def ready(run: Path) -> bool:
+        file = run / "metrics.jsonl"
+        if not file.exists():
+            return False
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return sum(f'"{name}"' in line and phase in line for line in lines) >= count
+
+    return ready
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "while scoring": lambda run: any(run.glob("checkpoints/*/likelihoods-*.jsonl")),
+    "in the middle of the retriever": _has_event("train_step", 6, "1-retriever"),
+    "while a checkpoint is written": lambda run: any(run.glob("checkpoints/1-retriever/checkpoint-9")),
+    "between the phases": lambda run: any(run.glob("checkpoints/1-retriever/finished")),
+    "in the middle of the generator": _has_event("train_step", 3, "2-generator"),
+    "while the models are saved": lambda run: any(run.glob(".retriever*")) or (run / "retriever").exists(),
+}
+
+
+@pytest.mark.parametrize("moment", ["in the middle of the retriever", "in the middle of the generator"])
+def test_a_killed_run_resumes_to_the_same_numbers(
+    write_config: Callable[..., Path], undisturbed: Path, moment: str
+) -> None:
+    _kill_and_resume(write_config, undisturbed, moment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [name for name in MOMENTS if "middle" not in name])
+def test_a_run_killed_at_other_moments_resumes_to_the_same_numbers(
+    write_config: Callable[..., Path], undisturbed: Path, moment: str
+) -> None:
+    _kill_and_resume(write_config, undisturbed, moment)
+
+
+def _kill_and_resume(write_config: Callable[..., Path], undisturbed: Path, moment: str) -> None:
+    config, reference = _prepare(write_config, undisturbed)
+    process = _start(config)
+    run = _wait_for(process, config, MOMENTS[moment])
+    process.kill()
+    process.communicate()
+    assert json.loads((run / "manifest.json").read_text())["status"] == "running"
+    _resume(run)
+    _assert_equal_runs(run, reference)
+
+
+def test_ctrl_c_saves_and_exits_with_130(write_config: Callable[..., Path], undisturbed: Path) -> None:
+    config, reference = _prepare(write_config, undisturbed)
+    process = _start(config)
+    run = _wait_for(process, config, _has_event("train_step", 5, "1-retriever"))
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "a checkpoint is saved" in errors
+    assert f"fedrag resume {run}" in errors
+    assert json.loads(output)["error"]["exit_code"] == 130
+    assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+    assert any(run.glob("checkpoints/1-retriever/checkpoint-*/complete.json"))
+    _resume(run)
+    _assert_equal_runs(run, reference)
+
+
+def test_a_damaged_checkpoint_is_named(write_config: Callable[..., Path], undisturbed: Path, capsys: Any) -> None:
+    config, _ = _prepare(write_config, undisturbed)
+    process = _start(config)
+    run = _wait_for(process, config, _has_event("validation", 1, "1-retriever"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    newest = max(run.glob("checkpoints/1-retriever/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["resume", str(run)]) == 3
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"The checkpoint '{newest}' is damaged: model.safetensors differs" in message
+    assert f"Remove the folder '{newest}'" in message
+
+
+def test_a_run_whose_data_has_changed_is_not_resumed(
+    write_config: Callable[..., Path], undisturbed: Path, capsys: Any
+) -> None:
+    config, _ = _prepare(write_config, undisturbed)
+    process = _start(config)
+    run = _wait_for(process, config, _has_event("train_step", 2, "1-retriever"))
+    process.kill()
+    process.communicate()
+    lines = (config.parent / "train.jsonl").read_text().splitlines()
+    (config.parent / "train.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    assert main(["resume", str(run)]) == 1
+    assert "The data of this run has changed since it started: train." in capsys.readouterr().err
+
+
+def test_two_processes_do_not_work_in_one_run_directory(
+    write_config: Callable[..., Path], undisturbed: Path, capsys: Any
+) -> None:
+    config, _ = _prepare(write_config, undisturbed)
+    process = _start(config)
+    run = _wait_for(process, config, _has_event("train_step", 1, "1-retriever"))
+    assert main(["resume", str(run)]) == 1
+    assert "Another process is working in" in capsys.readouterr().err
+    process.kill()
+    process.communicate()
