@@ -59,12 +59,16 @@ class Component:
         """
         module_name, _, attribute = self.builder.partition(":")
         try:
-            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))  # type: ignore[arg-type]
+            builder: Any = importlib.import_module(module_name)
+            for name in attribute.split("."):
+                builder = getattr(builder, name)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"The builder '{self.builder}' of the {self.kind} '{self.name}' cannot be imported: {error}",
                 f"Check the installation of '{self.origin}', or choose another type ('fedrag components' lists them).",
             ) from error
+        found: Callable[..., Any] = builder
+        return found
 
 
 class Registry:
@@ -98,7 +102,7 @@ class Registry:
             )
         if _type_literal(config_class) != (name,):
             raise ConfigError(
-                f"The config class of the {kind} '{name}' needs a field `type: Literal[\"{name}\"] = \"{name}\"`."
+                f'The config class of the {kind} \'{name}\' needs a field `type: Literal["{name}"] = "{name}"`.'
             )
         self._components[kind][name] = Component(kind, name, config_class, builder, help, self._origin)
 

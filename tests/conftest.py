@@ -16,10 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ANIMALS = ["cat", "dog", "owl", "fox", "hen", "cow", "pig", "bat", "elk", "ant", "bee", "eel"]
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "silver", "violet", "orange"]
-WORDS = (
-    "the a is what colour of animal answer question context with few words from : ? . ! , \n "
+TEXT = (
+    "the a is what colour of animal answer question context with few words from : ? . ! , "
     "system user assistant you are helpful which where who lives in barn house tree water"
-).split(" ")
+)
+WORDS = TEXT.split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -30,27 +31,48 @@ def _tokenizer(folder: Path, *, bert: bool) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    text = [" ".join(WORDS), " ".join(ANIMALS), " ".join(COLOURS), "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>"]
+    text = [
+        TEXT,
+        " ".join(ANIMALS),
+        " ".join(COLOURS),
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789",
+    ]
+    special = (
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        if bert
+        else ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>"]
+    )
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]" if bert else "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     from tokenizers import decoders
 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([line for line in text for _ in range(3)], trainer)
     if bert:
         ids = [("[CLS]", tokenizer.token_to_id("[CLS]")), ("[SEP]", tokenizer.token_to_id("[SEP]"))]
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
         fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=64
+            tokenizer_object=tokenizer,
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            model_max_length=64,
         )
     else:
         # The padding token is the end token, as in many language models.
         fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", unk_token="<unk>", model_max_length=256
+            tokenizer_object=tokenizer,
+            eos_token="<|end|>",
+            pad_token="<|end|>",
+            unk_token="<unk>",
+            model_max_length=256,
         )
     folder.mkdir(parents=True, exist_ok=True)
     return fast
@@ -79,7 +101,9 @@ def make_retriever(folder: Path, *, seed: int = 0, dropout: float = 0.0) -> Path
     BertModel(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
     encoder = Transformer(str(base), max_seq_length=64)
-    SentenceTransformer(modules=[encoder, Pooling(32), Normalize()], device="cpu").save(str(folder), create_model_card=False)
+    SentenceTransformer(modules=[encoder, Pooling(32), Normalize()], device="cpu").save(
+        str(folder), create_model_card=False
+    )
     return folder
 
 
@@ -112,8 +136,16 @@ def make_generator(folder: Path, *, architecture: str = "llama", chat: bool = Fa
     else:
         model = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=256,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
+                vocab_size=len(tokenizer),
+                n_embd=32,
+                n_layer=2,
+                n_head=2,
+                n_positions=256,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=end,
+                eos_token_id=end,
             )
         )
     with torch.no_grad():

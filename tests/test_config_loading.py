@@ -69,7 +69,12 @@ def test_later_overrides_win_and_lists_are_replaced(tmp_path: Path) -> None:
 
 def test_override_values_are_yaml(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "")
-    overrides = ["trainer.generator.lora=null", "trainer.generator.learning_rate=1e-5", "run.name='3'", "run.device=cpu"]
+    overrides = [
+        "trainer.generator.lora=null",
+        "trainer.generator.learning_rate=1e-5",
+        "run.name='3'",
+        "run.device=cpu",
+    ]
     config = load_config(path, [*overrides, "dataset.test={path: t.jsonl, limit: 3}"])
     assert config.trainer.generator.lora is None
     assert config.trainer.generator.learning_rate == 1e-5
@@ -256,7 +261,8 @@ trainer:
         "c.yaml:12: run.seed: must be greater than or equal to 0, not -1",
         "c.yaml:13: run.name: the environment variable 'NOPE_1' is not set",
         "c.yaml:16: trainer.retriever.type: the environment variable 'NOPE_2' is not set",
-        "c.yaml:17: trainer.mode: 'retriver' is not one of retriever, generator, alternating (did you mean 'retriever'?)",
+        "c.yaml:17: trainer.mode: 'retriver' is not one of retriever, generator, alternating "
+        "(did you mean 'retriever'?)",
     ]
 
 
@@ -290,7 +296,7 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
         ("run: {}\ndataset: {}\nrun: {}\n", "c.yaml:3: is no YAML: found duplicate key run"),
         ("run:\n  name: {{ jinja }}\n", "c.yaml:2: is no YAML: found unhashable key"),
         ("run: 1\n---\nrun: 2\n", "c.yaml:2: is no YAML: but found another document"),
-        ("run: &a\n  name: *a\n", "c.yaml:2: is no YAML: YAML recursive aliases are not supported."),
+        ("run: &a\n  name: *a\n", "c.yaml:1: is no YAML: YAML recursive aliases are not supported."),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, problem: str) -> None:

@@ -266,7 +266,7 @@ def test_weights_take_the_number_format_of_the_config(models: dict[str, Path]) -
     assert load(models["generator"], dtype="bfloat16").model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("missing", ["no-such-owner/no-such-model", "empty", "no_config", "torn_weights", "broken_config", "wrong_config"])
+@pytest.mark.parametrize("missing", ["no-such-owner/no-such-model", "empty", "no_config", "torn_weights", "broken_config", "wrong_config", "no_tokenizer"])
 def test_a_missing_or_broken_model_is_a_model_error_with_a_hint(models: dict[str, Path], tmp_path: Path, missing: str) -> None:
     reference = Path(missing)
     if "/" not in missing:
@@ -274,7 +274,10 @@ def test_a_missing_or_broken_model_is_a_model_error_with_a_hint(models: dict[str
         if missing == "empty":
             reference.mkdir()
         else:
-            shutil.copytree(models["generator"], reference)
+            shutil.copytree(models["gpt2"], reference)
+        if missing == "no_tokenizer":
+            for file in reference.glob("tokenizer*"):
+                file.unlink()
         if missing == "no_config":
             (reference / "config.json").unlink()
         if missing == "broken_config":

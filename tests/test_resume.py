@@ -33,7 +33,11 @@ ALTERNATING = {
 
 def _start(config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*FEDRAG, "train", str(config), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+        [*FEDRAG, "train", str(config), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
     )
 
 

@@ -44,7 +44,9 @@ def test_training_queries_moves_the_query_encoder_and_nothing_else(rag_system: R
     embeddings, generator = store.embeddings.clone(), _copy(rag_system.generator.model)
     result = trainer.train()
     assert result.steps == 1
-    moved = [name for name, tensor in retriever.query_encoder.state_dict().items() if not torch.equal(tensor, query[name])]
+    moved = [
+        name for name, tensor in retriever.query_encoder.state_dict().items() if not torch.equal(tensor, query[name])
+    ]
     # Every weight matrix of the encoder gets a gradient; only unused rows and the pooler may stay.
     assert sum("weight" in name for name in moved) >= 10
     assert _same(retriever.passage_encoder, passage)
@@ -77,7 +79,9 @@ def test_the_first_loss_is_the_formula_on_likelihoods_computed_apart(rag_system:
 
 def test_training_both_moves_passages_and_refreshes_the_store(rag_system: RAGSystem) -> None:
     retriever, store = rag_system.retriever, rag_system.knowledge_store
-    trainer = HuggingFaceTrainerForLSR(rag_system, config=LSRConfig(train="both", max_steps=3, refresh_every=2, **QUICK))
+    trainer = HuggingFaceTrainerForLSR(
+        rag_system, config=LSRConfig(train="both", max_steps=3, refresh_every=2, **QUICK)
+    )
     before, embeddings = retriever.fingerprint(), store.embeddings.clone()
     trainer.train()
     assert retriever.is_shared
@@ -106,7 +110,9 @@ def test_the_helpful_passage_ranks_first_after_training(rag_system: RAGSystem) -
     nodes = [KnowledgeNode(str(number), text) for number, text in enumerate(texts)]
     store.add(nodes, retriever.encode_passages(texts))
     store.encoder_fingerprint = retriever.fingerprint()
-    pairs = [(generator.encode_prompt("which ?", [node]).ids, generator.prompts.answer_tokens("blue")) for node in nodes]
+    pairs = [
+        (generator.encode_prompt("which ?", [node]).ids, generator.prompts.answer_tokens("blue")) for node in nodes
+    ]
     preferred = str(int(generator.log_probs_of_ids(pairs).argmax()))
     last = [node.node.id for node in rag_system.retrieve("which ?", 3)][-1]
     config = LSRConfig(top_k=3, batch_size=1, learning_rate=3e-3, epochs=40, validation=ValidationConfig(every="never"))
@@ -120,7 +126,9 @@ def test_likelihoods_are_computed_once(rag_system: RAGSystem) -> None:
     generator = rag_system.require_generator()
     calls: list[int] = []
     generator.model.register_forward_hook(lambda *_: calls.append(1))
-    config = LSRConfig(top_k=24, batch_size=14, learning_rate=1e-3, epochs=3, validation=ValidationConfig(every="never"))
+    config = LSRConfig(
+        top_k=24, batch_size=14, learning_rate=1e-3, epochs=3, validation=ValidationConfig(every="never")
+    )
     trainer = HuggingFaceTrainerForLSR(rag_system, config=config)
     result = trainer.train()
     # All 24 passages are candidates, so each pair is scored in the first pass and never again.
@@ -145,9 +153,12 @@ def test_a_learning_rate_of_zero_is_named(rag_system: RAGSystem) -> None:
 
 def test_a_learning_rate_that_rounds_away_is_named(rag_system: RAGSystem) -> None:
     trainer = HuggingFaceTrainerForLSR(
-        rag_system, config=LSRConfig(top_k=4, batch_size=4, learning_rate=1e-60, validation=ValidationConfig(every="never"))
+        rag_system,
+        config=LSRConfig(top_k=4, batch_size=4, learning_rate=1e-60, validation=ValidationConfig(every="never")),
     )
-    with pytest.raises(TrainingError, match="did not move the retriever: every step was smaller than the weights' rounding"):
+    with pytest.raises(
+        TrainingError, match="did not move the retriever: every step was smaller than the weights' rounding"
+    ):
         trainer.train()
 
 
@@ -166,7 +177,7 @@ def test_weights_that_are_not_finite_are_named(rag_system: RAGSystem) -> None:
     rag_system.retriever.query_encoder.requires_grad_(True)
     with torch.no_grad():
         rag_system.require_generator().model.get_output_embeddings().weight[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="finite|NaN|nan"):
+    with pytest.raises(TrainingError, match="The generator's likelihoods are not finite"):
         trainer.train()
 
 
@@ -190,7 +201,13 @@ def test_accumulated_batches_equal_one_large_batch(write_config: Callable[..., P
     start = HuggingFaceTrainerForLSR(build_rag_system(load_config(write_config("start")))).trained_weights()
     large = _train(write_config, "large", batch_size=8, epochs=2, optimizer="sgd", learning_rate=1e-2)
     small = _train(
-        write_config, "small", batch_size=1, gradient_accumulation_steps=8, epochs=2, optimizer="sgd", learning_rate=1e-2
+        write_config,
+        "small",
+        batch_size=1,
+        gradient_accumulation_steps=8,
+        epochs=2,
+        optimizer="sgd",
+        learning_rate=1e-2,
     )
     for name, tensor in large.items():
         torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
@@ -203,7 +220,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(write_conf
     assert all(torch.equal(first[name], second[name]) for name in first)
     rag_system = build_rag_system(load_config(write_config("three")))
     other = HuggingFaceTrainerForLSR(
-        rag_system, config=LSRConfig(batch_size=4, top_k=4, learning_rate=1e-3, validation=ValidationConfig(every="never")), seed=7
+        rag_system,
+        config=LSRConfig(batch_size=4, top_k=4, learning_rate=1e-3, validation=ValidationConfig(every="never")),
+        seed=7,
     )
     other.train()
     assert any(not torch.equal(first[name], tensor) for name, tensor in other.trained_weights().items())

@@ -29,7 +29,9 @@ def test_lora_moves_adapters_only(rag_system: RAGSystem) -> None:
     generator, retriever = rag_system.require_generator(), rag_system.retriever
     base = {name: tensor.clone() for name, tensor in generator.model.state_dict().items()}
     encoder = retriever.fingerprint()
-    trainer = HuggingFaceTrainerForRALT(rag_system, config=RALTConfig(learning_rate=1e-2, batch_size=4, validation=NEVER))
+    trainer = HuggingFaceTrainerForRALT(
+        rag_system, config=RALTConfig(learning_rate=1e-2, batch_size=4, validation=NEVER)
+    )
     assert isinstance(generator.model, PeftModel)
     before = trainer.trained_weights()
     assert before
@@ -77,7 +79,13 @@ def test_the_reported_loss_is_the_mean_over_answer_tokens(rag_system: RAGSystem,
 
 def test_it_learns_to_answer(rag_system: RAGSystem) -> None:
     config = RALTConfig(
-        lora=LoRAConfig(r=8), batch_size=1, top_k=1, learning_rate=2e-2, epochs=30, scheduler="constant", validation=NEVER
+        lora=LoRAConfig(r=8),
+        batch_size=1,
+        top_k=1,
+        learning_rate=2e-2,
+        epochs=30,
+        scheduler="constant",
+        validation=NEVER,
     )
     data = [{"query": "what is the colour of the cat ?", "response": "red"}]
     HuggingFaceTrainerForRALT(rag_system, data, config=config).train()

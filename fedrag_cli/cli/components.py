@@ -13,7 +13,9 @@ NAME = "components"
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="Show the settings of the components of this type or kind.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show the settings of the components of this type or kind.")
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,

@@ -13,7 +13,7 @@ NAME = "doctor"
 
 
 def command(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False) -> None:
-    """Check that the installed libraries fit and say what this machine can compute on; exits 1 if something is wrong."""
+    """Check the installed libraries and say what this machine can compute on; exits with 1 if something is wrong."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.runs.installation import examine
 

@@ -22,7 +22,8 @@ def command(
         ),
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option("--predictions", help="Write passages, answer and metrics of each question to this file.")
+        Path | None,
+        typer.Option("--predictions", help="Write passages, answer and metrics of each question to this file."),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,

@@ -11,7 +11,10 @@ NAME = "index"
 
 
 def command(
-    arguments: ConfigArguments = None, json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False
+    arguments: ConfigArguments = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Encode the corpus and save the knowledge store at rag_system.knowledge_store.path."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:

@@ -14,7 +14,9 @@ NAME = "init"
 
 
 def command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; it is made where it is missing.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write to; it is made where it is missing.")
+    ],
     template: Annotated[str, typer.Option("--template", "-t", help="Which config to start from.")] = "quickstart",
     json: JsonOption = False,
     quiet: QuietOption = False,

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quiet_environment() -> None:
-    """Turn the libraries' telemetry and update checks off before they are imported, and their bars where nobody looks."""
+    """Turn the libraries' telemetry off before they are imported, and their progress bars where nobody looks."""
     settings = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DISABLE_TELEMETRY": "1",

@@ -92,16 +92,13 @@ class Renderer:
             self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
         self.line(f"{summary['steps']} steps, mean loss {summary['loss']:.4f}, {_duration(summary['seconds'])}")
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
-        self.line(f"Try it: fedrag query {summary['run_dir']} \"your question\"")
+        self.line(f'Try it: fedrag query {summary["run_dir"]} "your question"')
 
     def validation(self, document: Mapping[str, Any]) -> None:
         """Print that a config is right, and what was loaded."""
         self.line(f"{document['config']} is valid (mode: {document['mode']}).")
         for name, values in document.get("loaded", {}).items():
-            text = ", ".join(f"{key} {value}" for key, value in values.items()) if isinstance(values, dict) else values
-            text = ", ".join(text) if isinstance(text, list) else text
-            text = f"{text / 2**20:.0f} MiB" if name.endswith("_bytes") else text
-            self.line(f"  {name.removesuffix('_bytes').replace('_', ' ')}: {text}")
+            self.line(f"  {name.removesuffix('_bytes').replace('_', ' ')}: {_loaded_value(name, values)}")
 
     def components(self, listed: Sequence[Mapping[str, Any]], *, settings: bool) -> None:
         """Print components, and their settings where these were asked for."""
@@ -124,7 +121,9 @@ class Renderer:
         self.table(["package", "version", "tested", "state"], rows, stdout=True)
         for device in report["devices"]:
             self.text("Device " + ", ".join(f"{key} {value}" for key, value in device.items()))
-        models = [f"{name} {'is' if there else 'is not'} installed" for name, there in report["quickstart_models"].items()]
+        models = [
+            f"{name} {'is' if there else 'is not'} installed" for name, there in report["quickstart_models"].items()
+        ]
         self.text("Quickstart models: " + ", ".join(models))
         self.text(f"Free disk: {report['free_disk_bytes'] / 2**30:.1f} GiB")
         self.text("All is well." if report["healthy"] else "Something is wrong; see the states above.")
@@ -174,7 +173,14 @@ class TerminalReporter:
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
         """Show a bar; a task inside another one is shown below it."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         if self._live is not None:
             progress, outer = self._live, self._task
@@ -303,6 +309,14 @@ def _difference_row(item: Mapping[str, Any]) -> list[str | Text]:
         f"[{difference['low']:+.4f}, {difference['high']:+.4f}]",
         Text(item["verdict"], style=VERDICT_STYLES.get(item["verdict"], "")),
     ]
+
+
+def _loaded_value(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number}" for key, number in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    return f"{value / 2**20:.0f} MiB" if name.endswith("_bytes") else str(value)
 
 
 def _default(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,9 @@ NAME = "schema"
 
 
 def command(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file; stdout by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to this file; stdout by default.")
+    ] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Print the JSON Schema of the config, registered components included."""

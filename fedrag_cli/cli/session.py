@@ -93,7 +93,8 @@ def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) 
         problems = getattr(error, "problems", None)
         if problems:
             details["problems"] = [
-                {"file": p.position.file, "line": p.position.line, "path": p.path, "message": p.message} for p in problems
+                {"file": p.position.file, "line": p.position.line, "path": p.path, "message": p.message}
+                for p in problems
             ]
         print_json({"error": {**details, "exit_code": code}})
     renderer.error(error)
@@ -109,7 +110,9 @@ def _unexpected(error: Exception) -> FedRAGError:
             f"The memory is full ({reason}).",
             "Lower trainer.*.batch_size or rag_system.generator.batch_tokens, or set gradient_checkpointing: true.",
         )
-    return FedRAGError(reason, "This should not happen. Run the command again with --verbose and report what it prints.")
+    return FedRAGError(
+        reason, "This should not happen. Run the command again with --verbose and report what it prints."
+    )
 
 
 def _quiet_libraries() -> None:

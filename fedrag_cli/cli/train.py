@@ -11,7 +11,10 @@ NAME = "train"
 
 
 def command(
-    arguments: ConfigArguments = None, json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False
+    arguments: ConfigArguments = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Tune retriever, generator or both, and measure what it changed."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:

@@ -32,7 +32,9 @@ def require_training(config: Config) -> None:
     """Raise ConfigError where something is missing that `train` needs."""
     require_generator(config, "training")
     if config.dataset.train is None:
-        raise ConfigError("The config has no dataset.train, which training needs.", "Add a file of questions and answers there.")
+        raise ConfigError(
+            "The config has no dataset.train, which training needs.", "Add a file of questions and answers there."
+        )
 
 
 def require_generator(config: Config, purpose: str) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 
-
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("is no number")
@@ -137,17 +136,15 @@ def _check_placeholders(*allowed: str, required: tuple[str, ...]) -> AfterValida
     return AfterValidator(check)
 
 
-PromptTemplate = Annotated[
-    str, _check_placeholders("context", "query", required=("context", "query"))
-]
+PromptTemplate = Annotated[str, _check_placeholders("context", "query", required=("context", "query"))]
 PassageTemplate = Annotated[str, _check_placeholders(required=("text",))]
 
-METRIC_PATTERN = re.compile(r"^(exact_match|f1|mrr|(hit|recall|ndcg)@[1-9][0-9]*)$")
+METRIC_PATTERN = re.compile(r"exact_match|f1|mrr|(hit|recall|ndcg)@[1-9][0-9]*")
 METRIC_HELP = "exact_match, f1, mrr, hit@K, recall@K, ndcg@K"
 
 
 def _check_metric(name: str) -> str:
-    if not METRIC_PATTERN.match(name):
+    if not METRIC_PATTERN.fullmatch(name):
         raise ValueError(f"is no metric (metrics: {METRIC_HELP})")
     return name
 

@@ -52,8 +52,13 @@ def _config_classes() -> set[type]:
 
 
 def _or_interpolation(field: dict[str, Any]) -> dict[str, Any]:
-    about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+    about: dict[str, Any] = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
     if field.get("type") == "string" or "const" in field:
         return {**about, **field} if "const" in field else {**about, "anyOf": [field, INTERPOLATION]}
-    options = field.pop("anyOf", None) or field.pop("oneOf", None) or [field]
-    return {**about, "anyOf": [*options, INTERPOLATION]}
+    return {**about, "anyOf": [*_options(field), INTERPOLATION]}
+
+
+def _options(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a field may be; without a `type:` several components fit, so exactly one (`oneOf`) asks too much."""
+    options = field.get("anyOf") or field.get("oneOf")
+    return [field] if options is None else [inner for option in options for inner in _options(option)]

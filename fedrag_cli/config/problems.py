@@ -47,7 +47,8 @@ class InvalidConfigError(ConfigError):
         lines = "\n".join(f"  {problem}" for problem in problems)
         super().__init__(
             f"The config has {count}:\n{lines}",
-            "Correct the file; 'fedrag validate' checks it without loading anything, and 'fedrag components' lists all settings.",
+            "Correct the file; 'fedrag validate' checks it without loading anything, and 'fedrag components TYPE' "
+            "lists the settings.",
         )
         self.problems = tuple(problems)
 

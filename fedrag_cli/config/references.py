@@ -15,7 +15,7 @@ from omegaconf.errors import (
 
 from fedrag_cli.config.problems import KeyPath
 
-_SETTING = re.compile(r"\$\{\s*(\.*)([A-Za-z_]\w*(?:\.\w+|\[\d+\])*)\s*\}")
+_SETTING = re.compile(r"(?<!\\)\$\{\s*(\.*)([A-Za-z_]\w*(?:\.\w+|\[\d+\])*)\s*\}")
 _RESOLVER = re.compile(r"(?<!\\)\$\{\s*[\w.]+\s*:")
 _MOST_STEPS = 32
 
@@ -77,7 +77,7 @@ def _first_reference(tree: DictConfig, path: KeyPath) -> tuple[int, str]:
         if not isinstance(node, DictConfig | ListConfig) or node._is_none() or node._is_missing():
             break
         try:
-            child = node._get_node(key)
+            child = node._get_node(key)  # type: ignore[arg-type]
         except (KeyError, IndexError):
             break
         if child is not None and child._is_interpolation():  # type: ignore[union-attr]

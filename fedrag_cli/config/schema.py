@@ -97,9 +97,13 @@ class TrainerConfig:
 
     mode: Literal["retriever", "generator", "alternating"] = "retriever"
     """Tune the retriever, the generator, or both in turn."""
-    retriever: Annotated[Any, ComponentSlot("retriever_trainer", default="lsr")] = default_component("retriever_trainer", "lsr")
+    retriever: Annotated[Any, ComponentSlot("retriever_trainer", default="lsr")] = default_component(
+        "retriever_trainer", "lsr"
+    )
     """The retriever's trainer; LSR with its defaults where nothing is said."""
-    generator: Annotated[Any, ComponentSlot("generator_trainer", default="ralt")] = default_component("generator_trainer", "ralt")
+    generator: Annotated[Any, ComponentSlot("generator_trainer", default="ralt")] = default_component(
+        "generator_trainer", "ralt"
+    )
     """The generator's trainer; RALT with its defaults where nothing is said."""
     cycles: PositiveInt = 1
     """In alternating mode: how often retriever and generator are tuned in turn."""

@@ -89,20 +89,26 @@ def _read_file(path: Path) -> tuple[DictConfig, Positions]:
             f"There is no config file '{path}'.", "Give the path of a YAML file, or make one with 'fedrag init DIR'."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config file '{path}' cannot be read: {error}", "Give the path of a YAML file.") from error
+        raise ConfigError(
+            f"The config file '{path}' cannot be read: {error}", "Give the path of a YAML file."
+        ) from error
     try:
         node = yaml.compose(text)
         tree = OmegaConf.create(text) if node is not None else OmegaConf.create()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InvalidConfigError([ConfigProblem(Position(str(path), line), "", f"is no YAML: {error.problem}")]) from error
+        raise InvalidConfigError(
+            [ConfigProblem(Position(str(path), line), "", f"is no YAML: {error.problem}")]
+        ) from error
     except GrammarParseError as error:
         raise InvalidConfigError([_bad_reference(error, node, str(path))]) from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", f"is no YAML: {reason}")]) from error
     if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
-        raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", "holds no settings (expected 'key: value' lines)")])
+        raise InvalidConfigError(
+            [ConfigProblem(Position(str(path), 1), "", "holds no settings (expected 'key: value' lines)")]
+        )
     positions: Positions = {}
     _collect_positions(node, (), str(path), positions)
     return tree, positions

@@ -126,7 +126,9 @@ def _message(details: ErrorDetails, path: KeyPath, owner: type | None) -> str:
         tags = [tag.strip().strip("'") for tag in str(context.get("expected_tags", "")).split(",")]
         return f"there is no type '{context.get('tag')}'{suggestion(context.get('tag'), tags)}"
     if kind == "literal_error":
-        options = [option.strip().strip("'") for option in str(context.get("expected", "")).replace(" or ", ",").split(",")]
+        options = [
+            option.strip().strip("'") for option in str(context.get("expected", "")).replace(" or ", ",").split(",")
+        ]
         return f"{given!r} is not one of {', '.join(options)}{_close(given, options)}"
     if kind == "value_error":
         return f"{given!r} {context.get('error')}"

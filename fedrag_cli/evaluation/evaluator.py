@@ -78,7 +78,7 @@ def choose_metrics(wanted: Sequence[str] | None, sides: Sequence[str], examples:
     if unjudged and not judged:
         raise DataError(
             f"{', '.join(unjudged)} need relevant ids, but no example has any.",
-            "Add a relevant_ids column (columns.relevant_ids names it), or set evaluation.metrics to exact_match and f1.",
+            "Add a relevant_ids column (columns.relevant_ids names it), or set evaluation.metrics: [exact_match, f1].",
         )
     return list(wanted)
 
@@ -136,7 +136,10 @@ def _prediction(example: Example, passages: Sequence[ScoredNode]) -> dict[str, A
 
 
 def _ranking_values(
-    examples: Sequence[Example], found: Sequence[list[ScoredNode]], names: Sequence[str], predictions: list[dict[str, Any]]
+    examples: Sequence[Example],
+    found: Sequence[list[ScoredNode]],
+    names: Sequence[str],
+    predictions: list[dict[str, Any]],
 ) -> dict[str, list[float]]:
     judged = [position for position, example in enumerate(examples) if example.relevant_ids]
     if not judged:

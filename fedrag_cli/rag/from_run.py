@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource, load_config_with_source
 from fedrag_cli.errors import ConfigError
@@ -27,7 +28,9 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
     run = RunDirectory.open(path)
     status = run.manifest().get("status")
     if status != "done":
-        raise ConfigError(f"The run in '{path}' is not finished (status: {status}).", f"Go on with: fedrag resume {path}")
+        raise ConfigError(
+            f"The run in '{path}' is not finished (status: {status}).", f"Go on with: fedrag resume {path}"
+        )
     source = load_config_with_source(run.config_file, overrides)
     return with_tuned_models(source.config, run), source
 
@@ -35,16 +38,17 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
 def with_tuned_models(config: Config, run: RunDirectory) -> Config:
     """Return the config with the run's tuned retriever, generator and knowledge store in the place of the old ones."""
     rag_system = config.rag_system
+    old_generator: Any = rag_system.generator
     if run.retriever.is_dir():
         retriever = dataclasses.replace(
             rag_system.retriever, model=str(run.retriever), query_model=None, passage_model=None, revision=None
         )
         rag_system = dataclasses.replace(rag_system, retriever=retriever)
     if (run.generator / "adapter_config.json").is_file():
-        generator = dataclasses.replace(rag_system.generator, adapter=str(run.generator))
+        generator = dataclasses.replace(old_generator, adapter=str(run.generator))
         rag_system = dataclasses.replace(rag_system, generator=generator)
     elif run.generator.is_dir():
-        generator = dataclasses.replace(rag_system.generator, model=str(run.generator), adapter=None, revision=None)
+        generator = dataclasses.replace(old_generator, model=str(run.generator), adapter=None, revision=None)
         rag_system = dataclasses.replace(rag_system, generator=generator)
     if run.knowledge_store.is_dir():
         store = dataclasses.replace(rag_system.knowledge_store, path=str(run.knowledge_store))

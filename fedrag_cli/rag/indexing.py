@@ -32,9 +32,7 @@ def build_index(config: Config, reporter: Reporter) -> dict[str, Any]:
         )
     nodes = load_corpus(config.dataset.corpus)
     started = time.monotonic()
-    retriever: SentenceTransformerRetriever = build(
-        "retriever", config.rag_system.retriever, device=config.run.device
-    )
+    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
     store = build_knowledge_store(retriever, nodes, reporter)
     store.save(Path(path))
     return {

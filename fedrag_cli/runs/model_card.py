@@ -177,7 +177,7 @@ def _loading(tuned: Mapping[str, Any]) -> str:
     if generator is not None and generator["adapter"]:
         blocks.append(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"base_model = AutoModelForCausalLM.from_pretrained({_portable(generator['model'])!r})\n"
+            f"{_base_model(generator['model'])}\n"
             'generator = PeftModel.from_pretrained(base_model, "generator")\n'
             'tokenizer = AutoTokenizer.from_pretrained("generator")'
         )
@@ -201,13 +201,32 @@ def _data(counts: Mapping[str, int], fingerprints: Mapping[str, str]) -> str:
     return "## Data\n\n" + _table(["Part", "Count", "Fingerprint"], rows, numbers=[1])
 
 
+def _base_model(reference: str) -> str:
+    """Return the lines of Python that load the model an adapter belongs to."""
+    path = PurePosixPath(reference.removeprefix("package://"))
+    arguments = [repr(_portable(reference))]
+    lines = []
+    if reference.startswith("package://"):
+        inner = path.parent if path.suffix == ".gguf" else path
+        lines.append("from importlib.util import find_spec\n")
+        lines.append(f"package = find_spec({path.parts[0]!r}).submodule_search_locations[0]")
+        below = "/".join(inner.parts[1:])
+        arguments = [f'f"{{package}}/{below}"' if below else "package"]
+    elif path.suffix == ".gguf":
+        arguments = [repr(str(_portable(str(path.parent))))]
+    if path.suffix == ".gguf":
+        arguments.append(f"gguf_file={path.name!r}")
+    lines.append(f"base_model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
 def _training(summary: Mapping[str, Any]) -> str:
     command = shlex.join(_portable_argument(argument) for argument in summary["command"])
     lines = [f"- Mode: {summary['mode']}", f"- Seed: {summary['seed']}"]
     if summary.get("steps") is not None:
         lines.append(f"- Steps: {summary['steps']}")
     if summary.get("loss") is not None:
-        lines.append(f"- Last training loss: {summary['loss']:.4g}")
+        lines.append(f"- Mean training loss: {summary['loss']:.4g}")
     if summary.get("seconds") is not None:
         lines.append(f"- Time of the training: {summary['seconds']:.0f} s")
     text = "## Training\n\n" + "\n".join(lines) + f"\n\n```sh\n{command}\n```"

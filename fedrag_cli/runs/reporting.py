@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 
-
 class Advance(Protocol):
     """Takes the units of a task that were just done."""
 

@@ -37,7 +37,10 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
     """
     data = load_run_data(config)
     rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
-    report: dict[str, Any] = {"rows": data.counts(), "truncated": _truncation(rag_system, data.train or data.evaluation)}
+    report: dict[str, Any] = {
+        "rows": data.counts(),
+        "truncated": _truncation(rag_system, data.train or data.evaluation),
+    }
     if data.evaluation:
         report["metrics"] = choose_metrics(config.evaluation.metrics, sides, data.evaluation)
     if data.train:

@@ -154,9 +154,7 @@ def _see_through(
         reporter.event("started", mode=config.trainer.mode, **data.counts())
         metrics = choose_metrics(config.evaluation.metrics, tuned_sides(config), data.evaluation)
         before = _evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
-        manager = build_manager(
-            config, rag_system, train=data.train, validation=data.validation, reporter=reporter
-        )
+        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         result = manager.train(run.checkpoints)
         after = _evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
         _save_models(run, rag_system, config)
@@ -263,14 +261,13 @@ def _tuned(config: Config) -> dict[str, Any]:
 
 
 def _truncated(result: TrainResult, after: Evaluation | None) -> dict[str, int]:
-    phases = [result.metrics] if "validation" in result.metrics or "prompts" in result.metrics else []
-    phases += [phase for phase in result.metrics.values() if isinstance(phase, dict)]
+    """Return what was cut in training (in all phases) and in the evaluation after it."""
     truncated = {f"evaluation {name}": count for name, count in (after.truncated if after else {}).items()}
-    for phase in (result.metrics, *phases):
-        for name in ("scoring", "prompts"):
+    phases = [result.metrics, *(phase for phase in result.metrics.values() if isinstance(phase, dict))]
+    for phase in phases:
+        for name, label in (("scoring", "scored prompts"), ("prompts", "training prompts")):
             if isinstance(phase.get(name), dict):
-                key = f"training {'prompts' if name == 'prompts' else 'scored prompts'}"
-                truncated[key] = int(phase[name]["truncated"])
+                truncated[label] = truncated.get(label, 0) + int(phase[name]["truncated"])
     return truncated
 
 
@@ -298,7 +295,9 @@ def _fingerprints(run: RunDirectory, data: RunData, rag_system: RAGSystem) -> di
 
 
 def _data_fingerprints(data: RunData) -> dict[str, str]:
-    rows = {"train": data.train, "validation": data.validation, "evaluation": data.evaluation}
+    rows = {"train": data.train, "validation": data.validation}
+    if data.split is not None:
+        rows[data.split] = data.evaluation
     examples = {
         name: corpus_fingerprint([KnowledgeNode(example.query, "|".join(example.responses)) for example in split])
         for name, split in rows.items()
@@ -314,5 +313,3 @@ def _require_same_data(run: RunDirectory, data: RunData) -> None:
             f"The data of this run has changed since it started: {', '.join(changed)}.",
             "Put the old files back, or start a new run with 'fedrag train'.",
         )
-
-

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from fedrag_cli.config.fields import (
     Fraction,
@@ -49,7 +51,7 @@ class TrainingConfig:
     """Optimizer, by its name in transformers."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Course of the learning rate."""
-    warmup: Fraction = 0.0
+    warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the steps over which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
@@ -88,7 +90,7 @@ class LSRConfig(TrainingConfig):
     divergence: Literal["forward", "reverse"] = "forward"
     """forward is KL(LM || retriever), reverse is KL(retriever || LM)."""
     dropout: bool = False
-    """Use the encoder's dropout while training; it makes the retrieved passages jitter, and each new one must be scored."""
+    """Use the encoder's dropout while training; the retrieved passages then jitter, and each new one must be scored."""
     refresh_every: PositiveInt | None = None
     """With train: both, re-encode all passages every so many steps; once an epoch by default."""
 
@@ -116,7 +118,7 @@ class RALTConfig(TrainingConfig):
     top_k: PositiveInt = 3
     """Passages retrieved for each training example."""
     passages: Literal["separate", "together"] = "separate"
-    """separate makes one instance a passage (as RA-DIT does), together puts all in one prompt (as `concat` inference does)."""
+    """separate makes one instance a passage (as in RA-DIT), together puts all in one prompt (as at inference)."""
     lora: LoRAConfig | None = LoRAConfig()
     """Tune low-rank adapters; null tunes all weights."""
     learning_rate: PositiveFloat = 2e-4

@@ -21,6 +21,7 @@ from fedrag_cli.rag.models import (
     choose_dtype,
     locate_model,
     model_errors,
+    require_vocabulary,
     weights_fingerprint,
 )
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
@@ -71,6 +72,7 @@ class CausalLMGenerator:
         with model_errors(location, "generator"):
             options = _location_options(location, config.revision)
             tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **options)
+            require_vocabulary(tokenizer)
             model = AutoModelForCausalLM.from_pretrained(
                 location.name_or_path, dtype=choose_dtype(config.dtype, target, small=False), **options
             )
@@ -89,7 +91,9 @@ class CausalLMGenerator:
         """Return a hash of the weights as they are now, adapters included."""
         return weights_fingerprint(self.model)
 
-    def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode], answer_tokens: int | None = None) -> EncodedPrompt:
+    def encode_prompt(
+        self, query: str, passages: Sequence[KnowledgeNode], answer_tokens: int | None = None
+    ) -> EncodedPrompt:
         """Write a prompt that leaves room for an answer (of `max_new_tokens` where no length is given)."""
         reserved = self.config.max_new_tokens if answer_tokens is None else answer_tokens
         return self.prompts.encode_prompt(query, passages, reserved_tokens=reserved)
@@ -268,7 +272,10 @@ def _with_adapter(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
     if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ModelError(f"'{adapter}' holds no LoRA adapter (adapter_config.json is missing).", "Give the folder of a saved adapter.")
+        raise ModelError(
+            f"'{adapter}' holds no LoRA adapter (adapter_config.json is missing).",
+            "Give the folder of a saved adapter.",
+        )
     with model_errors(ModelLocation(adapter, adapter), "adapter"):
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 TokenPair = tuple[list[int], list[int]]
@@ -68,14 +68,14 @@ def batch_log_probs(
     totals = []
     for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
         begin = start + len(prompt) - 1 - first
-        log_probs = F.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
+        log_probs = torch.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
         totals.append(log_probs.gather(1, torch.tensor(target, device=device)[:, None]).sum())
     return torch.stack(totals).cpu()
 
 
 def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
     """Run the model and return the logits of the last `keep` positions, computing no others where it can."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     accepted = inspect.signature(base.forward).parameters
     options: dict[str, object] = {"use_cache": False}
     if "position_ids" in accepted:

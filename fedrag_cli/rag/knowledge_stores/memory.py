@@ -109,10 +109,12 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         self._check_search(query_embeddings, top_k)
         queries = query_embeddings.detach().to(self.device, torch.float32)
         scores = queries @ self.embeddings.T
-        # A stable sort of the few best makes equal scores come out in the order of the passages.
-        best, positions = scores.topk(top_k, dim=1)
-        order = positions.argsort(dim=1)
-        best, positions = best.gather(1, order), positions.gather(1, order)
+        # Among passages that tie for the last places topk takes any; the first of them are wanted.
+        last = scores.topk(top_k, dim=1).values[:, -1:]
+        above, level = scores > last, scores == last
+        chosen = above | (level & (level.cumsum(dim=1) <= top_k - above.sum(dim=1, keepdim=True)))
+        positions = chosen.nonzero()[:, 1].view(-1, top_k)
+        best = scores.gather(1, positions)
         order = best.argsort(dim=1, descending=True, stable=True)
         return best.gather(1, order), positions.gather(1, order)
 
@@ -126,7 +128,11 @@ class InMemoryKnowledgeStore(KnowledgeStore):
 
     def save(self, directory: Path) -> None:
         """Write passages as JSON lines and embeddings as safetensors into a new directory that replaces the old."""
-        metadata = {"format": FORMAT, "encoder": self.encoder_fingerprint or "", "corpus": self.corpus_fingerprint or ""}
+        metadata = {
+            "format": FORMAT,
+            "encoder": self.encoder_fingerprint or "",
+            "corpus": self.corpus_fingerprint or "",
+        }
         with replace_directory_atomically(directory) as target:
             save_file({"embeddings": self.embeddings.cpu().contiguous()}, target / EMBEDDINGS_FILE, metadata)
             with (target / NODES_FILE).open("w", encoding="utf-8") as file:
@@ -151,7 +157,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             raise KnowledgeStoreError(f"'{directory}' holds no knowledge store: {error}", hint) from error
         except (SafetensorError, ValueError, TypeError, OSError) as error:
             raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {error}", hint) from error
-        if metadata.get("format") != FORMAT or len(nodes) != len(embeddings):
+        if metadata.get("format") != FORMAT or embeddings.ndim != 2 or len(nodes) != len(embeddings):
             raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged or of another format.", hint)
         store = cls(device)
         store.add(nodes, embeddings)
@@ -169,11 +175,12 @@ class InMemoryKnowledgeStore(KnowledgeStore):
     def _check_new(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
         if embeddings.ndim != 2 or embeddings.shape[0] != len(nodes):
             raise KnowledgeStoreError(
-                f"{len(nodes)} passages came with embeddings of shape {tuple(embeddings.shape)}; expected ({len(nodes)}, dimension)."
+                f"{len(nodes)} passages came with embeddings of shape {tuple(embeddings.shape)}; "
+                f"expected ({len(nodes)}, dimension)."
             )
         if len(self) and embeddings.shape[1] != self._buffer.shape[1]:
             raise KnowledgeStoreError(
-                f"The store holds embeddings of {self._buffer.shape[1]} numbers, the new ones have {embeddings.shape[1]}.",
+                f"The store's embeddings have {self._buffer.shape[1]} numbers, the new ones {embeddings.shape[1]}.",
                 "Build the store anew with one encoder.",
             )
         if not bool(torch.isfinite(embeddings).all()):
@@ -181,7 +188,9 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             raise KnowledgeStoreError(f"The embedding of the passage '{nodes[row].id}' is not finite.")
         repeated = _first_repeated([node.id for node in nodes])
         if repeated is not None:
-            raise KnowledgeStoreError(f"The passage id '{repeated}' occurs twice.", "Give every passage an id of its own.")
+            raise KnowledgeStoreError(
+                f"The passage id '{repeated}' occurs twice.", "Give every passage an id of its own."
+            )
 
     def _check_search(self, query_embeddings: Tensor, top_k: int) -> None:
         if not len(self):
@@ -193,7 +202,13 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             )
         if query_embeddings.ndim != 2 or query_embeddings.shape[1] != self._buffer.shape[1]:
             raise KnowledgeStoreError(
-                f"Query embeddings have the shape {tuple(query_embeddings.shape)}; expected (queries, {self._buffer.shape[1]})."
+                f"Query embeddings have the shape {tuple(query_embeddings.shape)}; "
+                f"expected (queries, {self._buffer.shape[1]})."
+            )
+        broken = (~torch.isfinite(query_embeddings)).any(dim=1).nonzero()
+        if len(broken):
+            raise KnowledgeStoreError(
+                f"The embedding of query {int(broken[0])} is not finite.", "Look at the weights of the query encoder."
             )
 
 

@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor
+from torch.nn import functional
 
 from fedrag_cli.errors import DataError
 from fedrag_cli.rag.config import SentenceTransformerConfig
-from fedrag_cli.rag.models import FingerprintMemory, choose_device, choose_dtype, locate_model, model_errors
+from fedrag_cli.rag.models import (
+    FingerprintMemory,
+    choose_device,
+    choose_dtype,
+    locate_model,
+    model_errors,
+    require_vocabulary,
+)
 
 Progress = Callable[[int], None]
 
@@ -59,7 +66,8 @@ class SentenceTransformerRetriever:
             return cls(model, None, config)
         routes = model[0].sub_modules
         query, passage = (
-            SentenceTransformer(modules=list(routes[route]), device=str(model.device)) for route in ("query", "document")
+            SentenceTransformer(modules=list(routes[route]), device=str(model.device))
+            for route in ("query", "document")
         )
         return cls(query, passage, config)
 
@@ -114,7 +122,9 @@ class SentenceTransformerRetriever:
     def features(self, texts: Sequence[str], *, queries: bool) -> dict[str, Any]:
         """Tokenise texts for a forward pass with gradient, prompts included."""
         encoder, prompt = (
-            (self.query_encoder, self.config.query_prompt) if queries else (self.passage_encoder, self.config.passage_prompt)
+            (self.query_encoder, self.config.query_prompt)
+            if queries
+            else (self.passage_encoder, self.config.passage_prompt)
         )
         return dict(encoder.preprocess([prompt + text for text in texts]))
 
@@ -125,7 +135,7 @@ class SentenceTransformerRetriever:
             float32 tensor of shape (texts, dimension); of unit length where the similarity is cosine.
         """
         embeddings: Tensor = encoder(dict(features))["sentence_embedding"].float()
-        return F.normalize(embeddings, dim=-1) if self.config.similarity == "cosine" else embeddings
+        return functional.normalize(embeddings, dim=-1) if self.config.similarity == "cosine" else embeddings
 
     @torch.inference_mode()
     def _encode(
@@ -157,25 +167,26 @@ class SentenceTransformerRetriever:
         encoder = self.query_encoder if queries else self.passage_encoder
         prompt = self.config.query_prompt if queries else self.config.passage_prompt
         limit = encoder.max_seq_length
-        if not limit:
+        if not limit or not texts:
             return 0
-        # A word is at least one token and a token at least one character: only texts in between need tokenising.
-        doubtful = [prompt + text for text in texts if len(prompt + text) > limit - 2]
-        if not doubtful:
-            return 0
-        ids = encoder.tokenizer(doubtful, truncation=False, verbose=False)["input_ids"]
+        # Every text is tokenised: one character may be several tokens, so the number of characters tells nothing.
+        ids = encoder.tokenizer([prompt + text for text in texts], truncation=False, verbose=False)["input_ids"]
         return sum(len(row) > limit for row in ids)
 
     def save(self, directory: Path) -> None:
         """Write the encoder, or a Router of the two, loadable by `SentenceTransformer(directory)`.
 
-        A Router's `encode_query` and `encode_document` use the encoder of queries and of passages.
+        Its `encode_query` and `encode_document` use the encoder and the prompt of queries and of passages.
         """
+        prompts = {"query": self.config.query_prompt, "document": self.config.passage_prompt}
         if self.is_shared:
+            self.query_encoder.prompts = prompts
             self.query_encoder.save(str(directory), create_model_card=False)
             return
         router = Router.for_query_document(list(self.query_encoder), list(self.passage_encoder))
-        SentenceTransformer(modules=[router], device=str(self.device)).save(str(directory), create_model_card=False)
+        SentenceTransformer(modules=[router], device=str(self.device), prompts=prompts).save(
+            str(directory), create_model_card=False
+        )
 
 
 def _load(reference: str, config: SentenceTransformerConfig, device: str) -> SentenceTransformer:
@@ -189,6 +200,8 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
             local_files_only=location.is_local,
             model_kwargs={"dtype": choose_dtype(config.dtype, target, small=True)},
         )
+        for module in model.modules():
+            require_vocabulary(getattr(module, "tokenizer", None))
     if config.max_length is not None:
         model.max_seq_length = config.max_length
     return model

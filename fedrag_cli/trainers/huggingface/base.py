@@ -132,7 +132,9 @@ class HuggingFaceTrainer(BaseTrainer):
             RunInterruptedError: A signal came; a checkpoint is saved where there is a folder for checkpoints.
         """
         if not self.train_examples:
-            raise DataError(f"There are no examples to train the {self.side} on.", "Set dataset.train, or pass train_dataset.")
+            raise DataError(
+                f"There are no examples to train the {self.side} on.", "Set dataset.train, or pass train_dataset."
+            )
         require_trainable(self.model, self.what)
         started = time.monotonic()
         name = phase or self.side
@@ -164,7 +166,9 @@ class HuggingFaceTrainer(BaseTrainer):
             with os_errors(directory):
                 loop.train(resume_from_checkpoint=str(resuming) if resuming else None)
             if guard.requested:
-                raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; a checkpoint is saved.")
+                raise RunInterruptedError(
+                    f"Interrupted in {phase} after step {loop.state.global_step}; a checkpoint is saved."
+                )
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()
         self.model.eval()
@@ -226,14 +230,15 @@ class HuggingFaceTrainer(BaseTrainer):
         found: TrainingConfig = getattr(rag_system.config.trainer, self.side)
         if not isinstance(found, type(default)):
             raise ConfigError(
-                f"trainer.{self.side} is of the type '{getattr(found, 'type', None)}', which {type(self).__name__} does not run.",
+                f"trainer.{self.side} has the type '{getattr(found, 'type', None)}', "
+                f"which {type(self).__name__} does not run.",
                 "Pass config=, or change trainer." + self.side + ".type.",
             )
         return found
 
     def _examples(self, dataset: Any, split: str) -> list[Example]:
         if dataset is not None:
-            return examples_from_dataset(dataset)
+            return examples_from_dataset(dataset) if len(dataset) else []
         source = getattr(self.rag_system.config.dataset, split) if self.rag_system.config else None
         return load_examples(source) if source is not None else []
 

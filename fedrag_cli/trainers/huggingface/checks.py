@@ -42,11 +42,17 @@ def require_moved(before: str, after: str, what: str, log: list[dict[str, Any]])
     norms = [entry["grad_norm"] for entry in log if "grad_norm" in entry]
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
     if norms and not any(norms):
-        cause, hint = "its gradient was zero at every step", "The loss does not depend on it: look at the targets and at what is frozen."
+        cause, hint = (
+            "its gradient was zero at every step",
+            "The loss does not depend on it: look at the targets and at what is frozen.",
+        )
     elif rates and not any(rates):
         cause, hint = "the learning rate was 0 at every step", "Raise learning_rate, or lower warmup."
     else:
-        cause, hint = "every step was smaller than the weights' rounding", "Raise learning_rate, or keep the weights in float32."
+        cause, hint = (
+            "every step was smaller than the weights' rounding",
+            "Raise learning_rate, or keep the weights in float32.",
+        )
     raise TrainingError(f"Training did not move the {what}: {cause}.", hint)
 
 
@@ -61,9 +67,10 @@ def require_peaked_targets(targets: Tensor, lm_temperature: float) -> None:
     if spread < FLAT:
         raise TrainingError(
             "The language model's targets are flat: for no training example does it prefer one passage over another "
-            f"(largest difference of probability {spread:.1e} at lm_temperature {lm_temperature}), so there is nothing to learn.",
-            "Check that the passages reach the prompt ({context} in rag_system.prompt.template), that the responses are "
-            "real answers and the generator a trained model; or lower lm_temperature.",
+            f"(largest difference of probability {spread:.1e} at lm_temperature {lm_temperature}), so there is "
+            "nothing to learn.",
+            "Check that the passages reach the prompt ({context} in rag_system.prompt.template), that the responses "
+            "are real answers and the generator a trained model; or lower lm_temperature.",
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from fedrag_cli.runs.checkpoints import MARKER, PREFIX
 
@@ -16,7 +16,7 @@ Validate = Callable[[], dict[str, float]]
 Penalty = Callable[[nn.Module], Tensor]
 
 
-class TrainingLoop(Trainer):  # type: ignore[misc]
+class TrainingLoop(Trainer):
     """`transformers.Trainer` whose validation is ours and whose loss may get a penalty.
 
     Args:
@@ -28,6 +28,7 @@ class TrainingLoop(Trainer):  # type: ignore[misc]
     def __init__(self, *, validate: Validate, penalty: Penalty | None = None, **options: Any) -> None:
         """Set the loop up."""
         super().__init__(**options)
+        self.control: TrainerControl
         self._validate = validate
         self._penalty = penalty
 

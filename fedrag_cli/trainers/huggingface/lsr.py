@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
@@ -51,6 +52,12 @@ class LSRModel(nn.Module):
     def train(self, mode: bool = True) -> LSRModel:
         """Switch to training mode, with dropout only where the config wants it."""
         return super().train(mode and self._trainer[0].config.dropout)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Let the encoders compute activations twice to save memory; transformers calls this by its name."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.activation_checkpointing_enable(**options)
 
     def forward(
         self, features: dict[str, Any], examples: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None

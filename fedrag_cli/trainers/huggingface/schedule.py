@@ -17,7 +17,7 @@ from fedrag_cli.runs.reporting import Advance, Reporter
 from fedrag_cli.trainers.config import Every, TrainingConfig
 
 
-class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
+class ScheduleCallback(TrainerCallback):
     """Schedules validation, checkpoints, early stopping and interruption, and records what happens.
 
     Args:
@@ -78,7 +78,9 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         ended = state.global_step >= state.max_steps or state.epoch == int(state.epoch)
         if ended:
             due = self.config.save_every == "epoch" or self.guard.requested or _due(self.config.save_every, state)
-            self._schedule(control, self.config.validation.every == "epoch", due or state.global_step >= state.max_steps)
+            self._schedule(
+                control, self.config.validation.every == "epoch", due or state.global_step >= state.max_steps
+            )
 
     def _schedule(self, control: TrainerControl, validation: bool, checkpoint: bool) -> None:
         if validation and self.validates:
@@ -111,7 +113,9 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         self.reporter.event("validation", phase=self.phase, step=state.global_step, metrics=values)
         patience = self.config.validation.patience
         if patience is not None and validations_without_gain(state, args) >= patience:
-            self.reporter.note(f"{self.phase}: no better {args.metric_for_best_model} for {patience} validations, stopping")
+            self.reporter.note(
+                f"{self.phase}: no better {args.metric_for_best_model} for {patience} validations, stopping"
+            )
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

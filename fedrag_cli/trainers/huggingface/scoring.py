@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.errors import DataError
+from fedrag_cli.errors import DataError, TrainingError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches
 from fedrag_cli.rag.prompts import EncodedPrompt, TruncationCount
@@ -75,7 +75,8 @@ class LikelihoodCache:
                 self._values.update(zip(record["keys"], record["values"], strict=True))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"The likelihood cache '{path}' is damaged: {error}", "Remove the file; the likelihoods are computed anew."
+                f"The likelihood cache '{path}' is damaged: {error}",
+                "Remove the file; the likelihoods are computed anew.",
             ) from error
 
 
@@ -130,6 +131,11 @@ class LikelihoodScorer:
         with reporter.task("Scoring answers", len(pairs), "pair") as advance:
             for batch in length_sorted_batches(lengths, self.generator.config.batch_tokens):
                 totals = self.generator.score_batch([pairs[position] for position in batch])
+                if not bool(torch.isfinite(totals).all()):
+                    raise TrainingError(
+                        "The generator's likelihoods are not finite, so they cannot teach the retriever.",
+                        "Look for broken weights in the generator's model, or set its dtype and precision to float32.",
+                    )
                 self.cache.put([keys[position] for position in batch], totals.tolist())
                 advance(len(batch))
 

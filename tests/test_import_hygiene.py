@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import fedrag_cli
+
+HEAVY = ("torch", "transformers", "datasets", "sentence_transformers", "peft", "flwr", "accelerate", "numpy")
+CONFIG = """\
+rag_system: {retriever: {model: org/r}, generator: {model: org/g}}
+dataset: {corpus: {path: c.jsonl}, train: {path: t.jsonl}}
+"""
+RUN_COMMAND = """\
+import json, sys
+from fedrag_cli.cli.main import main
+code = main(sys.argv[2:])
+json.dump({"code": code, "modules": sorted(sys.modules)}, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["--version"],
+        ["validate", "c.yaml"],
+        ["validate", "c.yaml", "run.sed=3"],
+        ["components"],
+        ["components", "lsr", "--json"],
+        ["schema"],
+        ["init", "new"],
+    ],
+    ids=" ".join,
+)
+def test_commands_that_load_no_model_import_no_model_library(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG, encoding="utf-8")
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-c", RUN_COMMAND, str(report), *arguments]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert found["code"] == (2 if "run.sed=3" in arguments else 0)
+    assert [name for name in HEAVY if name in found["modules"]] == []
+
+
+def test_importing_the_package_imports_next_to_nothing() -> None:
+    program = "import sys; before = set(sys.modules); import fedrag_cli; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    new = done.stdout.split()
+    assert [name for name in new if name.startswith("fedrag_cli")] == ["fedrag_cli"]
+    assert {name.partition(".")[0] for name in new} <= {"fedrag_cli", *sys.stdlib_module_names}
+    assert len(new) < 40
+
+
+@pytest.mark.parametrize("name", fedrag_cli.__all__)
+def test_public_names_resolve(name: str) -> None:
+    assert getattr(fedrag_cli, name).__name__ == name
+    assert name in dir(fedrag_cli)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="module 'fedrag_cli' has no attribute 'nothing'"):
+        _ = fedrag_cli.nothing
+
+
+def test_type_information_is_marked() -> None:
+    assert resources.files(fedrag_cli).joinpath("py.typed").is_file()
