@@ -55,7 +55,12 @@ def test_the_generator_may_be_left_out(write_config: WriteConfig, models: dict[s
 
 
 def test_passages_may_be_handed_over(write_config: WriteConfig) -> None:
-    nodes = [KnowledgeNode("a", "the barn"), KnowledgeNode("b", "the tree"), KnowledgeNode("c", "the house"), KnowledgeNode("d", "x")]
+    nodes = [
+        KnowledgeNode("a", "the barn"),
+        KnowledgeNode("b", "the tree"),
+        KnowledgeNode("c", "the house"),
+        KnowledgeNode("d", "x"),
+    ]
     system = build_rag_system(load_config(write_config()), nodes=nodes, with_generator=False)
     assert system.knowledge_store.nodes == nodes
 
@@ -67,7 +72,12 @@ def test_a_saved_store_is_opened_and_equals_a_new_one(
     fresh = build_rag_system(config)
     assert not (tmp_path / "store").exists()
     told = build_index(config, SilentReporter())
-    assert (told["passages"], told["dimension"], told["truncated"], told["path"]) == (24, 32, 0, str(tmp_path / "store"))
+    assert (told["passages"], told["dimension"], told["truncated"], told["path"]) == (
+        24,
+        32,
+        0,
+        str(tmp_path / "store"),
+    )
     assert told["corpus_fingerprint"] == corpus_fingerprint(fresh.knowledge_store.nodes)
     opened = build_rag_system(config)
     assert torch.equal(opened.knowledge_store.embeddings, fresh.knowledge_store.embeddings)
@@ -143,9 +153,18 @@ NOWHERE = {"retriever": {"model": "./nowhere"}, "generator": {"model": "./nowher
     ("sections", "key"),
     [
         ({"rag_system": {**NOWHERE, "top_k": 25}}, "rag_system.top_k"),
-        ({"rag_system": NOWHERE, "trainer": {"mode": "retriever", "retriever": {"top_k": 25}}}, "trainer.retriever.top_k"),
-        ({"rag_system": NOWHERE, "trainer": {"mode": "generator", "generator": {"top_k": 25}}}, "trainer.generator.top_k"),
-        ({"rag_system": NOWHERE, "trainer": {"mode": "alternating", "generator": {"top_k": 25}}}, "trainer.generator.top_k"),
+        (
+            {"rag_system": NOWHERE, "trainer": {"mode": "retriever", "retriever": {"top_k": 25}}},
+            "trainer.retriever.top_k",
+        ),
+        (
+            {"rag_system": NOWHERE, "trainer": {"mode": "generator", "generator": {"top_k": 25}}},
+            "trainer.generator.top_k",
+        ),
+        (
+            {"rag_system": NOWHERE, "trainer": {"mode": "alternating", "generator": {"top_k": 25}}},
+            "trainer.generator.top_k",
+        ),
     ],
 )
 def test_top_k_above_the_corpus_is_an_error_before_a_model_is_loaded(

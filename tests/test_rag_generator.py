@@ -51,7 +51,8 @@ def test_a_ragged_batch_equals_single_prompts_and_plain_forward_passes(models: d
     together = generator.batch_generate(PROMPTS)
     assert together == [generator.generate(prompt) for prompt in PROMPTS]
     expected = [
-        generator.tokenizer.decode(continuation(generator, prompt, 8), skip_special_tokens=True).strip() for prompt in PROMPTS
+        generator.tokenizer.decode(continuation(generator, prompt, 8), skip_special_tokens=True).strip()
+        for prompt in PROMPTS
     ]
     assert together == expected
     assert len(set(together)) > 1
@@ -95,14 +96,18 @@ def test_generation_stops_at_the_end_token_and_leaves_it_out(models: dict[str, P
     assert stopping.batch_generate(PROMPTS) == rest
 
 
-def test_the_end_of_a_chat_turn_stops_generation_where_it_is_another_than_the_end_token(models: dict[str, Path]) -> None:
+def test_the_end_of_a_chat_turn_stops_generation_where_it_is_another_than_the_end_token(
+    models: dict[str, Path],
+) -> None:
     generator = load(models["gpt2"])
     prompt, tokens, stop = varied_continuation(generator)
     turn = generator.tokenizer.convert_ids_to_tokens(tokens[stop])
     generator.tokenizer.add_special_tokens({"additional_special_tokens": [turn]})
     text = generator.tokenizer.decode([tokens[stop]])
-    generator.tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}" + "{% if m['role'] == 'assistant' %}" + (
-        text + "{% endif %}{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+    generator.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['content'] }}"
+        + "{% if m['role'] == 'assistant' %}"
+        + (text + "{% endif %}{% endfor %}{% if add_generation_prompt %}[{% endif %}")
     )
     chat = CausalLMGenerator(generator.model, generator.tokenizer, generator.config)
     assert chat.prompts.end_ids[-1] == tokens[stop]
@@ -187,7 +192,9 @@ def test_a_prompt_without_room_for_an_answer_is_refused_and_one_that_fits_exactl
     generator = load(models[name])
     ids = [[10] * (256 - 8), [10] * (256 - 7)]
     assert len(generator.generate_from_ids(ids[:1])) == 1
-    with pytest.raises(DataError, match="Prompt 1 has 249 tokens and the answer needs 8, but the context window has 256"):
+    with pytest.raises(
+        DataError, match="Prompt 1 has 249 tokens and the answer needs 8, but the context window has 256"
+    ):
         generator.generate_from_ids(ids)
 
 
@@ -208,7 +215,10 @@ def test_a_saved_generator_loads_by_transformers_and_by_ours(models: dict[str, P
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, generator.model(input_ids=ids).logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(PROMPTS)["input_ids"] == generator.tokenizer(PROMPTS)["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "saved")(PROMPTS)["input_ids"]
+        == generator.tokenizer(PROMPTS)["input_ids"]
+    )
     assert not [file for file in (tmp_path / "saved").iterdir() if file.suffix in {".bin", ".pt", ".pkl"}]
     again = load(tmp_path / "saved")
     assert again.batch_generate(PROMPTS) == generator.batch_generate(PROMPTS)
@@ -266,8 +276,21 @@ def test_weights_take_the_number_format_of_the_config(models: dict[str, Path]) -
     assert load(models["generator"], dtype="bfloat16").model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("missing", ["no-such-owner/no-such-model", "empty", "no_config", "torn_weights", "broken_config", "wrong_config", "no_tokenizer"])
-def test_a_missing_or_broken_model_is_a_model_error_with_a_hint(models: dict[str, Path], tmp_path: Path, missing: str) -> None:
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "no-such-owner/no-such-model",
+        "empty",
+        "no_config",
+        "torn_weights",
+        "broken_config",
+        "wrong_config",
+        "no_tokenizer",
+    ],
+)
+def test_a_missing_or_broken_model_is_a_model_error_with_a_hint(
+    models: dict[str, Path], tmp_path: Path, missing: str
+) -> None:
     reference = Path(missing)
     if "/" not in missing:
         reference = tmp_path / missing
@@ -323,7 +346,9 @@ def test_a_gguf_file_loads_answers_and_saves_as_safetensors(tmp_path: Path) -> N
     node = KnowledgeNode("p", "The capital of France is Paris.")
     ids = generator.encode_prompt("What is the capital of France?", [node]).ids
     assert "Paris" in generator.generate_from_ids([ids])[0]
-    good, bad = generator.log_probs_of_ids([(ids, generator.prompts.answer_tokens(text)) for text in ("Paris", "Banana")])
+    good, bad = generator.log_probs_of_ids(
+        [(ids, generator.prompts.answer_tokens(text)) for text in ("Paris", "Banana")]
+    )
     assert good > bad + 3
     generator.save(tmp_path / "saved")
     assert list((tmp_path / "saved").glob("*.safetensors"))

@@ -259,7 +259,9 @@ class TestContract:
             assert str(path) in caught.value.message
             assert "fedrag index" in caught.value.hint
 
-    def test_every_torn_or_missing_file_is_an_error(self, store: KnowledgeStore, load: LoadStore, tmp_path: Path) -> None:
+    def test_every_torn_or_missing_file_is_an_error(
+        self, store: KnowledgeStore, load: LoadStore, tmp_path: Path
+    ) -> None:
         store.save(tmp_path / "store")
         files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
         assert files
@@ -275,7 +277,9 @@ class TestContract:
             path.write_bytes(content)
         assert len(load(tmp_path / "store")) == 3
 
-    def test_a_store_filled_by_another_encoder_is_refused_with_the_command_that_refreshes_it(self, store: KnowledgeStore) -> None:
+    def test_a_store_filled_by_another_encoder_is_refused_with_the_command_that_refreshes_it(
+        self, store: KnowledgeStore
+    ) -> None:
         store.require_encoder("any")
         store.encoder_fingerprint = "first"
         store.require_encoder("first")

@@ -43,9 +43,7 @@ def test_a_gguf_file_is_its_folder_and_its_name(tmp_path: Path) -> None:
     assert (location.name_or_path, location.gguf_file, location.is_local) == (str(tmp_path), "model.gguf", True)
 
 
-def test_a_file_inside_a_package_is_found_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_inside_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "weights_for_a_test"
     (package / "small").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
@@ -60,7 +58,9 @@ def test_a_file_inside_a_package_is_found_without_importing_it(
     assert "small" in caught.value.hint
 
 
-@pytest.mark.parametrize("reference", ["package://no_such_package_here/x", "package://", "package:///x", "package://json.tool/x"])
+@pytest.mark.parametrize(
+    "reference", ["package://no_such_package_here/x", "package://", "package:///x", "package://json.tool/x"]
+)
 def test_a_missing_package_is_named_with_a_hint(reference: str) -> None:
     with pytest.raises(ModelError, match="is not installed") as caught:
         locate_model(reference)
@@ -107,7 +107,10 @@ def test_auto_keeps_float32_on_the_cpu(small: bool) -> None:
 
 def test_errors_of_the_libraries_become_one_line_with_a_hint(tmp_path: Path) -> None:
     local, remote = ModelLocation("here", str(tmp_path)), ModelLocation("owner/name", "owner/name")
-    with pytest.raises(ModelError, match="The generator 'here' cannot be loaded: first") as caught, model_errors(local, "generator"):
+    with (
+        pytest.raises(ModelError, match="The generator 'here' cannot be loaded: first") as caught,
+        model_errors(local, "generator"),
+    ):
         raise OSError("\nfirst\nsecond")
     assert "second" not in caught.value.message
     assert "config.json" in caught.value.hint
@@ -125,7 +128,9 @@ def test_the_fingerprint_sees_values_names_shapes_types_and_buffers() -> None:
     others = [{"b": tensor}, {"a": tensor.reshape(2, 3)}, {"a": tensor.half()}, {"a": tensor + 1e-6}, {}]
     assert len({base, *(tensors_fingerprint(other) for other in others)}) == 6
     assert tensors_fingerprint({"x": tensor, "a": tensor}) == tensors_fingerprint({"a": tensor, "x": tensor})
-    assert tensors_fingerprint({"a": tensor.reshape(2, 3).T}) == tensors_fingerprint({"a": tensor.reshape(2, 3).T.contiguous()})
+    assert tensors_fingerprint({"a": tensor.reshape(2, 3).T}) == tensors_fingerprint(
+        {"a": tensor.reshape(2, 3).T.contiguous()}
+    )
     model = network()
     before = weights_fingerprint(model)
     model[1].running_mean.add_(1.0)

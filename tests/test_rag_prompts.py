@@ -39,7 +39,9 @@ def letters(*, bos: bool = False, eos: bool = False, merges: tuple[tuple[str, st
     tokenizer.decoder = decoders.ByteLevel()
     single = " ".join([*(["<s>"] if bos else []), "$A", *(["</s>"] if eos else [])])
     if bos or eos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
     )
@@ -114,7 +116,10 @@ def test_the_chat_prompt_is_an_id_prefix_of_the_whole_conversation(models: dict[
     prompts = encoder(models["chat_generator"], config)
     prompt = prompts.encode_prompt("where is the cat", nodes("the barn"), reserved_tokens=0).ids
     messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": "user", "content": "the barn ? where is the cat"}, {"role": "assistant", "content": "red house"}]
+    messages += [
+        {"role": "user", "content": "the barn ? where is the cat"},
+        {"role": "assistant", "content": "red house"},
+    ]
     whole = prompts.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert whole == prompt + prompts.encode_answer("red house")
     assert (prompts.tokenizer.convert_tokens_to_ids("<|system|>") in prompt) == (system is not None)
@@ -215,7 +220,10 @@ def test_a_prompt_has_one_start_token_at_most_and_stays_open(bos: bool, eos: boo
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert text.endswith(" ? q :")
         assert text.startswith("a") or not context or len(context[0].text) > 100
-    assert tokenizer.decode(prompts.encode_prompt("q", nodes("abc"), reserved_tokens=0).ids, skip_special_tokens=True) == "abc ? q :"
+    assert (
+        tokenizer.decode(prompts.encode_prompt("q", nodes("abc"), reserved_tokens=0).ids, skip_special_tokens=True)
+        == "abc ? q :"
+    )
     answer = prompts.encode_answer("red")
     assert 1 not in answer
     assert answer.count(2) == 1
@@ -257,7 +265,9 @@ def test_truncation_takes_context_from_its_end_only_and_as_little_as_possible(
     assert not kept.endswith(" ")
     count = len(kept.split())
     assert words(count) == kept
-    longer = encoder(models[name], window=10_000).encode_prompt("where is the cat", nodes(words(count + 1)), reserved_tokens=0)
+    longer = encoder(models[name], window=10_000).encode_prompt(
+        "where is the cat", nodes(words(count + 1)), reserved_tokens=0
+    )
     assert len(longer.ids) > window - reserved
 
 
@@ -284,7 +294,9 @@ def test_a_question_that_does_not_fit_is_refused_with_the_numbers(models: dict[s
     needed = len(encoder(models[name]).encode_prompt("where is the cat", [], reserved_tokens=0).ids)
     exact = encoder(models[name], window=needed + 5)
     assert len(exact.encode_prompt("where is the cat", nodes("the barn"), reserved_tokens=5).ids) == needed
-    with pytest.raises(DataError, match=f"needs {needed} tokens.* and 6 for the answer, but the context window has {needed + 5}"):
+    with pytest.raises(
+        DataError, match=f"needs {needed} tokens.* and 6 for the answer, but the context window has {needed + 5}"
+    ):
         exact.encode_prompt("where is the cat", nodes("the barn"), reserved_tokens=6)
 
 
@@ -331,7 +343,9 @@ def test_a_field_that_does_not_fit_the_template_is_a_data_error(models: dict[str
 
 @pytest.mark.parametrize("text", ["{x} {query} {context} {0} {}", "}{", "{{text}}", "%s %(a)s $x"])
 @pytest.mark.parametrize("name", ["generator", "chat_generator"])
-def test_braces_in_passages_queries_and_metadata_stay_as_they_are(models: dict[str, Path], name: str, text: str) -> None:
+def test_braces_in_passages_queries_and_metadata_stay_as_they_are(
+    models: dict[str, Path], name: str, text: str
+) -> None:
     config = PromptConfig(template=PLAIN.template, passage_template="{title}|{text}")
     prompts = encoder(models[name], config)
     ids = prompts.encode_prompt(text, [KnowledgeNode("a", text, {"title": text})], reserved_tokens=0).ids

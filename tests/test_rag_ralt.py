@@ -43,7 +43,9 @@ def trainer_of(models: dict[str, Path], name: str = "generator", *, window: int 
 
 
 @pytest.mark.parametrize("name", ["generator", "chat_generator", "gpt2"])
-def test_supervised_tokens_are_the_answers_and_the_end_token_and_nothing_else(models: dict[str, Path], name: str) -> None:
+def test_supervised_tokens_are_the_answers_and_the_end_token_and_nothing_else(
+    models: dict[str, Path], name: str
+) -> None:
     trainer = trainer_of(models, name)
     tokenizer = trainer.rag_system.generator.tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

@@ -58,7 +58,9 @@ def test_cosine_gives_unit_length_and_dot_leaves_the_length(models: dict[str, Pa
     full = SentenceTransformer(str(models["retriever"]), device="cpu")
     without_normalisation = SentenceTransformer(modules=list(full)[:2], device="cpu")
     cosine = SentenceTransformerRetriever(without_normalisation, None, SentenceTransformerConfig(model="m"))
-    dot = SentenceTransformerRetriever(without_normalisation, None, SentenceTransformerConfig(model="m", similarity="dot"))
+    dot = SentenceTransformerRetriever(
+        without_normalisation, None, SentenceTransformerConfig(model="m", similarity="dot")
+    )
     assert torch.allclose(cosine.encode_queries(TEXTS).norm(dim=1), torch.ones(len(TEXTS)), atol=1e-6)
     raw = dot.encode_queries(TEXTS)
     assert (raw.norm(dim=1) - 1).abs().min() > 0.1
@@ -120,11 +122,15 @@ def tokens(retriever: SentenceTransformerRetriever, text: str) -> int:
 
 def test_max_length_cuts_what_is_longer(models: dict[str, Path]) -> None:
     short = load(models["retriever"], max_length=10)
-    assert not torch.allclose(short.encode_passages([LONG]), load(models["retriever"]).encode_passages([LONG]), atol=1e-3)
+    assert not torch.allclose(
+        short.encode_passages([LONG]), load(models["retriever"]).encode_passages([LONG]), atol=1e-3
+    )
     words = LONG.split()
     fitting = max((" ".join(words[:n]) for n in range(1, 9)), key=lambda text: (tokens(short, text) <= 10, len(text)))
     assert tokens(short, fitting) == 10
-    assert torch.allclose(short.encode_passages([fitting + " dog"]), short.encode_passages([fitting + " owl"]), atol=1e-6)
+    assert torch.allclose(
+        short.encode_passages([fitting + " dog"]), short.encode_passages([fitting + " owl"]), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("text", ["a", "cat ", "🦉", "ﷺ", "日"])
@@ -187,7 +193,9 @@ def test_two_models_encode_queries_and_passages_each(models: dict[str, Path]) ->
 # Saving and loading
 
 
-@pytest.mark.parametrize("settings", [{}, {"query_prompt": "query: ", "passage_prompt": "passage: "}, {"max_length": 10}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"query_prompt": "query: ", "passage_prompt": "passage: "}, {"max_length": 10}]
+)
 @pytest.mark.parametrize("separate", [False, True])
 def test_what_is_saved_gives_the_same_embeddings_in_sentence_transformers_and_here(
     models: dict[str, Path], tmp_path: Path, separate: bool, settings: dict[str, Any]
@@ -283,7 +291,9 @@ def broken_model(models: dict[str, Path], tmp_path: Path, kind: str) -> str:
 @pytest.mark.parametrize(
     "kind", ["hub id", "empty folder", "no weights", "torn weights", "broken modules.json", "no tokenizer"]
 )
-def test_a_missing_or_broken_model_is_a_model_error_with_a_hint(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_a_missing_or_broken_model_is_a_model_error_with_a_hint(
+    models: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     reference = broken_model(models, tmp_path, kind)
     with pytest.raises(ModelError, match="The retriever '.*' cannot be loaded") as caught:
         SentenceTransformerRetriever.from_config(SentenceTransformerConfig(model=reference), device="cpu")
@@ -303,7 +313,9 @@ def test_a_file_is_no_model_of_a_retriever(tmp_path: Path) -> None:
     for name in ("weights.bin", "model.gguf"):
         (tmp_path / name).touch()
         with pytest.raises(ModelError):
-            SentenceTransformerRetriever.from_config(SentenceTransformerConfig(model=str(tmp_path / name)), device="cpu")
+            SentenceTransformerRetriever.from_config(
+                SentenceTransformerConfig(model=str(tmp_path / name)), device="cpu"
+            )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without cuda")

