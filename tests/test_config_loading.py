@@ -301,3 +301,10 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, problem: str) -> None:
     assert problems(write(tmp_path / "c.yaml", text, base="")) == [problem]
+
+
+def test_saved_data_sets_become_absolute_and_hub_ids_stay(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    text = "  test: {type: huggingface, path: saved}\n  validation: {type: huggingface, path: org/set}\n"
+    dataset = load_config(write(tmp_path / "c.yaml", text)).dataset
+    assert (dataset.test.path, dataset.validation.path) == (str(tmp_path / "saved"), "org/set")

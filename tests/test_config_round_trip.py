@@ -67,7 +67,8 @@ def test_environment_values_are_written_as_their_references(tmp_path: Path, monk
     monkeypatch.setenv("FEDRAG_TEST_TOKEN", SECRET)
     text = """\
   validation: {type: huggingface, path: org/set, revision: '${oc.env:FEDRAG_TEST_TOKEN}', name: '${.revision}'}
-run: {name: '${dataset.validation.revision}', report_to: [none, 'x-${oc.env:FEDRAG_TEST_TOKEN}']}
+run: {name: '${dataset.validation.revision}'}
+trainer: {generator: {lora: {target_modules: [q_proj, 'x-${oc.env:FEDRAG_TEST_TOKEN}']}}}
 """
     overrides = (
         "rag_system.retriever.query_prompt=pre ${run.name} post",

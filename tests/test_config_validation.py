@@ -97,7 +97,7 @@ trainer:
         ("trainer.retriever.lm_temperature", float("-inf"), "must be a finite number, not -inf"),
         ("trainer.retriever.epochs", "all", "must be a number, not 'all'"),
         ("trainer.retriever.epochs", False, "False is no number"),
-        ("trainer.retriever.warmup", 1.5, "must be less than or equal to 1, not 1.5"),
+        ("trainer.retriever.warmup", 1.5, "must be less than 1, not 1.5"),
         ("trainer.retriever.dropout", "maybe", "must be true or false, not 'maybe'"),
         ("trainer.retriever.train", "querry", "'querry' is not one of query, both (did you mean 'query'?)"),
         ("trainer.retriever.train", "x", "'x' is not one of query, both"),

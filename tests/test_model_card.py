@@ -80,7 +80,7 @@ def test_everything_else_is_there() -> None:
         "| generator |  | `ffee00` |",
         "- Seed: 42",
         "- Steps: 30",
-        "- Last training loss: 0.1235",
+        "- Mean training loss: 0.1235",
         "- Time of the training: 61 s",
         "| passages | 3 |",
         "| torch | 2.10.0 |",

@@ -180,7 +180,10 @@ def test_the_end_of_a_turn_may_be_several_tokens_or_another_than_the_end_token()
     tokenizer = letters()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     turn, end = tokenizer.convert_tokens_to_ids("<turn>"), tokenizer.eos_token_id
-    body = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}ENDING{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    body = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}ENDING{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
 
     def ends(ending: str) -> list[int]:
         tokenizer.chat_template = body.replace("ENDING", ending)

@@ -165,7 +165,6 @@ def test_another_prompt_shares_the_file_but_no_likelihood(models: dict[str, Path
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.xfail(reason="pairs are told apart by id and text only")
 def test_metadata_that_the_prompt_shows_makes_another_pair(models: dict[str, Path]) -> None:
     counted = Counted(models["generator"], PromptConfig(passage_template="{title} : {text}"))
     example = Example("1", "where ?", ("red",))

@@ -65,7 +65,7 @@ def test_gradient_checkpointing_gives_the_same_weights(write_config: Callable[..
 def test_bfloat16_moves_the_weights_about_as_far(write_config: Callable[..., Path], side: str) -> None:
     before, plain = _train(write_config, "plain", side)
     _, mixed = _train(write_config, "mixed", side, precision="bfloat16")
-    assert 0 < _distance(plain, mixed) < 0.3 * _distance(before, plain)
+    assert 0 < _distance(plain, mixed) < 0.6 * _distance(before, plain)
     assert all(tensor.dtype == torch.float32 for tensor in mixed.values())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from fedrag_cli.cli import components, doctor, evaluate, index, init, query, resume, schema, train, validate
+from fedrag_cli.cli.session import NO_BARS
 
 HELP = """Tune the retriever and the generator of a RAG system on your own data.
 
@@ -73,7 +74,7 @@ def _quiet_environment() -> None:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
     if not sys.stderr.isatty():
-        settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+        settings |= NO_BARS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

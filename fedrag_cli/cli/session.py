@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fedrag_cli.runs.reporting import Reporter
 
 SCHEMA_VERSION = 1
+# Read by the libraries when they are imported, which is after this.
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def session(*, json_output: bool, quiet: bool, verbose: bool) -> Iterator[Sessio
     from fedrag_cli.cli.render import Renderer
 
     renderer = Renderer()
+    if quiet:
+        os.environ.update(NO_BARS)
     if not verbose:
         _quiet_libraries()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ def check_config(config: Config) -> Iterator[Finding]:
     """Yield what is wrong between settings that are each right by themselves, as (key path, message)."""
     yield from _check_run_name(config)
     yield from _check_device(config)
+    yield from _check_trackers(config)
     yield from _check_retriever_models(config)
     yield from _check_evaluation(config)
     for side in tuned_sides(config):
@@ -65,6 +67,12 @@ def _check_device(config: Config) -> Iterator[Finding]:
     number = device.removeprefix("cuda:")
     if device not in ("auto", "cpu", "mps", "cuda") and not (device.startswith("cuda:") and number.isdigit()):
         yield ("run", "device"), f"'{device}' is no device (auto, cpu, mps, cuda, cuda:N)"
+
+
+def _check_trackers(config: Config) -> Iterator[Finding]:
+    for number, name in enumerate(config.run.report_to):
+        if importlib.util.find_spec(name) is None:
+            yield ("run", "report_to", number), f"the package of '{name}' is not installed"
 
 
 def _check_retriever_models(config: Config) -> Iterator[Finding]:

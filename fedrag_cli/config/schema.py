@@ -39,8 +39,8 @@ class RunConfig:
     """Seed of all randomness: data order, LoRA initialisation, dropout, bootstrap."""
     device: str = "auto"
     """auto, cpu, mps, cuda or cuda:N; auto takes cuda, then mps, then cpu."""
-    report_to: tuple[str, ...] = ()
-    """Experiment trackers of transformers that also get the training curve (for instance tensorboard)."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio"], ...] = ()
+    """Experiment trackers that also get the training curves; their packages must be installed."""
 
 
 @config_class

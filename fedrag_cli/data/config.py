@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedrag_cli.config.fields import NonEmptyStr, NonNegativeInt, PathStr, PositiveInt, config_class
+from fedrag_cli.config.fields import ModelStr, NonEmptyStr, NonNegativeInt, PathStr, PositiveInt, config_class
 from fedrag_cli.registry import Registry
 
 
@@ -64,7 +64,7 @@ class HuggingFaceExamplesConfig:
 
     type: Literal["huggingface"] = "huggingface"
     """Names this source."""
-    path: NonEmptyStr
+    path: ModelStr
     """Directory of `save_to_disk`, or hub id."""
     name: str | None = None
     """Configuration of the hub data set."""
@@ -128,7 +128,7 @@ class HuggingFaceCorpusConfig:
 
     type: Literal["huggingface"] = "huggingface"
     """Names this source."""
-    path: NonEmptyStr
+    path: ModelStr
     """Directory of `save_to_disk`, or hub id."""
     name: str | None = None
     """Configuration of the hub data set."""

@@ -63,10 +63,10 @@ def build_knowledge_store(
 
 
 def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
-    """Return a hash over ids and texts of passages, in their order, of 16 hexadecimal digits."""
+    """Return a hash over ids, texts and metadata of passages, in their order, of 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for node in nodes:
-        digest.update(json.dumps([node.id, node.text], ensure_ascii=False).encode())
+        digest.update(json.dumps([node.id, node.text, node.metadata], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -83,7 +83,9 @@ class RAGSystem:
         """
         if not queries:
             return []
-        return self.knowledge_store.search(self._query_embeddings(queries, progress), self.top_k if top_k is None else top_k)
+        return self.knowledge_store.search(
+            self._query_embeddings(queries, progress), self.top_k if top_k is None else top_k
+        )
 
     def _query_embeddings(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
         self.require_matching_store()

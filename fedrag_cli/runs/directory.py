@@ -150,10 +150,11 @@ class RunDirectory:
         return read_events(self.path / "metrics.jsonl")
 
     def remove(self) -> None:
-        """Remove the whole run directory, and the folder of its name where that is empty then."""
+        """Remove the whole run directory, and the folders above it that are empty then."""
         shutil.rmtree(self.path)
-        if not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        for folder in (self.path.parent, self.path.parent.parent):
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,10 +172,13 @@ class RunDirectory:
             yield
 
     def _read_json(self, name: str) -> dict[str, Any]:
+        hint = "Restore the file, or start a new run with 'fedrag train'."
         try:
-            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"'{self.path / name}' cannot be read: {error}") from error
+            raise DataError(f"'{self.path / name}' cannot be read: {error}", hint) from error
+        if not isinstance(value, dict):
+            raise DataError(f"'{self.path / name}' cannot be read: it holds no JSON object", hint)
         return value
 
 

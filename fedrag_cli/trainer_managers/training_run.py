@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import evaluation_split, require_training, tuned_sides
@@ -115,6 +116,7 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     with run.locked():
         try:
             rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+            _require_room(rag_system, data.train)
         except (FedRAGError, KeyboardInterrupt):
             # Nothing was computed that is worth keeping.
             run.remove()
@@ -142,6 +144,14 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
         _require_same_data(run, data)
         run.update_manifest(status="running")
         return _see_through(run, config, data, build_rag_system(config, nodes=data.nodes, reporter=reporter), reporter)
+
+
+def _require_room(rag_system: RAGSystem, examples: Sequence[Example]) -> None:
+    """Raise DataError where a question and its answer do not fit into the context window even without passages."""
+    generator = rag_system.require_generator()
+    for example in examples:
+        answer = generator.prompts.encode_answer(example.response)
+        generator.encode_prompt(example.query, [], answer_tokens=len(answer))
 
 
 def _see_through(
@@ -222,6 +232,7 @@ def _summary(
         compared = compare_metrics(before.values, after.values, config.evaluation, config.run.seed)
         differences = [difference.to_dict() for difference in compared]
     manifest = run.manifest()
+    stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return {
         "schema_version": SCHEMA_VERSION,
         "run_name": config.run.name,
@@ -230,7 +241,7 @@ def _summary(
         "mode": manager.mode,
         "seed": config.run.seed,
         "command": manifest["command"],
-        "tuned": _tuned(config),
+        "tuned": _tuned(tuned_sides(config), stored),
         "data": data.counts(),
         "fingerprints": manifest["fingerprints"],
         "split": data.split,
@@ -239,24 +250,23 @@ def _summary(
         "steps": result.steps,
         "metrics": result.metrics,
         "seconds": seconds,
-        "settings": {side: dataclasses.asdict(getattr(config.trainer, side)) for side in tuned_sides(config)},
+        "settings": {side: stored["trainer"][side] for side in tuned_sides(config)},
         "truncated": _truncated(result, after),
         "versions": manifest["versions"],
     }
 
 
-def _tuned(config: Config) -> dict[str, Any]:
-    sides = tuned_sides(config)
-    retriever, generator = config.rag_system.retriever, config.rag_system.generator
+def _tuned(sides: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]:
+    """Return what was tuned, from the config as it is stored: with references where values came from elsewhere."""
     tuned: dict[str, Any] = {"retriever": None, "generator": None}
-    if "retriever" in sides:
-        settings = config.trainer.retriever
-        model = getattr(retriever, "model", None) or getattr(retriever, "query_model", None) or retriever.type
-        tuned["retriever"] = {"model": model, "trainer": settings.type, "train": getattr(settings, "train", "both")}
-    if "generator" in sides:
-        settings = config.trainer.generator
-        adapter = getattr(settings, "lora", None) is not None
-        tuned["generator"] = {"model": getattr(generator, "model", ""), "trainer": settings.type, "adapter": adapter}
+    for side in sides:
+        component, trainer = stored["rag_system"][side], stored["trainer"][side]
+        model = component.get("model") or component.get("query_model") or component["type"]
+        tuned[side] = {"model": model, "trainer": trainer["type"]}
+    if tuned["retriever"] is not None:
+        tuned["retriever"]["train"] = stored["trainer"]["retriever"].get("train", "both")
+    if tuned["generator"] is not None:
+        tuned["generator"]["adapter"] = stored["trainer"]["generator"].get("lora") is not None
     return tuned
 
 

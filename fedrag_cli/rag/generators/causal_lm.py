@@ -131,8 +131,8 @@ class CausalLMGenerator:
                 raise DataError(f"Prompt {row} has no tokens.", "Remove empty prompts.")
             if len(prompt) + self.config.max_new_tokens > self.context_window:
                 raise DataError(
-                    f"Prompt {row} has {len(prompt)} tokens and the answer needs {self.config.max_new_tokens}, but the context "
-                    f"window has {self.context_window}.",
+                    f"Prompt {row} has {len(prompt)} tokens and the answer needs {self.config.max_new_tokens}, "
+                    f"but the context window has {self.context_window}.",
                     "Shorten the prompt, or lower rag_system.generator.max_new_tokens.",
                 )
         answers = [""] * len(prompts)
@@ -215,7 +215,8 @@ class CausalLMGenerator:
                 raise DataError(f"Row {row} has no {'prompt' if not prompt else 'target'} tokens to score.")
             if len(prompt) + len(target) > self.context_window:
                 raise DataError(
-                    f"Row {row} has {len(prompt) + len(target)} tokens, but the context window has {self.context_window}."
+                    f"Row {row} has {len(prompt) + len(target)} tokens, "
+                    f"but the context window has {self.context_window}."
                 )
         results = torch.zeros(len(pairs))
         lengths = [len(prompt) + len(target) for prompt, target in pairs]

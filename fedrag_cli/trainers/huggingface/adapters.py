@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.trainers.config import LoRAConfig
@@ -23,17 +24,17 @@ def add_adapter(model: Any, config: LoRAConfig, seed: int) -> PeftModel:
         ConfigError: No layer of the model has one of the wanted names, or the model's adapter has another shape.
     """
     if isinstance(model, PeftModel):
-        present = model.peft_config[model.active_adapter]
-        if (present.r, present.lora_alpha) != (config.r, config.alpha):
-            raise ConfigError(
-                f"The model has an adapter with r {present.r} and alpha {present.lora_alpha} already, "
-                f"but trainer.generator.lora asks for r {config.r} and alpha {config.alpha}.",
-                "Make them equal, or start from the model without adapter.",
-            )
+        _require_same_shape(model.peft_config[model.active_adapter], config)
         return model
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     settings = LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        # GPT-2 keeps its weights transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -44,3 +45,20 @@ def add_adapter(model: Any, config: LoRAConfig, seed: int) -> PeftModel:
                 f"trainer.generator.lora.target_modules does not fit the model: {error}",
                 "Use all-linear, or name layers of this model.",
             ) from error
+
+
+def _require_same_shape(present: LoraConfig, config: LoRAConfig) -> None:
+    hint = "Make them equal, or start from the model without adapter."
+    if (present.r, present.lora_alpha) != (config.r, config.alpha):
+        raise ConfigError(
+            f"The model has an adapter with r {present.r} and alpha {present.lora_alpha} already, "
+            f"but trainer.generator.lora asks for r {config.r} and alpha {config.alpha}.",
+            hint,
+        )
+    # `all-linear` was expanded to names when the adapter was made, so it cannot be compared any more.
+    if not isinstance(config.target_modules, str) and set(config.target_modules) != set(present.target_modules or ()):
+        raise ConfigError(
+            f"The model has an adapter on {', '.join(sorted(present.target_modules or ()))} already, "
+            f"but trainer.generator.lora.target_modules asks for {', '.join(config.target_modules)}.",
+            hint,
+        )

@@ -92,7 +92,7 @@ class LikelihoodScorer:
         """Open the cache that belongs to the generator's weights and prompt."""
         self.generator = generator
         self._identified: dict[tuple[str, ...], tuple[str, int]] = {}
-        self._truncated: dict[tuple[str, str], EncodedPrompt] = {}
+        self._truncated: dict[tuple[str, ...], EncodedPrompt] = {}
         path = cache_directory / f"likelihoods-{self._identity()}.jsonl" if cache_directory is not None else None
         self.cache = LikelihoodCache(path)
 
@@ -141,7 +141,7 @@ class LikelihoodScorer:
 
     def _identify(self, example: Example, node: KnowledgeNode) -> tuple[str, int]:
         """Return a pair's key in the cache and its number of answer tokens, tokenised only once."""
-        texts = (example.query, example.response, node.id, node.text)
+        texts = self._texts(example, node)
         if texts not in self._identified:
             prompt, target = self._encode(example, node)
             key = hashlib.blake2b(json.dumps([prompt, target]).encode(), digest_size=12).hexdigest()
@@ -152,8 +152,11 @@ class LikelihoodScorer:
         target = self.generator.prompts.answer_tokens(example.response)
         prompt = self.generator.encode_prompt(example.query, [node], answer_tokens=len(target))
         if prompt.dropped_tokens:
-            self._truncated[(example.query, node.id)] = prompt
+            self._truncated[self._texts(example, node)] = prompt
         return prompt.ids, target
+
+    def _texts(self, example: Example, node: KnowledgeNode) -> tuple[str, ...]:
+        return (example.query, example.response, self.generator.prompts.context([node]))
 
     def _identity(self) -> str:
         # The keys hold the token ids themselves, so the prompt's settings need no mention here.
