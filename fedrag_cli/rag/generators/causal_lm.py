@@ -16,13 +16,13 @@ from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.likelihood import TokenPair, batch_log_probs, length_sorted_batches
 from fedrag_cli.rag.models import (
+    FingerprintMemory,
     ModelLocation,
     choose_device,
     choose_dtype,
     locate_model,
     model_errors,
     require_vocabulary,
-    weights_fingerprint,
 )
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
 
@@ -48,6 +48,7 @@ class CausalLMGenerator:
     ) -> None:
         """Put the model in eval mode and give the tokenizer a padding token where it has none."""
         self.model = model.eval()
+        self._fingerprint_memory = FingerprintMemory()
         self.tokenizer = tokenizer
         self.config = config or CausalLMConfig(model=str(getattr(model, "name_or_path", "") or "model"))
         self.context_window = token_limit(model.config, tokenizer, self.config.context_window)
@@ -89,7 +90,7 @@ class CausalLMGenerator:
 
     def fingerprint(self) -> str:
         """Return a hash of the weights as they are now, adapters included."""
-        return weights_fingerprint(self.model)
+        return self._fingerprint_memory.fingerprint(self.model)
 
     def encode_prompt(
         self, query: str, passages: Sequence[KnowledgeNode], answer_tokens: int | None = None

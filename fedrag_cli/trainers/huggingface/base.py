@@ -86,7 +86,7 @@ class HuggingFaceTrainer(BaseTrainer):
     def _default_config(self) -> TrainingConfig: ...
 
     @abstractmethod
-    def _prepare(self, work_directory: Path, resuming: Path | None) -> Sequence[Any]:
+    def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[Any]:
         """Do what comes before the first step and return the training instances."""
 
     @abstractmethod
@@ -139,16 +139,16 @@ class HuggingFaceTrainer(BaseTrainer):
         started = time.monotonic()
         name = phase or self.side
         if checkpoints is not None:
-            return self._train_in(checkpoints, name, started)
+            return self._train_in(checkpoints, name, started, cache_directory=checkpoints)
         with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
-            return self._train_in(Path(directory), name, started)
+            return self._train_in(Path(directory), name, started, cache_directory=None)
 
-    def _train_in(self, directory: Path, phase: str, started: float) -> TrainResult:
+    def _train_in(self, directory: Path, phase: str, started: float, *, cache_directory: Path | None) -> TrainResult:
         with os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         resuming = latest_checkpoint(directory)
         before = self._fingerprint_at_start(directory)
-        instances = self._prepare(directory, resuming)
+        instances = self._prepare(cache_directory, resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
         with deferred_interrupts() as guard, self.reporter.task(phase, 1, "step") as advance:

@@ -163,13 +163,15 @@ class HuggingFaceTrainerForLSR(HuggingFaceTrainer):
         return scores.view(len(examples), -1)
 
     def _scoring(self) -> LikelihoodScorer:
-        if self._scorer is None:
-            self._scorer = LikelihoodScorer(self.rag_system.require_generator())
+        """Return the scorer of the generator as it is now; the generator may have been tuned since the last call."""
+        generator = self.rag_system.require_generator()
+        if self._scorer is None or self._scorer.fingerprint != generator.fingerprint():
+            self._scorer = LikelihoodScorer(generator)
         return self._scorer
 
-    def _prepare(self, work_directory: Path, resuming: Path | None) -> Sequence[int]:
+    def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[int]:
         """Score the passages that the untuned retriever finds, in one go, and check that they teach something."""
-        self._scorer = LikelihoodScorer(self.rag_system.require_generator(), work_directory)
+        self._scorer = LikelihoodScorer(self.rag_system.require_generator(), cache_directory)
         store = self.rag_system.knowledge_store
         embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
         positions = store.search_positions(embeddings, self.config.top_k)[1]

@@ -105,7 +105,7 @@ class HuggingFaceTrainerForRALT(HuggingFaceTrainer):
         self._truncation.add(prompt)
         return RALTInstance(prompt.ids, answer)
 
-    def _prepare(self, work_directory: Path, resuming: Path | None) -> Sequence[RALTInstance]:
+    def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[RALTInstance]:
         self._truncation = TruncationCount()
         instances = self.instances(self.train_examples)
         self._supervised = sum(len(item.answer) for item in instances)

@@ -91,6 +91,7 @@ class LikelihoodScorer:
     def __init__(self, generator: CausalLMGenerator, cache_directory: Path | None = None) -> None:
         """Open the cache that belongs to the generator's weights and prompt."""
         self.generator = generator
+        self.fingerprint = generator.fingerprint()
         self._identified: dict[tuple[str, ...], tuple[str, int]] = {}
         self._truncated: dict[tuple[str, ...], EncodedPrompt] = {}
         path = cache_directory / f"likelihoods-{self._identity()}.jsonl" if cache_directory is not None else None
@@ -161,5 +162,5 @@ class LikelihoodScorer:
     def _identity(self) -> str:
         # The keys hold the token ids themselves, so the prompt's settings need no mention here.
         config = self.generator.config
-        settings = [self.generator.fingerprint(), config.batch_tokens, config.precision]
+        settings = [self.fingerprint, config.batch_tokens, config.precision]
         return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
