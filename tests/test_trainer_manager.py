@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_alternating_uses_the_other_sides_newest_weights(write_config: Callable[
     result = manager.train()
     assert [side for side, _, _ in seen] == ["retriever", "generator", "retriever", "generator"]
     assert set(result.metrics) == {"1-retriever", "2-generator", "3-retriever", "4-generator"}
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in itertools.pairwise(seen):
         changed = 1 if earlier[0] == "retriever" else 2
         assert later[changed] != earlier[changed]
         assert later[3 - changed] == earlier[3 - changed]

@@ -4,7 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fedrag_cli.cli.main import main
+from fedrag_cli.config import load_config
 
 
 def test_train_writes_a_whole_run_directory(write_config: Callable[..., Path], capsys) -> None:
@@ -17,3 +20,46 @@ def test_train_writes_a_whole_run_directory(write_config: Callable[..., Path], c
     for name in ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "README.md", "plots/loss.png"):
         assert (run / name).is_file(), name
     assert json.loads((run / "manifest.json").read_text())["status"] == "done"
+
+
+def test_accumulated_batches_equal_one_large_batch(write_config: Callable[..., Path], capsys) -> None:
+    """Through the command line: batch 1 with 8 accumulated equals batch 8, for both sides."""
+    from safetensors.torch import load_file
+
+    def train(folder: str, *overrides: str) -> dict[str, torch.Tensor]:
+        config = write_config(folder, trainer={"mode": "alternating"})
+        common = [
+            f"trainer.{side}.{setting}"
+            for side in ("retriever", "generator")
+            for setting in ("optimizer=sgd", "learning_rate=0.05", "validation.every=never")
+        ]
+        assert main(["train", str(config), "--json", *common, *overrides]) == 0
+        run = Path(json.loads(capsys.readouterr().out)["run_dir"])
+        files = [*run.glob("retriever/query*/*.safetensors"), *run.glob("generator/*.safetensors")]
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+    sides = ("retriever", "generator")
+    large = train("large", *(f"trainer.{side}.batch_size=8" for side in sides))
+    accumulated = [f"trainer.{side}.{s}" for side in sides for s in ("batch_size=1", "gradient_accumulation_steps=8")]
+    small = train("small", *accumulated)
+    assert large
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_the_tuned_models_load_in_their_own_libraries(write_config: Callable[..., Path], capsys) -> None:
+    from peft import PeftModel
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModelForCausalLM
+
+    config = write_config(trainer={"mode": "alternating"})
+    assert main(["train", str(config), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    run = Path(summary["run_dir"])
+    retriever = SentenceTransformer(str(run / "retriever"), device="cpu")
+    query, passage = retriever.encode_query(["the cat"]), retriever.encode_document(["the cat"])
+    assert abs(query - passage).max() > 1e-5
+    base = AutoModelForCausalLM.from_pretrained(load_config(config).rag_system.generator.model)
+    adapted = PeftModel.from_pretrained(base, str(run / "generator"))
+    assert any("lora" in name for name, _ in adapted.named_parameters())
+    assert not [file for file in run.rglob("*") if file.suffix == ".bin" and "checkpoints" not in file.parts]

@@ -1,6 +1,19 @@
-"""Losses: pure functions of tensors."""
+"""Losses and likelihoods: pure functions of tensors."""
 
+from fedrag_cli.losses.contrastive import contrastive_loss
+from fedrag_cli.losses.emdr2 import emdr2_loss
 from fedrag_cli.losses.lsr import LSRLoss, lsr_loss
+from fedrag_cli.losses.marginal import ensemble_log_probs, passage_log_weights, sequence_log_prob, token_log_prob
 from fedrag_cli.losses.proximal import proximal_penalty
 
-__all__ = ["LSRLoss", "lsr_loss", "proximal_penalty"]
+__all__ = [
+    "LSRLoss",
+    "contrastive_loss",
+    "emdr2_loss",
+    "ensemble_log_probs",
+    "lsr_loss",
+    "passage_log_weights",
+    "proximal_penalty",
+    "sequence_log_prob",
+    "token_log_prob",
+]
