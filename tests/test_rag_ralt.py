@@ -20,6 +20,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.reporting import SilentReporter
 from fedrag_cli.trainers.config import RALTConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForRALT
+from fedrag_cli.trainers.huggingface.ralt import answer_loss
 
 ROWS = [
     {"query": "what is the colour of the cat ?", "response": "red"},
@@ -60,12 +61,13 @@ def test_supervised_tokens_are_the_answers_and_the_end_token_and_nothing_else(
         expected = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         assert labels[supervised].tolist() == expected
         assert ids[supervised].tolist() == expected
-        # They stand together, right at the end of what is not padding.
-        length = int(mask.sum())
-        assert supervised.nonzero().flatten().tolist() == list(range(length - len(expected), length))
-        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
-        assert ids[length:].eq(tokenizer.pad_token_id).all()
-        prompt = tokenizer.decode(ids[: length - len(expected)])
+        # They stand together at the very end; the padding is on the left.
+        width, length = len(mask), int(mask.sum())
+        assert supervised.nonzero().flatten().tolist() == list(range(width - len(expected), width))
+        assert mask.tolist() == [0] * (width - length) + [1] * length
+        assert ids[: width - length].eq(tokenizer.pad_token_id).all()
+        assert batch["position_ids"][row, width - length :].tolist() == list(range(length))
+        prompt = tokenizer.decode(ids[width - length : width - len(expected)])
         assert ROWS[row // 3]["query"] in prompt
         assert tokenizer.eos_token not in prompt.removesuffix("<|end|><|assistant|>")
 
@@ -74,8 +76,13 @@ def test_supervised_tokens_are_the_answers_and_the_end_token_and_nothing_else(
 def test_the_models_loss_on_a_batch_is_that_of_the_answers_alone(models: dict[str, Path], name: str) -> None:
     trainer = trainer_of(models, name)
     instances = trainer.instances(trainer.train_examples)
+    batch = trainer._collate(instances)
+    labels = batch.pop("labels")
     with torch.no_grad():
-        loss = float(trainer.model(**trainer._collate(instances)).loss)
+        outputs = trainer.model(**batch)
+        loss = float(answer_loss(outputs, labels))
+    # Logits are computed where they are needed only.
+    assert outputs.logits.shape[1] == max(len(item.answer) for item in instances) + 1
     totals = trainer.rag_system.generator.log_probs_of_ids([(item.prompt, item.answer) for item in instances])
     tokens = sum(len(item.answer) for item in instances)
     assert loss == pytest.approx(-float(totals.sum()) / tokens, abs=1e-4)

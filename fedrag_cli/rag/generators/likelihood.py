@@ -73,10 +73,15 @@ def batch_log_probs(
     return torch.stack(totals).cpu()
 
 
+def accepted_arguments(model: nn.Module) -> frozenset[str]:
+    """Return the names that a language model's `forward` takes, that of the model inside where it has an adapter."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
 def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
     """Run the model and return the logits of the last `keep` positions, computing no others where it can."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    accepted = inspect.signature(base.forward).parameters
+    accepted = accepted_arguments(model)
     options: dict[str, object] = {"use_cache": False}
     if "position_ids" in accepted:
         options["position_ids"] = positions

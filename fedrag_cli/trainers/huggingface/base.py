@@ -26,7 +26,7 @@ from fedrag_cli.trainers.base import BaseTrainer, TrainResult
 from fedrag_cli.trainers.config import TrainingConfig
 from fedrag_cli.trainers.huggingface.arguments import training_arguments
 from fedrag_cli.trainers.huggingface.checks import copy_weights, require_moved, require_trainable, trainable
-from fedrag_cli.trainers.huggingface.loop import TrainingLoop
+from fedrag_cli.trainers.huggingface.loop import LossFunction, TrainingLoop
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
 
 START_FILE = "start.json"
@@ -91,6 +91,10 @@ class HuggingFaceTrainer(BaseTrainer):
 
     @abstractmethod
     def _collate(self, instances: list[Any]) -> dict[str, Any]: ...
+
+    def _loss_function(self) -> LossFunction | None:
+        """Return the loss of outputs and labels, where the model does not compute its loss itself."""
+        return None
 
     def _finish(self) -> None:
         """Do what comes after the last step, with the final weights."""
@@ -188,6 +192,7 @@ class HuggingFaceTrainer(BaseTrainer):
             validate=self.validate,
             penalty=self._penalty if self.proximal_mu else None,
             callbacks=[callback],
+            compute_loss_func=self._loss_function(),
         )
         loop.remove_callback(_printer())
         return loop

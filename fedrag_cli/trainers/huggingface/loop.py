@@ -14,6 +14,7 @@ from fedrag_cli.runs.checkpoints import MARKER, PREFIX
 
 Validate = Callable[[], dict[str, float]]
 Penalty = Callable[[nn.Module], Tensor]
+LossFunction = Callable[..., Tensor]
 
 
 class TrainingLoop(Trainer):

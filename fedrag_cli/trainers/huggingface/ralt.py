@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.generators.likelihood import accepted_arguments
 from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import RALTConfig
 from fedrag_cli.trainers.huggingface.adapters import add_adapter
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+from fedrag_cli.trainers.huggingface.loop import LossFunction
 
 IGNORED = -100
 
@@ -37,6 +40,22 @@ class RALTInstance:
 
     prompt: list[int]
     answer: list[int]
+
+
+def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Return -sum log p(y_t | prompt, y_<t) over the supervised tokens, divided by their number.
+
+    Args:
+        outputs: Of the language model; its logits may be those of the last positions only.
+        labels: Token ids, or -100 where there is no loss, of shape (batch, tokens).
+        num_items_in_batch: Supervised tokens of the whole optimizer step, over all accumulated batches.
+    """
+    logits = outputs.logits[:, :-1]
+    targets = labels[:, -logits.shape[1] :]
+    supervised = targets != IGNORED
+    # Only the answers' rows are turned to float32: their logits are a vocabulary wide.
+    loss = functional.cross_entropy(logits[supervised].float(), targets[supervised], reduction="sum")
+    return loss / (num_items_in_batch if num_items_in_batch is not None else supervised.sum())
 
 
 class HuggingFaceTrainerForRALT(HuggingFaceTrainer):
@@ -113,17 +132,29 @@ class HuggingFaceTrainerForRALT(HuggingFaceTrainer):
         return instances
 
     def _collate(self, instances: list[RALTInstance]) -> dict[str, Any]:
-        """Pad on the right; mask and labels follow from the lengths, never from the padding token's id."""
+        """Pad on the left, so that all answers end together and logits are needed for the last columns only.
+
+        Mask and labels follow from the lengths, never from the padding token's id.
+        """
         width = max(len(item.prompt) + len(item.answer) for item in instances)
         input_ids = torch.full((len(instances), width), self._generator.pad_id)
         labels = torch.full((len(instances), width), IGNORED)
         mask = torch.zeros((len(instances), width), dtype=torch.long)
         for row, item in enumerate(instances):
             length = len(item.prompt) + len(item.answer)
-            input_ids[row, :length] = torch.tensor(item.prompt + item.answer)
-            labels[row, len(item.prompt) : length] = torch.tensor(item.answer)
-            mask[row, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+            input_ids[row, width - length :] = torch.tensor(item.prompt + item.answer)
+            labels[row, width - len(item.answer) :] = torch.tensor(item.answer)
+            mask[row, width - length :] = 1
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        accepted = accepted_arguments(self.model)
+        if "position_ids" in accepted:
+            batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        if "logits_to_keep" in accepted:
+            batch["logits_to_keep"] = max(len(item.answer) for item in instances) + 1
+        return batch
+
+    def _loss_function(self) -> LossFunction:
+        return answer_loss
 
     def _counts(self) -> dict[str, Any]:
         return {
