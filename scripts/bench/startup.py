@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from results import machine, write_section
+
 ROOT = Path(__file__).resolve().parents[2]
 FEDRAG = (sys.executable, "-m", "fedrag_cli")
 COMMANDS: dict[str, tuple[tuple[str, ...], float | None]] = {
@@ -55,10 +57,12 @@ def table(times: dict[str, list[float]]) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, and write RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=15, help="runs of each command (15 by default)")
-    print(table(measure(parser.parse_args().runs)))
+    text = table(measure(parser.parse_args().runs))
+    print(text)
+    write_section("Start-up", f"`python scripts/bench/startup.py`\n\n{text}\n\n{machine()}")
 
 
 if __name__ == "__main__":
