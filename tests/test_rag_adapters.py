@@ -75,7 +75,7 @@ def test_a_model_with_an_adapter_keeps_it(models: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(("r", "alpha"), [(3, 4.0), (2, 8.0)])
 def test_an_adapter_of_another_rank_or_scaling_is_refused(models: dict[str, Path], r: int, alpha: float) -> None:
-    with pytest.raises(ConfigError, match=f"r 2 and alpha 4.* r {r} and alpha {alpha}"):
+    with pytest.raises(ConfigError, match=f"r 2, alpha 4.* r {r}, alpha {alpha}"):
         add_adapter(adapted(models["generator"]), LoRAConfig(r=r, alpha=alpha), seed=0)
 
 

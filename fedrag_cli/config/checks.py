@@ -103,6 +103,10 @@ def _check_trainer(config: Config, side: str) -> Iterator[Finding]:
         yield (*path, "top_k"), "must be at least 2: among one passage there is no ranking to learn"
     if trainer.type == "lsr" and trainer.train == "query" and trainer.refresh_every is not None:
         yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
+    if trainer.type == "ralt" and getattr(config.rag_system.generator, "adapter", None) and trainer.lora is None:
+        yield (*path, "lora"), "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
+    if getattr(trainer, "warmup", 0) and getattr(trainer, "scheduler", "") == "constant":
+        yield (*path, "warmup"), "has no effect with scheduler: constant; use constant_with_warmup"
     validation = getattr(trainer, "validation", None)
     if validation is None:
         return

@@ -106,14 +106,15 @@ def evaluate(
     reporter = reporter or SilentReporter()
     queries = [example.query for example in examples]
     passages = len(rag_system.knowledge_store)
+    cutoffs = [int(name.partition("@")[2]) for name in metrics if "@" in name]
     with reporter.task("Retrieving", len(queries), "question") as advance:
-        found = rag_system.batch_retrieve(queries, min(max(depth, rag_system.top_k), passages), advance)
+        found = rag_system.batch_retrieve(queries, min(max(depth, rag_system.top_k, *cutoffs), passages), advance)
     predictions = [_prediction(example, row[: rag_system.top_k]) for example, row in zip(examples, found, strict=True)]
     truncated = {"queries": rag_system.retriever.count_truncated(queries, queries=True)}
     values: dict[str, list[float]] = {}
     ranking = [name for name in metrics if name not in ANSWER_METRICS]
     if ranking:
-        values |= _ranking_values(examples, found, ranking, predictions)
+        values |= _ranking_values(examples, found, ranking, depth, predictions)
     answering = [name for name in metrics if name in ANSWER_METRICS]
     if answering:
         sources = [row[: rag_system.top_k] for row in found]
@@ -139,13 +140,17 @@ def _ranking_values(
     examples: Sequence[Example],
     found: Sequence[list[ScoredNode]],
     names: Sequence[str],
+    depth: int,
     predictions: list[dict[str, Any]],
 ) -> dict[str, list[float]]:
     judged = [position for position, example in enumerate(examples) if example.relevant_ids]
     if not judged:
         raise DataError(f"{', '.join(names)} need relevant ids, but no example has any.")
     rankings = [[scored.node.id for scored in found[position]] for position in judged]
-    values = ranking_metrics(rankings, [examples[position].relevant_ids for position in judged], names)
+    relevant = [examples[position].relevant_ids for position in judged]
+    values = ranking_metrics(rankings, relevant, [name for name in names if name != "mrr"])
+    if "mrr" in names:
+        values = ranking_metrics([ranking[:depth] for ranking in rankings], relevant, ["mrr"]) | values
     for name, row in values.items():
         for position, value in zip(judged, row, strict=True):
             predictions[position]["metrics"][name] = value

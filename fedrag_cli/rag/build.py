@@ -45,7 +45,8 @@ def build_rag_system(
     retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=device)
     generator = None
     if with_generator and config.rag_system.generator is not None:
-        generator = build("generator", config.rag_system.generator, prompt=config.rag_system.prompt, device=device)
+        prompt, seed = config.rag_system.prompt, config.run.seed
+        generator = build("generator", config.rag_system.generator, prompt=prompt, device=device, seed=seed)
     store = _open_store(config, retriever, nodes, reporter)
     return RAGSystem(retriever, store, generator, config.rag_system.top_k, config)
 

@@ -11,6 +11,17 @@ from fedrag_cli.config import Config, ConfigSource, load_config_with_source
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.runs.directory import RunDirectory
 
+FIXED_BY_A_RUN = (
+    *(
+        f"rag_system.retriever.{name}"
+        for name in (
+            "type", "model", "query_model", "passage_model", "revision", "passage_prompt", "max_length", "similarity",
+        )
+    ),
+    *(f"rag_system.generator.{name}" for name in ("type", "model", "adapter", "revision")),
+    *(f"rag_system.knowledge_store.{name}" for name in ("type", "path")),
+)  # fmt: skip
+
 
 def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Config, ConfigSource]:
     """Load a config file, or the config of a run directory with the tuned models in it.
@@ -20,7 +31,7 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
         overrides: `key.path=value` texts.
 
     Raises:
-        ConfigError: The run is not finished, or the config is wrong.
+        ConfigError: The run is not finished, the config is wrong, or an override names what the run has fixed.
     """
     if path is None or not path.is_dir():
         source = load_config_with_source(path, overrides)
@@ -31,8 +42,20 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
         raise ConfigError(
             f"The run in '{path}' is not finished (status: {status}).", f"Go on with: fedrag resume {path}"
         )
+    _refuse_fixed(overrides, path)
     source = load_config_with_source(run.config_file, overrides)
     return with_tuned_models(source.config, run), source
+
+
+def _refuse_fixed(overrides: Sequence[str], path: Path) -> None:
+    """Refuse overrides of what a run's tuned models and its knowledge store stand for."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in FIXED_BY_A_RUN or any(fixed.startswith(key + ".") for fixed in FIXED_BY_A_RUN):
+            raise ConfigError(
+                f"{key} is fixed by the run in '{path}', whose tuned models are used.",
+                f"Leave it out, or use the run's config with other models: {path / 'config.yaml'} {override}",
+            )
 
 
 def with_tuned_models(config: Config, run: RunDirectory) -> Config:

@@ -109,6 +109,7 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     config = source.config
     require_training(config)
     data = load_run_data(config)
+    _chosen_metrics(config, data)
     run = RunDirectory.create(
         config.run.output_dir, config.run.name, source.to_yaml(), command=command, seed=config.run.seed
     )
@@ -116,7 +117,7 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     with run.locked():
         try:
             rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
-            _require_room(rag_system, data.train)
+            _require_room(rag_system, [*data.train, *data.validation])
         except (FedRAGError, KeyboardInterrupt):
             # Nothing was computed that is worth keeping.
             run.remove()
@@ -142,8 +143,10 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
         config = source.config
         data = load_run_data(config)
         _require_same_data(run, data)
-        run.update_manifest(status="running")
-        return _see_through(run, config, data, build_rag_system(config, nodes=data.nodes, reporter=reporter), reporter)
+        run.update_manifest(status="running", error=None)
+        rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+        _require_same_models(run, rag_system)
+        return _see_through(run, config, data, rag_system, reporter)
 
 
 def _require_room(rag_system: RAGSystem, examples: Sequence[Example]) -> None:
@@ -162,7 +165,7 @@ def _see_through(
     try:
         run.update_manifest(fingerprints=_fingerprints(run, data, rag_system))
         reporter.event("started", mode=config.trainer.mode, **data.counts())
-        metrics = choose_metrics(config.evaluation.metrics, tuned_sides(config), data.evaluation)
+        metrics = _chosen_metrics(config, data)
         before = _evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         result = manager.train(run.checkpoints)
@@ -289,19 +292,14 @@ def _write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     summary["plots"] = [path.name for path in plots]
     write_text_atomically(run.path / "README.md", model_card(summary))
     run.write_json("summary.json", summary)
-    run.update_manifest(status="done")
+    run.update_manifest(status="done", error=None)
 
 
 def _fingerprints(run: RunDirectory, data: RunData, rag_system: RAGSystem) -> dict[str, str]:
     known: dict[str, str] | None = run.manifest().get("fingerprints")
     if known is not None:
         return known
-    generator = rag_system.generator
-    return {
-        **_data_fingerprints(data),
-        "retriever": rag_system.retriever.fingerprint(),
-        **({"generator": generator.fingerprint()} if generator is not None else {}),
-    }
+    return _data_fingerprints(data) | _model_fingerprints(rag_system)
 
 
 def _data_fingerprints(data: RunData) -> dict[str, str]:
@@ -313,6 +311,29 @@ def _data_fingerprints(data: RunData) -> dict[str, str]:
         for name, split in rows.items()
     }
     return {"passages": corpus_fingerprint(data.nodes), **examples}
+
+
+def _chosen_metrics(config: Config, data: RunData) -> list[str]:
+    """Return the metrics of the evaluation before and after; none where there is nothing to evaluate on."""
+    if data.split is None:
+        return []
+    return choose_metrics(config.evaluation.metrics, tuned_sides(config), data.evaluation)
+
+
+def _model_fingerprints(rag_system: RAGSystem) -> dict[str, str]:
+    generator = rag_system.generator
+    models = {"retriever": rag_system.retriever.fingerprint()}
+    return models | ({"generator": generator.fingerprint()} if generator is not None else {})
+
+
+def _require_same_models(run: RunDirectory, rag_system: RAGSystem) -> None:
+    known = run.manifest().get("fingerprints") or {}
+    changed = [name for name, value in _model_fingerprints(rag_system).items() if known.get(name, value) != value]
+    if changed:
+        raise FedRAGError(
+            f"The base models of this run are others than when it started: {', '.join(changed)}.",
+            "Put the old models back, or start a new run with 'fedrag train'.",
+        )
 
 
 def _require_same_data(run: RunDirectory, data: RunData) -> None:

@@ -37,6 +37,7 @@ class CausalLMGenerator:
         tokenizer: Its tokenizer.
         config: Generation settings.
         prompt: How prompts are written.
+        seed: Seed of sampling, where the temperature is above 0.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class CausalLMGenerator:
         tokenizer: PreTrainedTokenizerBase,
         config: CausalLMConfig | None = None,
         prompt: PromptConfig | None = None,
+        seed: int = 42,
     ) -> None:
         """Put the model in eval mode and give the tokenizer a padding token where it has none."""
         self.model = model.eval()
+        self.seed = seed
         self._fingerprint_memory = FingerprintMemory()
         self.tokenizer = tokenizer
         self.config = config or CausalLMConfig(model=str(getattr(model, "name_or_path", "") or "model"))
@@ -57,13 +60,16 @@ class CausalLMGenerator:
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
 
     @classmethod
-    def from_config(cls, config: CausalLMConfig, *, prompt: PromptConfig, device: str = "auto") -> CausalLMGenerator:
+    def from_config(
+        cls, config: CausalLMConfig, *, prompt: PromptConfig, device: str = "auto", seed: int = 42
+    ) -> CausalLMGenerator:
         """Load model and tokenizer.
 
         Args:
             config: What to load.
             prompt: How prompts are written.
             device: Where to run, as `run.device`.
+            seed: Seed of sampling, as `run.seed`.
 
         Raises:
             ModelError: The model is missing, broken or does not fit.
@@ -80,7 +86,7 @@ class CausalLMGenerator:
             model = (_without_quantizer(model) if location.gguf_file else model).to(target)
         if config.adapter is not None:
             model = _with_adapter(model, config.adapter)
-        return cls(model, tokenizer, config, prompt)
+        return cls(model, tokenizer, config, prompt, seed)
 
     @property
     def device(self) -> torch.device:
@@ -138,11 +144,14 @@ class CausalLMGenerator:
                 )
         answers = [""] * len(prompts)
         lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
-        for batch in length_sorted_batches(lengths, self.config.batch_tokens):
-            for position, answer in zip(batch, self._generate_batch([prompts[i] for i in batch]), strict=True):
-                answers[position] = answer
-            if progress is not None:
-                progress(len(batch))
+        with torch.random.fork_rng(enabled=self.config.temperature > 0):
+            if self.config.temperature > 0:
+                torch.manual_seed(self.seed)
+            for batch in length_sorted_batches(lengths, self.config.batch_tokens):
+                for position, answer in zip(batch, self._generate_batch([prompts[i] for i in batch]), strict=True):
+                    answers[position] = answer
+                if progress is not None:
+                    progress(len(batch))
         return answers
 
     @torch.inference_mode()

@@ -108,7 +108,8 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         """Find the best passages of each query by one matrix product; see `KnowledgeStore.search_positions`."""
         self._check_search(query_embeddings, top_k)
         queries = query_embeddings.detach().to(self.device, torch.float32)
-        scores = queries @ self.embeddings.T
+        with torch.autocast(self.device.type, enabled=False):
+            scores = queries @ self.embeddings.T
         # Among passages that tie for the last places topk takes any; the first of them are wanted.
         last = scores.topk(top_k, dim=1).values[:, -1:]
         above, level = scores > last, scores == last

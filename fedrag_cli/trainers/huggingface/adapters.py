@@ -49,10 +49,12 @@ def add_adapter(model: Any, config: LoRAConfig, seed: int) -> PeftModel:
 
 def _require_same_shape(present: LoraConfig, config: LoRAConfig) -> None:
     hint = "Make them equal, or start from the model without adapter."
-    if (present.r, present.lora_alpha) != (config.r, config.alpha):
+    there = (present.r, float(present.lora_alpha), present.lora_dropout)
+    if there != (config.r, float(config.alpha), config.dropout):
         raise ConfigError(
-            f"The model has an adapter with r {present.r} and alpha {present.lora_alpha} already, "
-            f"but trainer.generator.lora asks for r {config.r} and alpha {config.alpha}.",
+            f"The model has an adapter with r {present.r}, alpha {present.lora_alpha} and dropout "
+            f"{present.lora_dropout} already, but trainer.generator.lora asks for r {config.r}, alpha {config.alpha} "
+            f"and dropout {config.dropout}.",
             hint,
         )
     # `all-linear` was expanded to names when the adapter was made, so it cannot be compared any more.

@@ -35,7 +35,7 @@ def training_arguments(
             "Set learning_rate above 0, for instance 2e-5 for a retriever or 2e-4 for LoRA.",
         )
     precision = _precision(config.precision, device)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         seed=seed,
         learning_rate=config.learning_rate,
@@ -53,7 +53,8 @@ def training_arguments(
         activation_checkpointing=config.gradient_checkpointing,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
-        logging_steps=config.log_every,
+        # The mean loss, the check for NaN and an exact resume need every step; `log_every` thins the records only.
+        logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=10**9,
@@ -64,6 +65,9 @@ def training_arguments(
         report_to=list(report_to) or "none",
         log_level="error",
     )
+    # Several devices are for `accelerate launch`, a process each; without it the model stays on the one it is on.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _precision(precision: str, device: torch.device) -> str:

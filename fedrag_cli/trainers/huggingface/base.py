@@ -25,7 +25,13 @@ from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.trainers.base import BaseTrainer, TrainResult
 from fedrag_cli.trainers.config import TrainingConfig
 from fedrag_cli.trainers.huggingface.arguments import training_arguments
-from fedrag_cli.trainers.huggingface.checks import copy_weights, require_moved, require_trainable, trainable
+from fedrag_cli.trainers.huggingface.checks import (
+    copy_weights,
+    require_finite,
+    require_moved,
+    require_trainable,
+    trainable,
+)
 from fedrag_cli.trainers.huggingface.loop import LossFunction, TrainingLoop
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
 
@@ -167,8 +173,12 @@ class HuggingFaceTrainer(BaseTrainer):
                 on_step=self._on_step,
             )
             loop = self._loop(directory, instances, callback)
-            with os_errors(directory):
-                loop.train(resume_from_checkpoint=str(resuming) if resuming else None)
+            try:
+                with os_errors(directory):
+                    loop.train(resume_from_checkpoint=str(resuming) if resuming else None)
+            finally:
+                # Mixed precision wraps the model's forward; what comes after training computes as before it.
+                loop.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if guard.requested:
                 raise RunInterruptedError(
                     f"Interrupted in {phase} after step {loop.state.global_step}; a checkpoint is saved."
@@ -177,6 +187,7 @@ class HuggingFaceTrainer(BaseTrainer):
             loop.load_best()
         self.model.eval()
         require_moved(before, self._fingerprint(), self.what, loop.state.log_history)
+        require_finite(self.model, self.what)
         self._finish()
         return self._result(loop, time.monotonic() - started)
 

@@ -56,6 +56,17 @@ def require_moved(before: str, after: str, what: str, log: list[dict[str, Any]])
     raise TrainingError(f"Training did not move the {what}: {cause}.", hint)
 
 
+def require_finite(model: nn.Module, what: str) -> None:
+    """Raise TrainingError where a trained parameter is NaN or infinite."""
+    broken = [name for name, parameter in trainable(model).items() if not bool(torch.isfinite(parameter).all())]
+    if broken:
+        raise TrainingError(
+            f"Training left weights of the {what} that are not finite: {broken[0]}"
+            + (f" and {len(broken) - 1} more." if len(broken) > 1 else "."),
+            "Lower learning_rate, or set precision: float32.",
+        )
+
+
 def require_peaked_targets(targets: Tensor, lm_temperature: float) -> None:
     """Raise TrainingError where the language model prefers no passage for any example.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 
+from fedrag_cli.errors import ModelError
 from fedrag_cli.runs.checkpoints import MARKER, PREFIX
 
 Validate = Callable[[], dict[str, float]]
@@ -53,6 +54,11 @@ class TrainingLoop(Trainer):
         penalty = self._penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, unless the run was resumed from its last checkpoint: transformers would do a step more."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Take the mark of completeness away before a checkpoint is written over."""
         directory = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
@@ -62,7 +68,15 @@ class TrainingLoop(Trainer):
     def load_best(self) -> bool:
         """Bring the best checkpoint's weights back, where another step than the last was the best."""
         best = self.state.best_global_step
-        if not best or best == self.state.global_step or self.state.best_model_checkpoint is None:
+        if not best or best == self.state.global_step:
             return False
+        # The path in the trainer's state is that of the day it was saved; the run directory may have moved since.
+        directory = Path(self.args.output_dir) / f"{PREFIX}{best}"
+        if not directory.is_dir():
+            raise ModelError(
+                f"The best checkpoint '{directory}' is missing, so its weights cannot be brought back.",
+                "Put the folder back, or set validation.keep_best: false in the run's config.yaml.",
+            )
+        self.state.best_model_checkpoint = str(directory)
         self._load_best_model()
         return True

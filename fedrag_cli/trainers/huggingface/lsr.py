@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.losses import lsr_loss
+from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.trainers.config import LSRConfig
@@ -52,6 +53,16 @@ class LSRModel(nn.Module):
     def train(self, mode: bool = True) -> LSRModel:
         """Switch to training mode, with dropout only where the config wants it."""
         return super().train(mode and self._trainer[0].config.dropout)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return each tensor once: safetensors refuses the tied weights that some encoders have under two names."""
+        known: set[int] = set()
+        kept: dict[str, Any] = {}
+        for name, tensor in super().state_dict(*args, **kwargs).items():
+            if tensor.numel() == 0 or tensor.data_ptr() not in known:
+                kept[name] = tensor
+                known.add(tensor.data_ptr())
+        return kept
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Let the encoders compute activations twice to save memory; transformers calls this by its name."""
@@ -95,6 +106,7 @@ class HuggingFaceTrainerForLSR(HuggingFaceTrainer):
             rag_system.retriever.separate_encoders()
         self._model = LSRModel(self)
         self._scorer: LikelihoodScorer | None = None
+        self._truncation = TruncationCount()
 
     def _default_config(self) -> LSRConfig:
         return LSRConfig()
@@ -121,7 +133,10 @@ class HuggingFaceTrainerForLSR(HuggingFaceTrainer):
         queries = self._retriever.embed(self._retriever.query_encoder, features)
         store = self.rag_system.knowledge_store
         positions = store.search_positions(queries.detach(), self.config.top_k)[1]
-        scores = torch.einsum("bd,bkd->bk", queries, self._passage_embeddings(positions, queries.device))
+        passages = self._passage_embeddings(positions, queries.device)
+        # bfloat16 has three digits; a difference of scores below 0.004 would be lost, before it is divided by tau.
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = torch.einsum("bd,bkd->bk", queries.float(), passages.float())
         lm_scores = self._lm_scores([self.train_examples[example] for example in examples], positions)
         return self._loss(scores, lm_scores.to(scores.device))
 
@@ -176,6 +191,7 @@ class HuggingFaceTrainerForLSR(HuggingFaceTrainer):
         embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
         positions = store.search_positions(embeddings, self.config.top_k)[1]
         scores = self._lm_scores(self.train_examples, positions, show=True)
+        self._truncation = self._scoring().truncation
         require_peaked_targets(torch.softmax(scores / self.config.lm_temperature, dim=1), self.config.lm_temperature)
         if resuming is not None and self.config.train == "both":
             store.replace_embeddings(load_file(resuming / INDEX_FILE)["embeddings"])
@@ -206,4 +222,4 @@ class HuggingFaceTrainerForLSR(HuggingFaceTrainer):
             refresh_store(self.rag_system)
 
     def _counts(self) -> dict[str, Any]:
-        return {"scoring": self._scoring().truncation.to_dict(), "scored_pairs": len(self._scoring().cache)}
+        return {"scoring": self._truncation.to_dict(), "scored_pairs": len(self._scoring().cache)}

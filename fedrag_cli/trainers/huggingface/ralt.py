@@ -92,11 +92,12 @@ class HuggingFaceTrainerForRALT(HuggingFaceTrainer):
         model: nn.Module = self._generator.model
         return model
 
-    def instances(self, examples: Sequence[Example]) -> list[RALTInstance]:
+    def instances(self, examples: Sequence[Example], truncation: TruncationCount | None = None) -> list[RALTInstance]:
         """Retrieve passages for examples in one go and tokenise them.
 
         Args:
             examples: Questions with answers.
+            truncation: Counts the prompts that were cut.
 
         Returns:
             One instance for each example with `passages: together`, and one for each example and passage with
@@ -107,7 +108,7 @@ class HuggingFaceTrainerForRALT(HuggingFaceTrainer):
         for example, scored in zip(examples, found, strict=True):
             nodes = [item.node for item in scored]
             contexts = [nodes] if self.config.passages == "together" else [[node] for node in nodes]
-            result += [self._instance(example, context) for context in contexts]
+            result += [self._instance(example, context, truncation) for context in contexts]
         return result
 
     @torch.no_grad()
@@ -118,15 +119,18 @@ class HuggingFaceTrainerForRALT(HuggingFaceTrainer):
         tokens = sum(len(item.answer) for item in instances)
         return {"loss": -totals.sum().item() / tokens, **(self.extra_validation() if self.extra_validation else {})}
 
-    def _instance(self, example: Example, context: Sequence[KnowledgeNode]) -> RALTInstance:
+    def _instance(
+        self, example: Example, context: Sequence[KnowledgeNode], truncation: TruncationCount | None
+    ) -> RALTInstance:
         answer = self._generator.prompts.encode_answer(example.response)
         prompt = self._generator.encode_prompt(example.query, context, answer_tokens=len(answer))
-        self._truncation.add(prompt)
+        if truncation is not None:
+            truncation.add(prompt)
         return RALTInstance(prompt.ids, answer)
 
     def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[RALTInstance]:
         self._truncation = TruncationCount()
-        instances = self.instances(self.train_examples)
+        instances = self.instances(self.train_examples, self._truncation)
         self._supervised = sum(len(item.answer) for item in instances)
         self._total = sum(len(item.prompt) + len(item.answer) for item in instances)
         return instances

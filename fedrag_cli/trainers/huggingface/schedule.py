@@ -58,6 +58,11 @@ class ScheduleCallback(TrainerCallback):
         self.advance.total(state.max_steps)
         self.advance(state.global_step)
 
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop where the checkpoint that a run was resumed from was its last one."""
+        if state.global_step >= state.max_steps or self._is_out_of_patience(args, state):
+            control.should_training_stop = True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Schedule what is due after a step."""
         self.advance(1)
@@ -97,8 +102,11 @@ class ScheduleCallback(TrainerCallback):
         if "loss" not in logs:
             return
         fields = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate", "epoch") if name in logs}
-        self.reporter.event("train_step", phase=self.phase, step=state.global_step, **fields)
-        if not all(math.isfinite(fields.get(name, 0.0)) for name in ("loss", "grad_norm")):
+        if state.global_step % self.config.log_every == 0 or state.global_step >= state.max_steps:
+            self.reporter.event("train_step", phase=self.phase, step=state.global_step, **fields)
+        # Under float16 an infinite gradient norm is how the loss scale is found; the step is skipped.
+        checked = [fields["loss"]] if args.fp16 else [fields["loss"], fields.get("grad_norm", 0.0)]
+        if not all(math.isfinite(value) for value in checked):
             raise TrainingError(
                 f"The training loss is not finite at step {state.global_step} of {self.phase} "
                 f"(loss {fields['loss']}, gradient norm {fields.get('grad_norm')}).",
@@ -111,12 +119,16 @@ class ScheduleCallback(TrainerCallback):
         """Record the validation and stop where patience is at its end."""
         values = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         self.reporter.event("validation", phase=self.phase, step=state.global_step, metrics=values)
-        patience = self.config.validation.patience
-        if patience is not None and validations_without_gain(state, args) >= patience:
+        if self._is_out_of_patience(args, state):
+            patience = self.config.validation.patience
             self.reporter.note(
                 f"{self.phase}: no better {args.metric_for_best_model} for {patience} validations, stopping"
             )
             control.should_training_stop = True
+
+    def _is_out_of_patience(self, args: TrainingArguments, state: TrainerState) -> bool:
+        patience = self.config.validation.patience
+        return self.validates and patience is not None and validations_without_gain(state, args) >= patience
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete a checkpoint with what is ours, and mark it whole."""
