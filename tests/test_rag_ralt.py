@@ -107,7 +107,7 @@ def test_separate_passages_make_an_instance_each_and_together_one(models: dict[s
 def test_a_long_context_is_cut_and_question_and_answer_stay(models: dict[str, Path]) -> None:
     trainer = trainer_of(models, window=110, passages="together", top_k=10)
     tokenizer = trainer.rag_system.generator.tokenizer
-    instances = trainer.instances(trainer.train_examples)
+    instances = trainer._prepare(None, None)
     for item, row in zip(instances, ROWS, strict=True):
         assert len(item.prompt) + len(item.answer) <= 110
         assert tokenizer.decode(item.prompt).endswith(f"Question: {row['query']}\nAnswer:")

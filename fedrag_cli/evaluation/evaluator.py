@@ -114,7 +114,7 @@ def evaluate(
     values: dict[str, list[float]] = {}
     ranking = [name for name in metrics if name not in ANSWER_METRICS]
     if ranking:
-        values |= _ranking_values(examples, found, ranking, depth, predictions)
+        values |= _ranking_values(examples, found, ranking, max(depth, rag_system.top_k), predictions)
     answering = [name for name in metrics if name in ANSWER_METRICS]
     if answering:
         sources = [row[: rag_system.top_k] for row in found]
