@@ -55,7 +55,7 @@ class CausalLMConfig:
     max_new_tokens: PositiveInt = 32
     """Most tokens of an answer."""
     temperature: NonNegativeFloat = 0.0
-    """0 takes the likeliest token each time; above 0 samples with the run's seed."""
+    """0 takes the likeliest token each time; above 0 samples among the 50 likeliest, with the run's seed."""
     batch_tokens: PositiveInt = 4096
     """Tokens, padding included, that are scored or generated at once."""
     dtype: DType = "auto"

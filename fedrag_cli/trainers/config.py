@@ -62,9 +62,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
     save_every: Every = "epoch"
-    """Write a checkpoint every epoch, every so many steps, or never."""
+    """Write a checkpoint every epoch, every so many steps, or never but at the end."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept, besides the best."""
+    """How many checkpoints are kept; the newest and the best always are."""
     log_every: PositiveInt = 1
     """Steps between two records of the loss."""
     validation: ValidationConfig = ValidationConfig()
