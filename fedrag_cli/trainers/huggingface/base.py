@@ -180,9 +180,10 @@ class HuggingFaceTrainer(BaseTrainer):
                 # Mixed precision wraps the model's forward; what comes after training computes as before it.
                 loop.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if guard.requested:
-                raise RunInterruptedError(
-                    f"Interrupted in {phase} after step {loop.state.global_step}; a checkpoint is saved."
+                saved = (
+                    "a checkpoint is saved" if cache_directory is not None else "no folder for checkpoints was given"
                 )
+                raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; {saved}.")
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()
         self.model.eval()
