@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.config.checks import ANSWER_METRICS
 from fedrag_cli.data.examples import Example
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.answers import exact_match, f1
@@ -14,10 +17,10 @@ from fedrag_cli.evaluation.bootstrap import Interval, bootstrap_interval
 from fedrag_cli.evaluation.ranking import ranking_metrics
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
 from fedrag_cli.rag.system import RAGSystem, count_truncation
+from fedrag_cli.runs.atomic import write_text_atomically
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
 RANKING_METRICS = ("mrr", "recall@1", "recall@5", "ndcg@10")
-ANSWER_METRICS = ("exact_match", "f1")
 _ANSWER_FUNCTIONS = {"exact_match": exact_match, "f1": f1}
 
 
@@ -51,6 +54,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return all but the predictions as plain values."""
         return {"n": self.n, "values": self.values, "truncated": self.truncated}
+
+    def write_predictions(self, path: Path) -> None:
+        """Write the predictions, a JSON line a question."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions)
+        write_text_atomically(path, lines)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:

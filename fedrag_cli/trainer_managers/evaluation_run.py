@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import Config
-from fedrag_cli.config.checks import evaluation_split, require_generator, tuned_sides
+from fedrag_cli.config.checks import ANSWER_METRICS, evaluation_split, require_generator, tuned_sides
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import load_examples
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.evaluation.evaluator import ANSWER_METRICS, choose_metrics, evaluate
+from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.runs.atomic import write_text_atomically
 from fedrag_cli.runs.reporting import Reporter
 
 
@@ -47,8 +45,7 @@ def evaluate_config(config: Config, reporter: Reporter, predictions: Path | None
     rag_system = build_rag_system(config, nodes=nodes, with_generator=answering, reporter=reporter)
     evaluation = evaluate(rag_system, examples, metrics, depth=config.evaluation.depth, reporter=reporter)
     if predictions is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions)
-        write_text_atomically(predictions, lines)
+        evaluation.write_predictions(predictions)
     intervals = evaluation.intervals(config.evaluation, config.run.seed)
     return {
         "split": split,

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedrag_cli.config.checks import ANSWER_METRICS
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import ConfigError, DataError, ModelError
 from fedrag_cli.evaluation.evaluator import evaluate
@@ -128,7 +129,7 @@ def _add_validation_metric(trainer: HuggingFaceTrainer) -> None:
     examples = resolve_relevant_ids(trainer.validation_examples, rag_system.knowledge_store.nodes)
     if not examples:
         raise DataError(f"The validation metric '{metric}' needs validation examples.", "Pass validation_dataset.")
-    if metric not in ("exact_match", "f1") and not any(example.relevant_ids for example in examples):
+    if metric not in ANSWER_METRICS and not any(example.relevant_ids for example in examples):
         raise DataError(
             f"The validation metric '{metric}' needs relevant ids, but no validation example has any.",
             "Add a relevant_ids column, or choose the metric loss.",

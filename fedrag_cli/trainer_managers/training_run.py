@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -31,8 +30,6 @@ from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.huggingface import HuggingFaceRAGTrainerManager
 from fedrag_cli.trainers.base import TrainResult
-
-STAGES = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -202,8 +199,7 @@ def _evaluate_once(
         return Evaluation.from_dict(done)
     reporter.note(f"Evaluating {stage} training on the {data.split} split ({len(data.evaluation)} questions)")
     evaluation = evaluate(rag_system, data.evaluation, metrics, depth=config.evaluation.depth, reporter=reporter)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions)
-    write_text_atomically(run.path / "evaluation" / f"{stage}-predictions.jsonl", lines)
+    evaluation.write_predictions(run.path / "evaluation" / f"{stage}-predictions.jsonl")
     run.write_json(f"evaluation/{stage}.json", evaluation.to_dict())
     reporter.event("evaluation", stage=stage, split=data.split, metrics=evaluation.means())
     return evaluation
