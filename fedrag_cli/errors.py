@@ -65,3 +65,15 @@ class RunInterruptedError(FedRAGError):
     """The run was interrupted by a signal; its state is saved."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class ConnectionFailedError(FedRAGError):
+    """The federation's server or a client cannot be reached, authenticated or agreed with."""
+
+    exit_code = EXIT_CONNECTION
+
+
+class FederationError(FedRAGError):
+    """A federation failed as a whole: too few clients, or too few usable updates; its state is saved."""
+
+    exit_code = EXIT_FEDERATION

@@ -19,7 +19,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fedrag_cli.errors import ConfigError, FedRAGError
 
 ENTRY_POINT_GROUP = "fedrag.components"
-BUILT_IN_MODULES = ("fedrag_cli.data.config", "fedrag_cli.rag.config", "fedrag_cli.trainers.config")
+BUILT_IN_MODULES = (
+    "fedrag_cli.data.config",
+    "fedrag_cli.rag.config",
+    "fedrag_cli.trainers.config",
+    "fedrag_cli.federated.config",
+)
 KINDS = (
     "retriever",
     "generator",
@@ -28,6 +33,7 @@ KINDS = (
     "examples",
     "retriever_trainer",
     "generator_trainer",
+    "strategy",
 )
 
 

@@ -10,13 +10,29 @@ from collections.abc import Sequence
 
 import typer
 
-from fedrag_cli.cli import components, doctor, evaluate, index, init, query, resume, schema, train, validate
+from fedrag_cli.cli import (
+    components,
+    doctor,
+    evaluate,
+    export_flower_app,
+    index,
+    init,
+    join_fl,
+    keys,
+    query,
+    resume,
+    schema,
+    serve_fl,
+    simulate,
+    train,
+    validate,
+)
 from fedrag_cli.cli.session import NO_BARS
 
 HELP = """Tune the retriever and the generator of a RAG system on your own data.
 
-Exit codes: 0 done, 1 failed, 2 usage or config, 3 data or model missing or bad, 130 interrupted with a checkpoint
-saved. With --json a command prints one JSON document to stdout; all else goes to stderr.
+Exit codes: 0 done, 1 failed, 2 usage or config, 3 data or model missing or bad, 4 connection or authentication,
+5 federation failed, 130 interrupted with a checkpoint saved. With --json a command prints one JSON document to stdout; all else goes to stderr.
 """
 
 # Plain help: Rich's needs a Markdown parser, whose import takes as long as all the rest together.
@@ -32,6 +48,9 @@ app = typer.Typer(
 )
 for module in (init, validate, schema, components, doctor, index, train, resume, evaluate, query):
     app.command(name=module.NAME)(module.command)
+for module in (serve_fl, join_fl, simulate, export_flower_app):
+    app.command(name=module.NAME)(module.command)
+app.add_typer(keys.app, name=keys.NAME)
 
 
 @app.callback(invoke_without_command=True)

@@ -23,6 +23,10 @@ ConfigArguments = Annotated[
     ),
 ]
 
+AddressOption = Annotated[
+    str, typer.Option("--address", "-a", metavar="HOST:PORT", help="Where the federation's server is.")
+]
+
 _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)*=")
 
 

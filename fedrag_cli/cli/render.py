@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from fedrag_cli.runs.reporting import Advance, Reporter
 
 SECONDS_BETWEEN_LINES = 10.0
+FEDERATION_EVENTS = frozenset(
+    {
+        "listening",
+        "waiting",
+        "client",
+        "round_started",
+        "client_update",
+        "round",
+        "federated_evaluation",
+        "client_final",
+    }
+)
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
 
 
@@ -93,6 +105,33 @@ class Renderer:
         self.line(f"{summary['steps']} steps, mean loss {summary['loss']:.4f}, {_duration(summary['seconds'])}")
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
         self.line(f'Try it: fedrag query {summary["run_dir"]} "your question"')
+
+    def federation_summary(self, summary: Mapping[str, Any]) -> None:
+        """Print what a part of a federation ended with."""
+        rows = [
+            [
+                str(row["round"]),
+                str(len(row["clients"])) if "clients" in row else "",
+                ", ".join(row.get("refused", {})),
+                str(row["examples"]),
+                f"{row['loss']:.4f}" if row.get("loss") is not None else "",
+                f"{row['seconds']:.1f}" if row.get("seconds") is not None else "",
+            ]
+            for row in summary["rounds"]
+        ]
+        columns = ["round", "clients", "refused", "examples", "loss", "seconds"]
+        shown = [number for number in range(len(columns)) if any(row[number] for row in rows)]
+        if rows:
+            self.table([columns[number] for number in shown], [[row[number] for number in shown] for row in rows])
+        if summary["differences"]:
+            self.differences(summary)
+        self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
+
+    def written(self, paths: Sequence[Path], next_step: str) -> None:
+        """Print which files were written, and what to do with them."""
+        for path in paths:
+            self.line(f"wrote {path}")
+        self.line(next_step)
 
     def validation(self, document: Mapping[str, Any]) -> None:
         """Print that a config is right, and what was loaded."""
@@ -289,8 +328,12 @@ class _LineAdvance:
 def _event_line(name: str, fields: Mapping[str, Any]) -> str:
     if name == "validation":
         return f"{fields['phase']}: validation at step {fields['step']}: {_metrics(fields['metrics'])}"
-    if name == "evaluation":
+    if name == "evaluation" and fields["stage"] in ("before", "after"):
         return f"{fields['stage'].capitalize()} training, {fields['split']} split: {_metrics(fields['metrics'])}"
+    if name in FEDERATION_EVENTS:
+        from fedrag_cli.cli.federation_view import federation_line
+
+        return federation_line(name, fields)
     return ""
 
 

@@ -26,7 +26,12 @@ def command(
 
         run = RunDirectory.open(run_dir)
         source = load_config_with_source(run.config_file)
-        from fedrag_cli.trainer_managers.training_run import resume_training
+        from fedrag_cli.trainer_managers.resuming import resume_run
 
-        summary = resume_training(run, source, current.reporter())
-        current.result(summary, lambda renderer: renderer.training_summary(summary))
+        federated = run.federation_role() is not None
+        with current.federation_reporter(live=federated) as reporter:
+            summary = resume_run(run, source, reporter)
+        current.result(
+            summary,
+            lambda renderer: (renderer.federation_summary if federated else renderer.training_summary)(summary),
+        )

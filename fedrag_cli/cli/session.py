@@ -56,6 +56,17 @@ class Session:
 
         return SilentReporter() if self.quiet else self.renderer.reporter()
 
+    @contextmanager
+    def federation_reporter(self, *, live: bool = True) -> Iterator[Reporter]:
+        """Yield what a federation reports to: a live table on a terminal, plain lines elsewhere."""
+        if self.quiet or not live or not self.renderer.console.is_terminal:
+            yield self.reporter()
+            return
+        from fedrag_cli.cli.federation_view import LiveFederationReporter
+
+        with LiveFederationReporter(self.renderer.console) as reporter:
+            yield reporter
+
 
 @contextmanager
 def session(*, json_output: bool, quiet: bool, verbose: bool) -> Iterator[Session]:

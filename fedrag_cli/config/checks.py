@@ -21,6 +21,7 @@ def check_config(config: Config) -> Iterator[Finding]:
     yield from _check_trackers(config)
     yield from _check_retriever_models(config)
     yield from _check_evaluation(config)
+    yield from _check_federation(config)
     for side in tuned_sides(config):
         yield from _check_trainer(config, side)
 
@@ -94,6 +95,24 @@ def _check_evaluation(config: Config) -> Iterator[Finding]:
     metrics = config.evaluation.metrics or ()
     if config.rag_system.generator is None and any(metric in ANSWER_METRICS for metric in metrics):
         yield ("evaluation", "metrics"), "exact_match and f1 need a rag_system.generator"
+
+
+def _check_federation(config: Config) -> Iterator[Finding]:
+    if config.federated is None:
+        return
+    settings, path = config.federated, ("federated",)
+    strategy = settings.strategy
+    malicious = getattr(strategy, "num_malicious_nodes", 0)
+    needed = {"Krum": 2 * malicious + 3, "MultiKrum": 2 * malicious + 3, "Bulyan": 4 * malicious + 3}.get(strategy.type)
+    if needed is not None and settings.min_clients < needed:
+        message = f"must be at least {needed} for {strategy.type} with num_malicious_nodes {malicious}"
+        yield (*path, "min_clients"), message
+    if strategy.type == "MultiKrum" and strategy.num_nodes_to_select > settings.min_clients:
+        yield (*path, "strategy", "num_nodes_to_select"), f"must not be above min_clients ({settings.min_clients})"
+    if settings.wait_for_clients is not None and settings.wait_for_clients < settings.min_clients:
+        yield (*path, "wait_for_clients"), f"must not be below min_clients ({settings.min_clients})"
+    if strategy.type == "QFedAvg" and "loss" not in settings.metrics:
+        yield (*path, "metrics"), "must have loss in it for QFedAvg, which weighs clients by it"
 
 
 def _check_trainer(config: Config, side: str) -> Iterator[Finding]:

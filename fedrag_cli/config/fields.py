@@ -155,3 +155,22 @@ def _check_validation_metric(name: str) -> str:
 
 MetricName = Annotated[str, AfterValidator(_check_metric)]
 ValidationMetricName = Annotated[str, AfterValidator(_check_validation_metric)]
+
+CLIENT_REPORTS = ("loss", "steps", "seconds", "validation_loss")
+
+
+def _check_federated_metric(name: str) -> str:
+    if name not in CLIENT_REPORTS and not METRIC_PATTERN.fullmatch(name):
+        raise ValueError(f"is nothing that a client reports (known: {', '.join(CLIENT_REPORTS)}, {METRIC_HELP})")
+    return name
+
+
+def check_client_name(name: str) -> str:
+    """Return a name that is fit for a client; raises ValueError where it is not."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError("is no client name (up to 64 letters, digits, '.', '_' and '-')")
+    return name
+
+
+FederatedMetricName = Annotated[str, AfterValidator(_check_federated_metric)]
+ClientName = Annotated[str, AfterValidator(check_client_name)]

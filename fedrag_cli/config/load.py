@@ -78,6 +78,7 @@ def load_config_with_source(path: str | Path | None = None, overrides: Sequence[
     tree = read_tree(Path(path) if path is not None else Path(DEFAULT_CONFIG), overrides)
     values, unresolved = _resolve(tree)
     config, problems = validate_values(values, tree)
+    problems += _missing_data(values, tree)
     broken = {problem.path for problem in unresolved}
     problems = in_order(unresolved + [problem for problem in problems if problem.path not in broken])
     if config is not None and not problems:
@@ -88,6 +89,16 @@ def load_config_with_source(path: str | Path | None = None, overrides: Sequence[
     if problems or config is None:
         raise InvalidConfigError(problems)
     return ConfigSource(config, tree)
+
+
+def _missing_data(values: dict[str, Any], tree: ConfigTree) -> list[ConfigProblem]:
+    """Return what is missing of the data, which only the server of a federation can do without."""
+    dataset = values.get("dataset")
+    if values.get("federated") is not None or (dataset is not None and not isinstance(dataset, dict)):
+        return []
+    path: KeyPath = ("dataset",) if dataset is None else ("dataset", "corpus")
+    present = dataset is not None and dataset.get("corpus") is not None
+    return [] if present else [ConfigProblem(tree.position(path), format_path(path), "is required")]
 
 
 def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:

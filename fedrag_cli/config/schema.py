@@ -9,13 +9,17 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from fedrag_cli.config.fields import (
+    ClientName,
     ComponentSlot,
+    FederatedMetricName,
     Fraction,
     MetricName,
     NonEmptyStr,
     NonNegativeInt,
     OutputPathStr,
     PassageTemplate,
+    PathStr,
+    PositiveFloat,
     PositiveInt,
     PromptTemplate,
     config_class,
@@ -81,8 +85,8 @@ class RAGSystemConfig:
 class DatasetConfig:
     """The passages and the question-answer examples."""
 
-    corpus: Annotated[Any, ComponentSlot("corpus", default="file")]
-    """The passages of the knowledge store."""
+    corpus: Annotated[Any, ComponentSlot("corpus", default="file")] | None = None
+    """The passages of the knowledge store; only a federation's server can do without."""
     train: Annotated[Any, ComponentSlot("examples", default="file")] | None = None
     """Examples to train on."""
     validation: Annotated[Any, ComponentSlot("examples", default="file")] | None = None
@@ -128,16 +132,73 @@ class EvaluationConfig:
 
 
 @config_class
+class SitesConfig:
+    """How `fedrag simulate` splits the data over its clients."""
+
+    by: Literal["auto", "owner", "random", "dirichlet"] = "auto"
+    """owner follows a column, random deals evenly, dirichlet mixes a column's values unevenly; auto takes owner where
+    the examples have the column, and random elsewhere."""
+    column: NonEmptyStr = "site"
+    """The column of the owner, or of the values that are mixed; passages that have it go to their owner too."""
+    alpha: PositiveFloat = 0.5
+    """Concentration of the Dirichlet distribution: the smaller, the more sites differ."""
+
+
+@config_class
+class FederatedConfig:
+    """How several sites tune one model together, each on its own data."""
+
+    rounds: PositiveInt = 3
+    """Rounds; in each one every chosen client trains as `trainer` says, starting from the global weights."""
+    strategy: Annotated[Any, ComponentSlot("strategy", default="FedAvg")] = default_component("strategy", "FedAvg")
+    """How the clients' updates become the next global weights."""
+    min_clients: PositiveInt = 2
+    """Quorum: a round with fewer usable updates fails the run."""
+    wait_for_clients: PositiveInt | None = None
+    """Clients to wait for before the first round; the quorum by default."""
+    gather_timeout: PositiveFloat = 600.0
+    """Seconds to wait for clients before a round; then the run goes on with the quorum, or fails."""
+    round_timeout: PositiveFloat = 3600.0
+    """Seconds a round may take; updates that come later are refused."""
+    rejoin_timeout: PositiveFloat = 60.0
+    """Seconds that a client which vanished in a round is waited for, after it was found to be gone."""
+    connect_timeout: PositiveFloat = 600.0
+    """Seconds that a client tries to reach a server that does not answer."""
+    max_update_norm: PositiveFloat | None = None
+    """Largest L2 norm of an update (trained weights minus global weights); a larger one is refused."""
+    metrics: tuple[FederatedMetricName, ...] = ("loss", "validation_loss")
+    """What clients report beside their numbers of examples; nothing else leaves them but the tuned weights."""
+    evaluate_every: PositiveInt = 1
+    """Rounds between two evaluations by the server, where it evaluates; the first and the last model always are."""
+    sites: SitesConfig = field(default_factory=SitesConfig)
+    """How a simulation splits the data."""
+    name: ClientName | None = None
+    """Name of this client in the server's table; with `allowed_keys` the name of its key's file counts."""
+    key: PathStr | None = None
+    """This client's private key (`fedrag keys node`)."""
+    allowed_keys: PathStr | None = None
+    """Folder with the public keys of the clients that may join, a file NAME.pub each; read by the server."""
+    certificate: PathStr | None = None
+    """The server's TLS certificate, with its chain, as PEM."""
+    certificate_key: PathStr | None = None
+    """The private key of the server's certificate."""
+    ca_certificate: PathStr | None = None
+    """The authority that clients trust, as PEM; the system's authorities by default."""
+
+
+@config_class
 class Config:
     """One file that describes a RAG system, its data and how to tune it."""
 
     rag_system: RAGSystemConfig
     """The RAG system."""
-    dataset: DatasetConfig
-    """Its data."""
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """Its data; only a federation's server can do without."""
     run: RunConfig = field(default_factory=RunConfig)
     """Name, folder, seed and device."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """What is tuned, and how."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
+    federated: FederatedConfig | None = None
+    """How several sites tune together; the defaults where a federation is run without this section."""

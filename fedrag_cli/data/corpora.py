@@ -27,7 +27,7 @@ from fedrag_cli.data.readers import Row, Table, read_table
 from fedrag_cli.data.splitting import check_sizes, split_text
 from fedrag_cli.data.squad import read_paragraphs
 from fedrag_cli.data.text_files import find_text_files
-from fedrag_cli.errors import DataError
+from fedrag_cli.errors import ConfigError, DataError
 
 MARKDOWN_SUFFIXES = (".md", ".markdown")
 
@@ -42,9 +42,11 @@ def load_corpus(config: Any) -> list[KnowledgeNode]:
         The passages, at least one, with unique ids and with text.
 
     Raises:
-        ConfigError: The settings of the split do not fit each other.
+        ConfigError: There is no corpus, or the settings of the split do not fit each other.
         DataError: The data is missing or bad.
     """
+    if config is None:
+        raise ConfigError("The config has no dataset.corpus.", "Add the passages there; only 'serve-fl' needs none.")
     nodes: list[KnowledgeNode] = registry.build("corpus", config)
     if not nodes:
         raise DataError(f"The corpus of type '{config.type}' is empty.", "Name a source with at least one passage.")

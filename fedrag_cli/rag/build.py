@@ -10,6 +10,7 @@ from fedrag_cli.config import Config
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import RAGSystem
@@ -40,14 +41,24 @@ def build_rag_system(
     nodes = nodes if nodes is not None else load_corpus(config.dataset.corpus)
     _check_top_k(config, len(nodes))
     reporter = reporter or SilentReporter()
-    device = config.run.device
-    reporter.note("Loading the models")
-    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=device)
-    generator = None
-    if with_generator and config.rag_system.generator is not None:
-        prompt, seed = config.rag_system.prompt, config.run.seed
-        generator = build("generator", config.rag_system.generator, prompt=prompt, device=device, seed=seed)
+    retriever, generator = _load_models(config, reporter, with_generator=with_generator)
     store = _open_store(config, retriever, nodes, reporter)
+    return RAGSystem(retriever, store, generator, config.rag_system.top_k, config)
+
+
+def build_rag_system_without_passages(config: Config, reporter: Reporter | None = None) -> RAGSystem:
+    """Load the models alone, for the server of a federation, which has no data.
+
+    Args:
+        config: A loaded config.
+        reporter: Told what is being loaded.
+
+    Raises:
+        ModelError: A model is missing or broken.
+    """
+    retriever, generator = _load_models(config, reporter or SilentReporter(), with_generator=True)
+    store = InMemoryKnowledgeStore(retriever.device)
+    store.encoder_fingerprint = retriever.fingerprint()
     return RAGSystem(retriever, store, generator, config.rag_system.top_k, config)
 
 
@@ -69,6 +80,18 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
     for node in nodes:
         digest.update(json.dumps([node.id, node.text, node.metadata], sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _load_models(
+    config: Config, reporter: Reporter, *, with_generator: bool
+) -> tuple[SentenceTransformerRetriever, CausalLMGenerator | None]:
+    device = config.run.device
+    reporter.note("Loading the models")
+    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=device)
+    if not with_generator or config.rag_system.generator is None:
+        return retriever, None
+    prompt, seed = config.rag_system.prompt, config.run.seed
+    return retriever, build("generator", config.rag_system.generator, prompt=prompt, device=device, seed=seed)
 
 
 def _open_store(

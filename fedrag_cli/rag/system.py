@@ -148,5 +148,14 @@ def count_truncation(answers: Sequence[RAGAnswer]) -> TruncationCount:
 def refresh_store(rag_system: RAGSystem, progress: Progress | None = None) -> None:
     """Re-encode every passage with the retriever's passage encoder as it is now."""
     store, retriever = rag_system.knowledge_store, rag_system.retriever
-    store.replace_embeddings(retriever.encode_passages([node.text for node in store.nodes], progress))
+    if len(store):
+        store.replace_embeddings(
+            retriever.encode_passages([node.text for node in store.nodes], progress)
+        )
     store.encoder_fingerprint = retriever.fingerprint()
+
+
+def refresh_stale_store(rag_system: RAGSystem) -> None:
+    """Re-encode the passages where the passage encoder has changed since the store was filled."""
+    if rag_system.knowledge_store.encoder_fingerprint != rag_system.retriever.fingerprint():
+        refresh_store(rag_system)

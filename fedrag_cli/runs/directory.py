@@ -129,6 +129,11 @@ class RunDirectory:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json_atomically(self.path / "manifest.json", {**known, **fields, "updated": now})
 
+    def federation_role(self) -> str | None:
+        """Return which part of a federation the run is (server, client or simulation); None for a training."""
+        federation = self.manifest().get("federation")
+        return federation.get("role") if isinstance(federation, dict) else None
+
     def summary(self) -> dict[str, Any]:
         """Return the summary of a finished run."""
         return self._read_json("summary.json")

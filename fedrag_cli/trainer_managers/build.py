@@ -29,7 +29,22 @@ def build_manager(
         validation: Validation examples; empty for none.
         reporter: Takes events and progress.
     """
-    trainers: dict[str, HuggingFaceTrainer] = {
+    trainers = build_trainers(config, rag_system, train=train, validation=validation, reporter=reporter)
+    return HuggingFaceRAGTrainerManager(
+        config.trainer.mode, trainers.get("retriever"), trainers.get("generator"), config.trainer.cycles
+    )
+
+
+def build_trainers(
+    config: Config,
+    rag_system: RAGSystem,
+    *,
+    train: list[Example],
+    validation: list[Example],
+    reporter: Reporter | None = None,
+) -> dict[str, HuggingFaceTrainer]:
+    """Build the trainers that the config's mode needs, by side; arguments as for `build_manager`."""
+    return {
         side: build(
             f"{side}_trainer",
             getattr(config.trainer, side),
@@ -41,6 +56,3 @@ def build_manager(
         )
         for side in tuned_sides(config)
     }
-    return HuggingFaceRAGTrainerManager(
-        config.trainer.mode, trainers.get("retriever"), trainers.get("generator"), config.trainer.cycles
-    )

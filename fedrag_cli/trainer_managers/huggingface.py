@@ -10,9 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedrag_cli.config.checks import ANSWER_METRICS
+from fedrag_cli.config.fields import CLIENT_REPORTS
+from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import ConfigError, DataError, ModelError
 from fedrag_cli.evaluation.evaluator import evaluate
+from fedrag_cli.federated.task import FLTask
 from fedrag_cli.runs.atomic import os_errors, replace_directory_atomically
 from fedrag_cli.trainer_managers.base import BaseRAGTrainerManager, Mode
 from fedrag_cli.trainers.base import TrainResult
@@ -84,6 +87,31 @@ class HuggingFaceRAGTrainerManager(BaseRAGTrainerManager):
             seconds=sum(result.seconds for result in results.values()),
         )
 
+    def get_federated_task(
+        self, settings: FederatedConfig | None = None, work_directory: Path | None = None
+    ) -> FLTask:
+        """Return the federated task of the side that the mode tunes.
+
+        Args:
+            settings: The federation's settings; by default those of the RAG system's config, or the defaults.
+            work_directory: Where checkpoints within a round and likelihoods are kept; nowhere by default.
+
+        Raises:
+            ConfigError: The mode is alternating; a federation tunes one side.
+            DataError: A metric that clients report cannot be measured on the validation examples.
+        """
+        if self.mode == "alternating":
+            raise ConfigError(
+                "A federation tunes one side, but the mode is alternating.",
+                "Set trainer.mode to retriever or generator, and run a federation for each, one after the other.",
+            )
+        trainer = self._trainer(self.mode)
+        config = trainer.rag_system.config
+        settings = settings or (config.federated if config is not None else None) or FederatedConfig()
+        if trainer.validation_examples:
+            _add_metrics(trainer, [name for name in settings.metrics if name not in CLIENT_REPORTS])
+        return FLTask(trainer, settings, work_directory)
+
     def _sides(self) -> list[str]:
         return ["retriever", "generator"] if self.mode == "alternating" else [self.mode]
 
@@ -123,19 +151,28 @@ def _restore_phase(trainer: HuggingFaceTrainer, finished: Path) -> TrainResult:
 def _add_validation_metric(trainer: HuggingFaceTrainer) -> None:
     """Let a trainer validate by a metric of the whole RAG system, where its config chooses one."""
     metric = trainer.config.validation.metric
-    if metric in (None, "loss"):
+    if metric not in (None, "loss"):
+        _add_metrics(trainer, [str(metric)])
+
+
+def _add_metrics(trainer: HuggingFaceTrainer, names: list[str]) -> None:
+    """Let a trainer measure metrics of the whole RAG system when it validates, beside that of its config."""
+    chosen = trainer.config.validation.metric
+    metrics = list(dict.fromkeys([*([chosen] if chosen not in (None, "loss") else []), *names]))
+    if not metrics:
         return
     rag_system = trainer.rag_system
     examples = resolve_relevant_ids(trainer.validation_examples, rag_system.knowledge_store.nodes)
     if not examples:
-        raise DataError(f"The validation metric '{metric}' needs validation examples.", "Pass validation_dataset.")
-    if metric not in ANSWER_METRICS and not any(example.relevant_ids for example in examples):
-        raise DataError(
-            f"The validation metric '{metric}' needs relevant ids, but no validation example has any.",
-            "Add a relevant_ids column, or choose the metric loss.",
-        )
+        raise DataError(f"The validation metric '{metrics[0]}' needs validation examples.", "Pass validation_dataset.")
+    for metric in metrics:
+        if metric not in ANSWER_METRICS and not any(example.relevant_ids for example in examples):
+            raise DataError(
+                f"The validation metric '{metric}' needs relevant ids, but no validation example has any.",
+                "Add a relevant_ids column, or choose the metric loss.",
+            )
 
     def measure() -> dict[str, Any]:
-        return evaluate(rag_system, examples, [str(metric)]).means()
+        return evaluate(rag_system, examples, metrics).means()
 
     trainer.extra_validation = measure

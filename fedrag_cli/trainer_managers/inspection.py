@@ -16,7 +16,7 @@ from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.training_run import load_run_data
+from fedrag_cli.trainer_managers.run_parts import load_run_data
 from fedrag_cli.trainers.huggingface.checks import trainable
 
 

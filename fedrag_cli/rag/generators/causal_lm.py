@@ -94,6 +94,10 @@ class CausalLMGenerator:
         device: torch.device = next(self.model.parameters()).device
         return device
 
+    def with_model(self, model: Any) -> CausalLMGenerator:
+        """Return a generator with the same tokenizer and settings around another model of the same kind."""
+        return CausalLMGenerator(model, self.tokenizer, self.config, self.prompts.config, self.seed)
+
     def fingerprint(self) -> str:
         """Return a hash of the weights as they are now, adapters included."""
         return self._fingerprint_memory.fingerprint(self.model)

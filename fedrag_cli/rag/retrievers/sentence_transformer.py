@@ -92,6 +92,15 @@ class SentenceTransformerRetriever:
         if self.is_shared:
             self.query_encoder = copy.deepcopy(self.passage_encoder)
 
+    def with_query_encoder(self, encoder: SentenceTransformer, *, shared: bool) -> SentenceTransformerRetriever:
+        """Return a retriever with the same settings around another query encoder.
+
+        Args:
+            encoder: The other encoder.
+            shared: Whether it encodes the passages too; otherwise the passage encoder stays.
+        """
+        return SentenceTransformerRetriever(encoder, encoder if shared else self.passage_encoder, self.config)
+
     def fingerprint(self) -> str:
         """Return a hash of what passage embeddings depend on: weights, prompt, length limit and similarity."""
         settings = (self.config.passage_prompt, self.passage_encoder.max_seq_length, self.config.similarity)

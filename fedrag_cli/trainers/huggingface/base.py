@@ -76,6 +76,8 @@ class HuggingFaceTrainer(BaseTrainer):
         self.extra_validation: ExtraMetrics | None = None
         self.reference_weights: Mapping[str, Tensor] | None = None
         self.proximal_mu = 0.0
+        self.cache_directory: Path | None = None
+        """Folder for what stays valid from one call of `train` to the next; that of the checkpoints by default."""
         self._require_responses()
 
     @classmethod
@@ -149,16 +151,16 @@ class HuggingFaceTrainer(BaseTrainer):
         started = time.monotonic()
         name = phase or self.side
         if checkpoints is not None:
-            return self._train_in(checkpoints, name, started, cache_directory=checkpoints)
+            return self._train_in(checkpoints, name, started, lasting=True)
         with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
-            return self._train_in(Path(directory), name, started, cache_directory=None)
+            return self._train_in(Path(directory), name, started, lasting=False)
 
-    def _train_in(self, directory: Path, phase: str, started: float, *, cache_directory: Path | None) -> TrainResult:
+    def _train_in(self, directory: Path, phase: str, started: float, *, lasting: bool) -> TrainResult:
         with os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         resuming = latest_checkpoint(directory)
         before = self._fingerprint_at_start(directory)
-        instances = self._prepare(cache_directory, resuming)
+        instances = self._prepare(self.cache_directory or (directory if lasting else None), resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
         with deferred_interrupts() as guard, self.reporter.task(phase, 1, "step") as advance:
@@ -180,9 +182,7 @@ class HuggingFaceTrainer(BaseTrainer):
                 # Mixed precision wraps the model's forward; what comes after training computes as before it.
                 loop.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if guard.requested:
-                saved = (
-                    "a checkpoint is saved" if cache_directory is not None else "no folder for checkpoints was given"
-                )
+                saved = "a checkpoint is saved" if lasting else "no folder for checkpoints was given"
                 raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; {saved}.")
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()

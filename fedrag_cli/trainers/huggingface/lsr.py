@@ -181,12 +181,14 @@ class HuggingFaceTrainerForLSR(HuggingFaceTrainer):
         """Return the scorer of the generator as it is now; the generator may have been tuned since the last call."""
         generator = self.rag_system.require_generator()
         if self._scorer is None or self._scorer.fingerprint != generator.fingerprint():
-            self._scorer = LikelihoodScorer(generator)
+            self._scorer = LikelihoodScorer(generator, self.cache_directory)
         return self._scorer
 
     def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[int]:
         """Score the passages that the untuned retriever finds, in one go, and check that they teach something."""
-        self._scorer = LikelihoodScorer(self.rag_system.require_generator(), cache_directory)
+        generator = self.rag_system.require_generator()
+        if self._scorer is None or not self._scorer.serves(generator, cache_directory):
+            self._scorer = LikelihoodScorer(generator, cache_directory)
         store = self.rag_system.knowledge_store
         embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
         positions = store.search_positions(embeddings, self.config.top_k)[1]

@@ -94,8 +94,14 @@ class LikelihoodScorer:
         self.fingerprint = generator.fingerprint()
         self._identified: dict[tuple[str, ...], tuple[str, int]] = {}
         self._truncated: dict[tuple[str, ...], EncodedPrompt] = {}
+        self._cache_directory = cache_directory
         path = cache_directory / f"likelihoods-{self._identity()}.jsonl" if cache_directory is not None else None
         self.cache = LikelihoodCache(path)
+
+    def serves(self, generator: CausalLMGenerator, cache_directory: Path | None) -> bool:
+        """Return whether this scorer's likelihoods are those of a generator as it is now, kept in the given folder."""
+        same_place = cache_directory == self._cache_directory
+        return same_place and generator is self.generator and generator.fingerprint() == self.fingerprint
 
     @property
     def truncation(self) -> TruncationCount:

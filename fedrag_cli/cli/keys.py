@@ -1,0 +1,94 @@
+"""`fedrag keys`: node keys, a development authority, and server certificates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.session import session
+
+NAME = "keys"
+DirectoryOption = Annotated[Path, typer.Option("--dir", "-d", help="Folder to write to; nothing is overwritten.")]
+
+app = typer.Typer(
+    help="Make keys and certificates for a federation.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    suggest_commands=False,
+)
+
+
+@app.command("node")
+def node(
+    name: Annotated[str, typer.Argument(help="Name of the client.")],
+    directory: DirectoryOption = Path("keys"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a client's key pair: NAME.key stays with the client, NAME.pub goes to the server's owner."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.config.fields import check_client_name
+        from fedrag_cli.errors import ConfigError
+
+        try:
+            check_client_name(name)
+        except ValueError as error:
+            raise ConfigError(f"'{name}' {error}.") from error
+        from fedrag_cli.federated.keys import write_node_key
+
+        private, public = write_node_key(directory, name)
+        current.result(
+            {"private_key": str(private), "public_key": str(public)},
+            lambda renderer: renderer.written(
+                [private, public],
+                f"Set federated.key to {private}; give {public} to the server's owner, for federated.allowed_keys.",
+            ),
+        )
+
+
+@app.command("ca")
+def authority(
+    directory: DirectoryOption = Path("keys"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a certificate authority for one federation: ca.key stays with you, ca.crt goes to every client."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.federated.keys import write_authority
+
+        private, certificate = write_authority(directory)
+        current.result(
+            {"private_key": str(private), "certificate": str(certificate)},
+            lambda renderer: renderer.written(
+                [private, certificate],
+                f"Next: fedrag keys server HOST --dir {directory}; clients set federated.ca_certificate to ca.crt.",
+            ),
+        )
+
+
+@app.command("server")
+def server(
+    hosts: Annotated[list[str], typer.Argument(help="Host names and addresses that clients use to reach the server.")],
+    directory: DirectoryOption = Path("keys"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make the server's TLS certificate, signed by the authority in the same folder."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.federated.keys import write_server_certificate
+
+        private, certificate = write_server_certificate(directory, hosts)
+        current.result(
+            {"private_key": str(private), "certificate": str(certificate)},
+            lambda renderer: renderer.written(
+                [private, certificate],
+                f"Set federated.certificate to {certificate} and federated.certificate_key to {private}.",
+            ),
+        )

@@ -1,0 +1,36 @@
+"""`fedrag simulate`: a federation in one process."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
+from fedrag_cli.cli.session import session
+
+NAME = "simulate"
+
+
+def command(
+    arguments: ConfigArguments = None,
+    clients: Annotated[
+        int | None,
+        typer.Option("--clients", "-c", min=1, help="How many clients; by default that of the owners in the data."),
+    ] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run a federation in one process; federated.sites says how the data is split over the clients."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.config import load_config_with_source
+
+        given = sort_arguments(arguments)
+        source = load_config_with_source(given.path, given.overrides)
+        from fedrag_cli.trainer_managers.simulation import start_simulation
+
+        with current.federation_reporter() as reporter:
+            summary = start_simulation(source, clients, command=["fedrag", *sys.argv[1:]], reporter=reporter)
+        current.result(summary, lambda renderer: renderer.federation_summary(summary))

@@ -1,0 +1,193 @@
+"""What the sites of a federation must have in common, and how they differ where they do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.weights import Manifest, manifest_of
+from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+
+PROTOCOL = 1
+# What each site sets for its own hardware and its own records.
+SITE_SETTINGS = frozenset(
+    {
+        "batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "keep_checkpoints",
+        "log_every",
+        "precision",
+        "save_every",
+        "validation",
+    }
+)
+MOST_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What server and clients must have in common.
+
+    Args:
+        protocol: Version of the messages.
+        side: What is tuned, `retriever` or `generator`.
+        manifest: Names and shapes of the trained tensors.
+        models: Fingerprints of the base models by name.
+        settings: Settings of training, prompts and reports, by key path.
+    """
+
+    protocol: int
+    side: str
+    manifest: Manifest
+    models: dict[str, str]
+    settings: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Write the agreement as JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Agreement:
+        """Read an agreement that the other side sent.
+
+        Raises:
+            ConnectionFailedError: The text is none.
+        """
+        try:
+            values = json.loads(text)
+            agreement = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+            manifest = {str(name): [int(size) for size in shape] for name, shape in agreement.manifest.items()}
+            settings, models = dict(agreement.settings), dict(agreement.models)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConnectionFailedError(
+                f"The other side's handshake cannot be read ({type(error).__name__}).",
+                "Use the same version of fedrag everywhere.",
+            ) from error
+        return dataclasses.replace(agreement, manifest=manifest, settings=settings, models=models)
+
+
+def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agreement:
+    """Collect what the other sites must have in common with a trainer.
+
+    Args:
+        trainer: The trainer of the side that is tuned, with the base models in its RAG system.
+        settings: The federation's settings; the reported metrics are a part of what must agree.
+    """
+    return Agreement(
+        PROTOCOL,
+        trainer.side,
+        manifest_of(trainer.trained_weights()),
+        _fingerprints(trainer.rag_system),
+        dict(_settings(trainer, settings)),
+    )
+
+
+def differences(server: Agreement, client: Agreement) -> list[str]:
+    """Say in words where a client differs from the server; empty where they agree."""
+    if client.protocol != server.protocol:
+        return [f"protocol {client.protocol}, but the server speaks {server.protocol} (use the same version of fedrag)"]
+    if client.side != server.side:
+        return [f"tunes the {client.side}, but the server the {server.side} (trainer.mode)"]
+    found = [f"another {name} model" for name in _unequal(server.models, client.models)]
+    found += [
+        f"{key} is {_show(client.settings, key)}, but the server has {_show(server.settings, key)}"
+        for key in _unequal(server.settings, client.settings)
+    ]
+    tensors = _unequal(server.manifest, client.manifest)
+    if tensors:
+        name = tensors[0]
+        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        found.append(
+            f"trained tensor {name} is {_shape(client.manifest, name)}, but on the server "
+            f"{_shape(server.manifest, name)}{more}"
+        )
+    rest = len(found) - MOST_DIFFERENCES
+    return [*found[:MOST_DIFFERENCES], f"{rest} more"] if rest > 0 else found
+
+
+def base_fingerprint(model: nn.Module, vocabulary: Mapping[str, int] | None = None) -> str:
+    """Return a hash of a base model: its weights without LoRA adapters, and its vocabulary.
+
+    Weights are hashed as bfloat16, so that a site which keeps them in bfloat16 agrees with one that keeps float32.
+
+    Args:
+        model: The model, with adapters or without.
+        vocabulary: The tokenizer's tokens and ids.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(_base_tensors(model)):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(_canonical(tensor))
+    digest.update(json.dumps(sorted((vocabulary or {}).items())).encode())
+    return digest.hexdigest()
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters that are no adapter's, under the names that they have without adapters."""
+    for name, tensor in model.named_parameters():
+        if "lora_" not in name:
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+
+
+def _canonical(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu()
+    values = values.to(torch.bfloat16) if values.is_floating_point() else values
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _fingerprints(rag_system: RAGSystem) -> dict[str, str]:
+    retriever = rag_system.retriever
+    found = {
+        "passage encoder": base_fingerprint(retriever.passage_encoder),
+        "query encoder": base_fingerprint(retriever.query_encoder),
+    }
+    if rag_system.generator is not None:
+        generator = rag_system.generator
+        found["generator"] = base_fingerprint(generator.model, generator.tokenizer.get_vocab())
+    return found
+
+
+def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(trainer.config):
+        if field.name not in SITE_SETTINGS:
+            yield f"trainer.{trainer.side}.{field.name}", _plain(getattr(trainer.config, field.name))
+    prompt = trainer.rag_system.prompt_config
+    for field in dataclasses.fields(prompt):
+        yield f"rag_system.prompt.{field.name}", _plain(getattr(prompt, field.name))
+    retriever = trainer.rag_system.retriever
+    for name in ("similarity", "query_prompt", "passage_prompt"):
+        yield f"rag_system.retriever.{name}", getattr(retriever.config, name)
+    yield "rag_system.retriever.max_length", retriever.query_encoder.max_seq_length
+    yield "federated.metrics", sorted(settings.metrics)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))  # type: ignore[arg-type]
+
+
+def _unequal(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Sequence[str]:
+    return [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name) or (name in mine) != (name in other)]
+
+
+def _show(settings: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(settings[key], ensure_ascii=False) if key in settings else "not set"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shape(manifest: Manifest, name: str) -> str:
+    return f"of shape {tuple(manifest[name])}" if name in manifest else "missing"

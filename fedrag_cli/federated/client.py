@@ -1,0 +1,162 @@
+"""What a client does with a message of the server: shake hands, evaluate, train, keep the final model.
+
+The same handler serves the processes of `join-fl`, Flower's own client apps and the simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+
+from fedrag_cli.errors import ConnectionFailedError, FedRAGError, FederationError
+from fedrag_cli.federated.agreement import Agreement, differences
+from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
+from fedrag_cli.federated.task import SERVER_ROUND, EvaluateResult, FLTask
+from fedrag_cli.federated.weights import from_wire, record_bytes, to_wire
+from fedrag_cli.runs.reporting import Reporter, SilentReporter
+
+ACTION, AGREEMENT, NAME, FINAL, EVALUATE_FIRST, ROUNDS = (
+    "action",
+    "agreement",
+    "name",
+    "final",
+    "evaluate-first",
+    "rounds",
+)
+HANDSHAKE, STOP = "handshake", "stop"
+
+
+class ClientHandler:
+    """Answers the server's messages with a federated task.
+
+    Args:
+        task: The task with this client's model and data.
+        name: The client's name, sent in the handshake.
+        reporter: Told what happens.
+        on_final: Called when the model holds the final global weights.
+    """
+
+    def __init__(
+        self,
+        task: FLTask,
+        name: str = "",
+        reporter: Reporter | None = None,
+        on_final: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        """Start without having met a server."""
+        self.task = task
+        self.name = name
+        self.reporter: Reporter = reporter or SilentReporter()
+        self.on_final = on_final
+        self.finished = False
+        self.failure: FedRAGError | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the federation is over for this client, well or not."""
+        return self.finished or self.failure is not None
+
+    def __call__(self, message: Message) -> Message:
+        """Return the reply to a message."""
+        kind = message.metadata.message_type
+        if kind == MessageType.QUERY:
+            return self._query(message)
+        if kind == MessageType.TRAIN:
+            return self._train(message)
+        return self._evaluate(message)
+
+    def _query(self, message: Message) -> Message:
+        config = _config(message)
+        if config.get(ACTION) == STOP:
+            self.failure = FederationError(
+                "The server ended the federation without a final model.", "Its messages say why; join again when it is resumed."
+            )
+            return _reply(message, {ACTION: STOP})
+        server = Agreement.from_json(str(config.get(AGREEMENT, "")))
+        found = differences(server, self.task.agreement)
+        if found:
+            self.failure = ConnectionFailedError(
+                "This client does not fit the federation: " + "; ".join(found) + ".",
+                "Use the server's models and settings; only hardware settings such as batch_size may differ.",
+            )
+        else:
+            self.reporter.note(f"Agreed with the server: {self.task.side}, {len(server.manifest)} tensors")
+        return _reply(message, {AGREEMENT: self.task.agreement.to_json(), NAME: self.name})
+
+    def _train(self, message: Message) -> Message:
+        config = _config(message)
+        number, rounds = int(config.get(SERVER_ROUND, 1)), config.get(ROUNDS)
+        of = f" of {rounds}" if rounds else ""
+        self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(_arrays(message))}")
+        weights = from_wire(_arrays(message))
+        before = self._measure(weights, config, f"round {number}, before training") if config.get(EVALUATE_FIRST) else None
+        result = self.task.fit(weights, config)
+        arrays = to_wire(result.weights)
+        reported = dict(result.metrics) | (before.metrics if before else {})
+        self.reporter.event(
+            "client_round",
+            round=number,
+            examples=result.examples,
+            metrics=reported,
+            bytes_received=record_bytes(_arrays(message)),
+            bytes_sent=record_bytes(arrays),
+        )
+        metrics = self._metrics(result.examples, reported, before)
+        sent = ", ".join(name for name in metrics if name not in (EXAMPLES, VALIDATION_EXAMPLES))
+        self.reporter.note(
+            f"Round {number}{of}: sending {len(arrays)} tensors, {_megabytes(arrays)}, with {EXAMPLES} {result.examples}"
+            + (f" and {sent}" if sent else "")
+        )
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    def _evaluate(self, message: Message) -> Message:
+        config = _config(message)
+        final = bool(config.get(FINAL))
+        weights = from_wire(_arrays(message))
+        number = int(config.get(SERVER_ROUND, 0))
+        result = self._measure(weights, config, "the final model" if final else f"round {number}")
+        if final:
+            self.task.load(weights)
+            if self.on_final is not None:
+                self.on_final(result.metrics)
+            self.finished = True
+        metrics = self._metrics(result.examples, result.metrics, result)
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    def _measure(self, weights: Mapping[str, Any], config: Mapping[str, Any], what: str) -> EvaluateResult:
+        result = self.task.evaluate(weights, config)
+        if result.examples:
+            values = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            self.reporter.note(f"The global model on {result.examples} validation questions ({what}): {values}")
+            self.reporter.event("client_evaluation", round=int(config.get(SERVER_ROUND, 0)), metrics=result.metrics)
+        return result
+
+    def _metrics(self, examples: int, measured: Mapping[str, float], before: EvaluateResult | None) -> MetricRecord:
+        """Return what is sent: numbers of examples, and those of the measured metrics that the config lists."""
+        metrics: dict[str, int | float] = {EXAMPLES: examples}
+        if before is not None and before.examples:
+            metrics[VALIDATION_EXAMPLES] = before.examples
+        metrics |= {name: float(measured[name]) for name in self.task.settings.metrics if name in measured}
+        return MetricRecord(dict(metrics))  # type: ignore[arg-type]
+
+
+
+
+def _config(message: Message) -> Mapping[str, Any]:
+    records = list(message.content.config_records.values())
+    return records[0] if records else ConfigRecord()
+
+
+def _arrays(message: Message) -> ArrayRecord:
+    records = list(message.content.array_records.values())
+    return records[0] if records else ArrayRecord()
+
+
+def _reply(message: Message, values: dict[str, str]) -> Message:
+    return Message(RecordDict({"config": ConfigRecord(dict(values))}), reply_to=message)  # type: ignore[arg-type]
+
+
+def _megabytes(record: ArrayRecord) -> str:
+    return f"{record_bytes(record) / 1e6:.1f} MB"

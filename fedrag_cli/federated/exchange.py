@@ -1,0 +1,112 @@
+"""One exchange with several clients: send each its message, wait for the replies, and know who fell out and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+
+from fedrag_cli.federated.grid import POLL_SECONDS, FederationGrid
+from fedrag_cli.federated.roster import Participant, Roster
+
+OnReply = Callable[[str, Message, float], None]
+OnFailure = Callable[[str, str], None]
+
+
+@dataclass
+class _Outstanding:
+    content: RecordDict
+    message_type: str
+    message_id: str
+    node_id: int
+    activation: int
+    sent: float
+    gone_since: float | None = None
+
+
+class Exchange:
+    """Messages on their way to clients.
+
+    A client that was restarted has lost its message and is sent it again. One that is gone for too long, or does not
+    fit any more after a restart, falls out; so does one that has not answered when time is up.
+
+    Args:
+        grid: The transport.
+        roster: Who is there.
+        rejoin_timeout: Seconds to wait for a client that is gone.
+    """
+
+    def __init__(self, grid: FederationGrid, roster: Roster, rejoin_timeout: float) -> None:
+        """Start with nothing outstanding."""
+        self._grid = grid
+        self._roster = roster
+        self._rejoin_timeout = rejoin_timeout
+        self._outstanding: dict[str, _Outstanding] = {}
+
+    def run(self, messages: list[Message], timeout: float, on_reply: OnReply, on_failure: OnFailure) -> None:
+        """Send messages and see to every client until it has answered or fallen out.
+
+        Args:
+            messages: One for each client.
+            timeout: Seconds until those that have not answered fall out.
+            on_reply: Called with a client's name, its reply, and the seconds it took.
+            on_failure: Called with a client's name and the reason, in words.
+        """
+        end = time.monotonic() + timeout
+        for message in messages:
+            self._send(self._roster.name_of(message.metadata.dst_node_id), message)
+        while self._outstanding:
+            if self._collect(on_reply, on_failure):
+                continue
+            if self._outstanding and time.monotonic() >= end:
+                for name in list(self._outstanding):
+                    self._give_up(name, f"it did not answer within {timeout:g} s", on_failure)
+            if self._outstanding:
+                self._roster.refresh()
+                for name in list(self._outstanding):
+                    self._look_after(name, on_failure)
+                time.sleep(POLL_SECONDS)
+
+    def _send(self, name: str, message: Message) -> None:
+        participant, sent = self._roster.get(name), time.monotonic()
+        kind, content = message.metadata.message_type, message.content
+        (message_id,) = self._grid.push_messages([message])
+        self._outstanding[name] = _Outstanding(
+            content, kind, message_id, participant.node_id, participant.activation, sent
+        )
+
+    def _collect(self, on_reply: OnReply, on_failure: OnFailure) -> bool:
+        """Take the replies that have come, and return whether there was one."""
+        names = {item.message_id: name for name, item in self._outstanding.items()}
+        replies = self._grid.pull_messages(list(names))
+        for reply in replies:
+            name = names[reply.metadata.reply_to_message_id]
+            item = self._outstanding.pop(name)
+            if reply.has_error():
+                on_failure(name, "its work failed; its own messages say why")
+            else:
+                on_reply(name, reply, time.monotonic() - item.sent)
+        return bool(replies)
+
+    def _look_after(self, name: str, on_failure: OnFailure) -> None:
+        participant, item = self._roster.get(name), self._outstanding[name]
+        if participant.status == "refused":
+            self._give_up(name, participant.reason, on_failure)
+        elif participant.status == "offline":
+            item.gone_since = item.gone_since or time.monotonic()
+            if time.monotonic() - item.gone_since > self._rejoin_timeout:
+                self._give_up(name, f"it went away and did not come back within {self._rejoin_timeout:g} s", on_failure)
+        else:
+            item.gone_since = None
+            if self._was_restarted(participant, item):
+                self._grid.forget([item.message_id])
+                self._send(name, Message(item.content, participant.node_id, item.message_type))
+
+    def _was_restarted(self, participant: Participant, item: _Outstanding) -> bool:
+        return (participant.node_id, participant.activation) != (item.node_id, item.activation)
+
+    def _give_up(self, name: str, reason: str, on_failure: OnFailure) -> None:
+        self._grid.forget([self._outstanding.pop(name).message_id])
+        on_failure(name, reason)

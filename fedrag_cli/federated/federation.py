@@ -1,0 +1,327 @@
+"""The rounds of a federation: gather clients, send the global weights, screen what comes back, aggregate, save."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app.exception import AppExitException
+from flwr.serverapp.strategy import Strategy
+
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.errors import FederationError
+from fedrag_cli.federated.agreement import Agreement
+from fedrag_cli.federated.client import ACTION, EVALUATE_FIRST, FINAL, ROUNDS, STOP
+from fedrag_cli.federated.exchange import Exchange
+from fedrag_cli.federated.grid import POLL_SECONDS, ChosenNodes, FederationGrid, quiet_flower
+from fedrag_cli.federated.roster import Roster
+from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.screening import (
+    VALIDATION_EXAMPLES,
+    RefusedUpdateError,
+    Update,
+    read_metrics,
+    screen_update,
+)
+from fedrag_cli.federated.strategies import restore_strategy, strategy_state
+from fedrag_cli.federated.task import SERVER_ROUND
+from fedrag_cli.federated.weights import Weights, record_bytes, to_arrays, to_wire
+from fedrag_cli.runs.reporting import Reporter
+
+SECONDS_BETWEEN_NOTES = 10.0
+STOP_SECONDS = 5.0
+
+SaveRound = Callable[[RoundState], None]
+EvaluateGlobal = Callable[[int, Weights], Mapping[str, Any] | None]
+
+
+@dataclass
+class _Round:
+    """What has come back in a round."""
+
+    replies: dict[str, Message] = field(default_factory=dict)
+    updates: dict[str, Update] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Federation:
+    """Runs the rounds over a transport.
+
+    Args:
+        grid: The transport.
+        agreement: What clients must have in common with the server.
+        settings: The federation's settings.
+        strategy: Chooses the clients of a round and aggregates their updates.
+        seed: Seed of the choice of clients.
+        reporter: Told what happens, as events.
+        save_round: Called with the state after each round, and before the first.
+        evaluate_global: Measures global weights on the server's own data; None where it has none.
+    """
+
+    def __init__(
+        self,
+        grid: FederationGrid,
+        agreement: Agreement,
+        settings: FederatedConfig,
+        strategy: Strategy,
+        *,
+        seed: int,
+        reporter: Reporter,
+        save_round: SaveRound = lambda state: None,
+        evaluate_global: EvaluateGlobal = lambda number, weights: None,
+    ) -> None:
+        """Start without clients."""
+        quiet_flower()
+        self._grid = grid
+        self._agreement = agreement
+        self._settings = settings
+        self._strategy = strategy
+        self._seed = seed
+        self._reporter = reporter
+        self._save_round = save_round
+        self._evaluate_global = evaluate_global
+        self.roster = Roster(grid, agreement, reporter)
+
+    def run(self, state: RoundState) -> RoundState:
+        """Run the rounds that are left, and give every client the final weights.
+
+        Args:
+            state: Where the federation stands; round 0 with the initial weights for a new one.
+
+        Returns:
+            The state after the last round.
+
+        Raises:
+            FederationError: Too few clients or too few usable updates; the last saved state stands.
+        """
+        restore_strategy(self._strategy, state.strategy)
+        if state.number == 0:
+            self._measure_globally(state)
+            self._save_round(state)
+        try:
+            while state.number < self._settings.rounds:
+                self._run_round(state)
+                self._save_round(state)
+            self._hand_out(state)
+            self._save_round(state)
+        except FederationError:
+            self._stop_clients()
+            raise
+        return state
+
+    def _run_round(self, state: RoundState) -> None:
+        number, started = state.number + 1, time.monotonic()
+        chosen = self._gather(first=not state.history)
+        record = to_wire(state.weights)
+        config = ConfigRecord({ROUNDS: self._settings.rounds, EVALUATE_FIRST: True})
+        with _seeded(f"{self._seed}-{number}"):
+            grid = ChosenNodes(self._grid, chosen)
+            messages = list(self._strategy.configure_train(number, record, config, grid))
+        names = sorted(self.roster.name_of(message.metadata.dst_node_id) for message in messages)
+        sent = record_bytes(record)
+        self._reporter.event("round_started", round=number, rounds=self._settings.rounds, clients=names, bytes=sent)
+        came = self._train(number, messages, state.weights, sent)
+        if len(came.updates) < self._settings.min_clients:
+            raise FederationError(
+                f"Round {number} has {len(came.updates)} usable updates, but needs {self._settings.min_clients}"
+                + "".join(f"; {name}: {reason}" for name, reason in sorted(came.refused.items()))
+                + ".",
+                "Look at the refused clients' own messages, and go on with 'fedrag resume' and this run's directory.",
+            )
+        state.weights = self._aggregate(number, came)
+        state.number = number
+        state.strategy = strategy_state(self._strategy)
+        self._record_round(state, came, time.monotonic() - started)
+        self._measure_globally(state)
+
+    def _train(self, number: int, messages: list[Message], weights: Weights, sent: int) -> _Round:
+        came, reference = _Round(), to_arrays(weights)
+
+        def on_reply(name: str, reply: Message, seconds: float) -> None:
+            size = sum(record_bytes(record) for record in reply.content.array_records.values())
+            try:
+                update = screen_update(
+                    reply.content,
+                    self._agreement.manifest,
+                    reference,
+                    metrics=self._settings.metrics,
+                    max_norm=self._settings.max_update_norm,
+                )
+            except RefusedUpdateError as refusal:
+                on_failure(name, str(refusal))
+                return
+            came.updates[name], came.replies[name] = update, reply
+            self._reporter.event(
+                "client_update",
+                round=number,
+                client=name,
+                accepted=True,
+                reason="",
+                examples=update.examples,
+                metrics=update.metrics,
+                norm=update.norm,
+                seconds=seconds,
+                bytes_sent=sent,
+                bytes_received=size,
+            )
+
+        def on_failure(name: str, reason: str) -> None:
+            came.refused[name] = reason
+            self._reporter.event("client_update", round=number, client=name, accepted=False, reason=reason)
+
+        self._exchange(messages, self._settings.round_timeout, on_reply, on_failure)
+        return came
+
+    def _exchange(self, messages: list[Message], timeout: float, on_reply: Any, on_failure: Any) -> None:
+        Exchange(self._grid, self.roster, self._settings.rejoin_timeout).run(messages, timeout, on_reply, on_failure)
+
+    def _gather(self, *, first: bool) -> list[int]:
+        """Wait for enough clients and return where messages to them go, in the order of their names."""
+        quorum = self._settings.min_clients
+        wanted = max(quorum, self._settings.wait_for_clients or quorum) if first else quorum
+        end, noted = time.monotonic() + self._settings.gather_timeout, 0.0
+        while True:
+            self.roster.refresh()
+            ready = self.roster.ready()
+            if len(ready) >= wanted:
+                return [participant.node_id for participant in ready]
+            if time.monotonic() >= end:
+                break
+            if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
+                noted = time.monotonic()
+                self._reporter.event("waiting", ready=[participant.name for participant in ready], wanted=wanted)
+            time.sleep(POLL_SECONDS)
+        if len(ready) >= quorum:
+            self._reporter.note(f"Going on with {len(ready)} of {wanted} clients; the others did not come in time")
+            return [participant.node_id for participant in ready]
+        refused = "".join(f"; {p.name} was refused: {p.reason}" for p in self.roster.with_status("refused"))
+        raise FederationError(
+            f"{len(ready)} of {quorum} clients were there after {self._settings.gather_timeout:g} s{refused}.",
+            "Start the other clients and go on with 'fedrag resume' and this run's directory, or lower "
+            "federated.min_clients.",
+        )
+
+    def _aggregate(self, number: int, came: _Round) -> Weights:
+        """Return the next global weights; the order of the updates is that of the names, so sums are reproducible."""
+        replies = []
+        for name in sorted(came.updates):
+            came.replies[name].content = came.updates[name].content()
+            replies.append(came.replies[name])
+        try:
+            arrays, _ = self._strategy.aggregate_train(number, replies)
+        except (AppExitException, ValueError, ZeroDivisionError, FloatingPointError) as error:
+            raise FederationError(f"The strategy could not aggregate round {number}: {error}") from error
+        if arrays is None:
+            raise FederationError(
+                f"The strategy gave no weights for the {len(replies)} updates of round {number}.",
+                "It may need more clients, or fewer that it must allow to be malicious.",
+            )
+        return self._checked(number, arrays)
+
+    def _checked(self, number: int, arrays: ArrayRecord) -> Weights:
+        """Return aggregated weights as float32, in the order of the agreement."""
+        weights = {}
+        for name, shape in self._agreement.manifest.items():
+            tensor = torch.from_numpy(arrays[name].numpy().copy()).float()
+            if list(tensor.shape) != shape or not bool(torch.isfinite(tensor).all()):
+                raise FederationError(
+                    f"The strategy made weights in round {number} that are not finite or of another shape: {name}.",
+                    "Lower the strategy's learning rate; the round before is saved.",
+                )
+            weights[name] = tensor
+        return weights
+
+    def _record_round(self, state: RoundState, came: _Round, seconds: float) -> None:
+        examples = sum(update.examples for update in came.updates.values())
+        loss = _mean([(update.examples, update.metrics.get("loss")) for update in came.updates.values()])
+        summary = {
+            "round": state.number,
+            "clients": sorted(came.updates),
+            "refused": dict(sorted(came.refused.items())),
+            "examples": examples,
+            "loss": loss,
+            "seconds": seconds,
+        }
+        state.history.append(summary)
+        # Clients measure what they receive, which is the outcome of the round before.
+        measured = [update.metrics for update in came.updates.values()]
+        self._note_evaluation(state, state.number - 1, "clients", measured)
+        self._reporter.event("round", rounds=self._settings.rounds, **summary)
+
+    def _note_evaluation(self, state: RoundState, number: int, who: str, measured: Sequence[Mapping[str, float]]) -> None:
+        """Average the clients' measurements over their validation examples."""
+        rows = [(int(metrics[VALIDATION_EXAMPLES]), metrics) for metrics in measured if VALIDATION_EXAMPLES in metrics]
+        names = [name for name in self._settings.metrics if name not in ("loss", "steps", "seconds")]
+        means = {name: _mean([(examples, metrics.get(name)) for examples, metrics in rows]) for name in names}
+        known = {name: value for name, value in means.items() if value is not None}
+        if known:
+            total = sum(examples for examples, _ in rows)
+            state.evaluations.setdefault(str(number), {})[who] = {"examples": total, "metrics": known}
+            self._reporter.event("federated_evaluation", round=number, by=who, examples=total, metrics=known)
+
+    def _measure_globally(self, state: RoundState) -> None:
+        found = self._evaluate_global(state.number, state.weights)
+        if found is not None:
+            state.evaluations.setdefault(str(state.number), {})["server"] = dict(found)
+            self._reporter.event("federated_evaluation", round=state.number, by="server", **found)
+
+    def _hand_out(self, state: RoundState) -> None:
+        """Give every client the final weights, and take its measurement of them."""
+        self._await_absent()
+        config = ConfigRecord({SERVER_ROUND: state.number, FINAL: True})
+        content = RecordDict({"arrays": to_wire(state.weights), "config": config})
+        messages = [Message(content, p.node_id, MessageType.EVALUATE) for p in self.roster.ready()]
+        measured: list[dict[str, float]] = []
+
+        def on_reply(name: str, reply: Message, seconds: float) -> None:
+            try:
+                measured.append(read_metrics(reply.content, self._settings.metrics)[1])
+            except RefusedUpdateError as refusal:
+                on_failure(name, str(refusal))
+                return
+            self._reporter.event("client_final", client=name, received=True, reason="")
+
+        def on_failure(name: str, reason: str) -> None:
+            self._reporter.event("client_final", client=name, received=False, reason=reason)
+
+        self._exchange(messages, self._settings.round_timeout, on_reply, on_failure)
+        self._note_evaluation(state, state.number, "clients", measured)
+
+    def _await_absent(self) -> None:
+        """Wait a while for clients that have taken part and are away just now."""
+        end = time.monotonic() + self._settings.rejoin_timeout
+        self.roster.refresh()
+        while self.roster.with_status("offline") and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            self.roster.refresh()
+
+    def _stop_clients(self) -> None:
+        """Tell the clients that there will be no final model, as far as they can be reached."""
+        self.roster.refresh()
+        content = RecordDict({"config": ConfigRecord({ACTION: STOP})})
+        messages = [Message(content, p.node_id, MessageType.QUERY) for p in self.roster.ready()]
+        self._exchange(messages, STOP_SECONDS, lambda *_: None, lambda *_: None)
+
+
+def _mean(values: Sequence[tuple[int, float | None]]) -> float | None:
+    """Return the mean weighted by examples of the values that are there."""
+    known = [(examples, value) for examples, value in values if value is not None]
+    total = sum(examples for examples, _ in known)
+    return sum(examples * value for examples, value in known) / total if total else None
+
+
+@contextmanager
+def _seeded(seed: str) -> Iterator[None]:
+    """Let Flower's strategies, which draw from Python's global generator, draw the same each time."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)

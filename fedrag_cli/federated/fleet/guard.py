@@ -1,0 +1,135 @@
+"""What stands before the Fleet API: which routes exist, how large a request may be, and who may speak for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PushMessagesRequest
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from fedrag_cli.federated.fleet.state import FleetState
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PREFIX = "/v1/fleet/"
+ROUTES = frozenset(
+    PREFIX + name
+    for name in (
+        "register-node",
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+SESSION_HEADER = "x-fedrag-session"
+SUPERSEDED = "superseded"
+
+
+class RequestBounds:
+    """Answers 404 to all but the routes that clients need, and 413 to bodies above a size, before they are read.
+
+    Args:
+        app: The application behind it.
+        max_bytes: Largest body.
+    """
+
+    def __init__(self, app: Application, max_bytes: int) -> None:
+        """Keep both."""
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request, or hand it on with a count of its bytes."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"] not in ROUTES or scope["method"] != "POST":
+            await PlainTextResponse("Not found", 404)(scope, receive, send)
+            return
+        body = await self._read(scope, receive)
+        if body is None:
+            await PlainTextResponse("Request too large", 413)(scope, receive, send)
+            return
+        given = False
+
+        async def replay() -> MutableMapping[str, Any]:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Return the whole body, or None where it is too large or was cut off."""
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self._max_bytes:
+            return None
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self._max_bytes:
+                return None
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+class SpeakerCheck(BaseHTTPMiddleware):
+    """Lets a key speak through one process at a time, and only for itself; it stands behind the signature check."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Refuse a process that was superseded, and a reply in another client's name."""
+        state: FleetState = request.app.state.linkstate_factory.state()
+        message = getattr(request.state, "protobuf_request", None)
+        session = request.headers.get(SESSION_HEADER, "")
+        if isinstance(message, ActivateNodeRequest):
+            response = await call_next(request)
+            if response.status_code == 200:
+                state.note_session(message.public_key, session)
+            return response
+        node_id = _node_id(message)
+        if node_id is not None and not state.is_session_of(node_id, session):
+            if isinstance(message, DeactivateNodeRequest):
+                return PlainTextResponse("", 200)
+            return PlainTextResponse(SUPERSEDED, 409)
+        if isinstance(message, PushMessagesRequest) and not _speaks_for_itself(message):
+            return PlainTextResponse("A client may reply in its own name only", 403)
+        return await call_next(request)
+
+
+def _node_id(message: Any) -> int | None:
+    node = getattr(message, "node", None)
+    found = getattr(node, "node_id", None) if node is not None else getattr(message, "node_id", None)
+    return int(found) if found is not None else None
+
+
+def _speaks_for_itself(message: PushMessagesRequest) -> bool:
+    own = message.node.node_id
+    trees, messages = len(message.message_object_trees), list(message.messages_list)
+    return trees == len(messages) == 1 and all(item.metadata.src_node_id == own for item in messages)
+
+
+def check_routes() -> None:
+    """Raise RuntimeError where an installed Flower has none of the routes that are needed, after an upgrade."""
+    missing = [route for route in ROUTES if ("POST", route) not in PROTOBUF_REQUEST_TYPES]
+    if missing:
+        raise RuntimeError(f"This version of flwr has no {', '.join(sorted(missing))}.")

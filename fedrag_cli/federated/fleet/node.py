@@ -1,0 +1,420 @@
+"""A client's end: dials out, fetches messages, answers them, and comes back after a crash of either side.
+
+Flower's own client helpers end their process on some answers of the server and fetch code from it; this one uses the
+HTTP client below them, and never asks for code.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+from flwr.app.error import Error
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
+from fedrag_cli.federated.fleet.guard import SESSION_HEADER, SUPERSEDED
+from fedrag_cli.runs.reporting import Reporter
+
+HEARTBEAT_SECONDS = 10.0
+HEARTBEATS_PER_INTERVAL = 2.5
+SHORTEST_POLL, LONGEST_POLL, POLL_GROWTH = 0.05, 0.25, 1.2
+TRIES = 6
+LONGEST_WAIT = 5.0
+SECONDS_BETWEEN_NOTES = 30.0
+PUSH_ATTEMPTS = 5
+
+T = TypeVar("T")
+
+
+class Handler(Protocol):
+    """Answers messages; `ended` tells that no more are wanted."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the federation is over for this client."""
+
+    def __call__(self, message: Message) -> Message:
+        """Return the reply to a message."""
+
+
+class LostConnectionError(Exception):
+    """The connection or the identity was lost; activating again may help."""
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where the server is and how to trust it.
+
+    Args:
+        address: `HOST:PORT`.
+        tls: Whether to speak TLS.
+        ca_certificate: The authority to trust, as PEM; the system's authorities where it is None.
+    """
+
+    address: str
+    tls: bool
+    ca_certificate: bytes | None = None
+
+
+class _SessionInterceptor:
+    """Says which process speaks, so that two with the same key do not take each other's messages."""
+
+    def __init__(self) -> None:
+        self.session = uuid.uuid4().hex
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[SESSION_HEADER] = self.session
+        return call_next(context)
+
+
+class FleetNode:
+    """One client's connection.
+
+    Args:
+        server: Where the server is.
+        key: The client's private key (SECP384R1), which signs every request.
+        reporter: Told what happens.
+        connect_timeout: Seconds to try to reach a server that does not answer.
+        register: Whether to announce the key; a server with a list of allowed keys knows it already.
+    """
+
+    def __init__(
+        self,
+        server: ServerAddress,
+        key: ec.EllipticCurvePrivateKey,
+        reporter: Reporter,
+        *,
+        connect_timeout: float = 600.0,
+        register: bool = True,
+    ) -> None:
+        """Keep the settings; nothing is dialled yet."""
+        for name in ("flwr", "httpx", "httpcore"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._server = server
+        self._key = key
+        self._public_key = public_key_to_bytes(key.public_key())
+        self._reporter = reporter
+        self._connect_timeout = connect_timeout
+        self._register = register
+        self._session = _SessionInterceptor()
+        self._lost = threading.Event()
+        self._node = Node()
+        self._client: FleetHttpClient
+        self._was_connected = False
+
+    def run(self, handler: Handler) -> None:
+        """Stay connected and answer messages until the handler has ended.
+
+        Args:
+            handler: Answers the messages.
+
+        Raises:
+            ConnectionFailedError: The server cannot be reached, is not trusted, or does not let this client in.
+            RunInterruptedError: A signal came while a message was answered.
+        """
+        silent_since = time.monotonic()
+        noted = 0.0
+        while not handler.ended:
+            try:
+                with self._connect() as self._client:
+                    self._lost.clear()
+                    self._activate()
+                    self._reporter.note(
+                        "Connected again" if self._was_connected else f"Connected to {self._server.address}"
+                    )
+                    self._was_connected = True
+                    silent_since, noted = time.monotonic(), 0.0
+                    try:
+                        self._serve(handler)
+                    finally:
+                        self._lost.set()
+                        self._leave()
+            except LostConnectionError as lost:
+                waited = time.monotonic() - silent_since
+                if waited > self._connect_timeout:
+                    raise ConnectionFailedError(
+                        f"The server at {self._server.address} did not answer for {waited:.0f} s ({lost}).",
+                        "Check the address, the firewall, and that 'fedrag serve-fl' runs.",
+                    ) from lost
+                if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
+                    noted = time.monotonic()
+                    self._reporter.note(f"The server at {self._server.address} does not answer ({lost}); trying again")
+                time.sleep(1.0)
+
+    def check(self) -> bool:
+        """Try to connect once, so that a wrong certificate or key is found before models are loaded.
+
+        Returns:
+            Whether the server answered; a server that is not up yet is no error.
+
+        Raises:
+            ConnectionFailedError: The server answered, but is not trusted or does not let this client in.
+        """
+        try:
+            with self._connect() as self._client:
+                self._activate(tries=1)
+                self._lost.set()
+                self._leave()
+        except LostConnectionError:
+            return False
+        return True
+
+    def _connect(self) -> FleetHttpClient:
+        address, authority = self._server.address, self._server.ca_certificate
+        interceptors = [NodeAuthHttpInterceptor(self._key, self._key.public_key()), self._session]
+        try:
+            return FleetHttpClient.from_server_address(address, not self._server.tls, authority, interceptors)
+        except (ssl.SSLError, ValueError, OSError, httpx.InvalidURL) as error:
+            raise ConnectionFailedError(
+                f"No connection to '{address}' can be made: {error}",
+                "Check --address (HOST:PORT) and federated.ca_certificate (PEM).",
+            ) from error
+
+    def _call(self, method: Callable[[Any], T], request: Any, tries: int = TRIES) -> T:
+        """Send a request; again after a while where the network fails."""
+        reason = ""
+        for attempt in range(tries):
+            try:
+                return method(request)
+            except httpx.TransportError as error:
+                self._raise_if_hopeless(error)
+                reason = type(error).__name__
+            except httpx.HTTPStatusError as error:
+                code = error.response.status_code
+                if code == 409 and SUPERSEDED in error.response.text:
+                    raise ConnectionFailedError(
+                        "Another process has joined with this client's key.",
+                        "Run one process a key, and make a key for each client with 'fedrag keys node'.",
+                    ) from error
+                if code not in (502, 503, 504):
+                    raise LostConnectionError(f"it answered {code}") from error
+                reason = f"it answered {code}"
+            except ValueError as error:
+                raise LostConnectionError("it answered something else than Flower's protocol") from error
+            if self._lost.wait(min(0.3 * 2**attempt, LONGEST_WAIT)):
+                break
+        raise LostConnectionError(reason)
+
+    def _raise_if_hopeless(self, error: httpx.TransportError) -> None:
+        """Raise ConnectionFailedError where trying again cannot help."""
+        text = str(error)
+        if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+            raise ConnectionFailedError(
+                f"The certificate of the server at {self._server.address} is not trusted: {_verification(text)}.",
+                "Set federated.ca_certificate to the authority that signed it, and use a host name it is made for.",
+            ) from error
+        if self._was_connected:
+            return
+        if "SSL" in text or "ssl" in text:
+            raise ConnectionFailedError(
+                f"The server at {self._server.address} speaks no TLS ({text}).",
+                "Check the port; for a server that was started with --insecure, join with --insecure.",
+            ) from error
+        protocol = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.LocalProtocolError)
+        if protocol and not self._server.tls:
+            raise ConnectionFailedError(
+                f"What listens at {self._server.address} does not answer plain requests ({type(error).__name__}).",
+                "Does the server use TLS? Then set federated.ca_certificate, and leave --insecure out.",
+            ) from error
+
+    def _activate(self, tries: int = TRIES) -> None:
+        if self._register:
+            try:
+                self._client.RegisterNode(RegisterNodeFleetRequest(public_key=self._public_key))
+            except httpx.HTTPStatusError as error:
+                # Known already, or the server has a list of allowed keys; activation tells.
+                self._raise_unless_precondition(error)
+            except httpx.TransportError as error:
+                self._raise_if_hopeless(error)
+                raise LostConnectionError(type(error).__name__) from error
+            except ValueError as error:
+                raise LostConnectionError("it answered something else than Flower's protocol") from error
+        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_SECONDS)
+        try:
+            answer = self._client_call_activation(request, tries)
+        except httpx.HTTPStatusError as error:
+            self._raise_unless_precondition(error)
+            raise ConnectionFailedError(
+                f"The server at {self._server.address} does not know this client's key.",
+                "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
+            ) from error
+        self._node = Node(node_id=answer.node_id)
+        threading.Thread(target=self._beat, args=(self._client,), daemon=True).start()
+
+    def _client_call_activation(self, request: ActivateNodeRequest, tries: int) -> Any:
+        for attempt in range(tries):
+            try:
+                return self._client.ActivateNode(request)
+            except httpx.TransportError as error:
+                self._raise_if_hopeless(error)
+                if attempt == tries - 1:
+                    raise LostConnectionError(type(error).__name__) from error
+                time.sleep(min(0.3 * 2**attempt, LONGEST_WAIT))
+            except ValueError as error:
+                raise LostConnectionError("it answered something else than Flower's protocol") from error
+        raise LostConnectionError("no answer")
+
+    def _raise_unless_precondition(self, error: httpx.HTTPStatusError) -> None:
+        code = error.response.status_code
+        if code == 401:
+            raise ConnectionFailedError(
+                f"The server at {self._server.address} does not accept this client's signature.",
+                "Check that both clocks are right, and that the key is the one the server's owner knows.",
+            ) from error
+        if code != 412:
+            raise LostConnectionError(f"it answered {code}") from error
+
+    def _beat(self, client: FleetHttpClient) -> None:
+        """Tell the server now and then that this client lives."""
+        while not self._lost.wait(HEARTBEAT_SECONDS / HEARTBEATS_PER_INTERVAL):
+            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_SECONDS)
+            try:
+                if not client.SendNodeHeartbeat(request).success:
+                    self._lost.set()
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code < 500:
+                    self._lost.set()
+            except (httpx.HTTPError, RuntimeError, ValueError):
+                # The next request finds out whether the connection is really lost.
+                continue
+
+    def _leave(self) -> None:
+        """Say goodbye, so that the server need not wait for missing heartbeats."""
+        try:
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+        except (httpx.HTTPError, ValueError):
+            # The server is gone, or finds out by itself.
+            return
+
+    def _serve(self, handler: Handler) -> None:
+        pause = SHORTEST_POLL
+        while not handler.ended:
+            answer = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+            if not answer.messages_list:
+                if self._lost.wait(pause):
+                    raise LostConnectionError("it does not know this client any more")
+                pause = min(LONGEST_POLL, pause * POLL_GROWTH)
+                continue
+            pause = SHORTEST_POLL
+            message = self._fetch(answer)
+            started = time.monotonic()
+            reply = self._answer(handler, message)
+            self._send(reply, time.monotonic() - started)
+
+    def _fetch(self, answer: Any) -> Message:
+        bare, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
+        run_id, message_id = bare.metadata.run_id, bare.metadata.message_id
+
+        def pull(request: Any) -> Any:
+            return self._call(self._client.PullObject, request)
+
+        def confirm(request: Any) -> Any:
+            return self._call(self._client.ConfirmMessageReceived, request)
+
+        try:
+            contents = pull_objects(
+                [node.object_id for node in iterate_object_tree(tree)],
+                make_pull_object_fn_protobuf(pull, self._node, run_id),
+                initial_backoff=0.1,
+            )
+        except ObjectPullError as error:
+            raise LostConnectionError("it has withdrawn a message") from error
+        make_confirm_message_received_fn_protobuf(confirm, self._node, run_id)(message_id)
+        message = inflate_object_from_contents(message_id, contents)
+        if not isinstance(message, Message):
+            raise LostConnectionError("it sent something else than a message")
+        message.metadata.__dict__["_message_id"] = message_id
+        return message
+
+    def _answer(self, handler: Handler, message: Message) -> Message:
+        """Let the handler answer; what goes wrong is told here, and to the server only that it went wrong."""
+        try:
+            return handler(message)
+        except RunInterruptedError:
+            raise
+        except FedRAGError as error:
+            self._reporter.note(f"This round failed here: {error}")
+        except Exception as error:  # noqa: BLE001  (an exception's text may quote private data, so it stays here)
+            self._reporter.note(f"This round failed here: {type(error).__name__}: {error}")
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the client failed"), reply_to=message)
+
+    def _send(self, reply: Message, seconds: float) -> None:
+        run_id = reply.metadata.run_id
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+
+        def push(request: Any) -> Any:
+            return self._call(self._client.PushObject, request)
+
+        with no_object_id_recompute():
+            tree = get_object_tree(reply)
+            bare = remove_content_from_message(reply) if reply.has_content() else reply
+            request = PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(bare)],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[seconds],
+            )
+            for _ in range(PUSH_ATTEMPTS):
+                answer = self._call(self._client.PushMessages, request)
+                missing = set(answer.objects_to_push)
+                if not missing:
+                    return
+                try:
+                    push_objects(
+                        get_all_nested_objects(reply),
+                        make_push_object_fn_protobuf(push, self._node, run_id, answer.session_id),
+                        object_ids_to_push=missing,
+                    )
+                    return
+                except ObjectPushError:
+                    # Another client's reply held the same array and was taken meanwhile; ask what is missing now.
+                    continue
+        self._reporter.note("The server did not take this update")
+
+
+def _verification(text: str) -> str:
+    reason = text.partition("certificate verify failed:")[2] or text
+    return reason.partition("(_ssl")[0].strip(" :.]")

@@ -1,0 +1,236 @@
+"""The server's end: Flower's Fleet API alone, and a grid over its state, in one process.
+
+A stock SuperLink offers its Control and Runtime APIs on the same port, and whoever reaches it can submit code. Here
+only the routes that clients need exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import uvicorn
+from fastapi import FastAPI
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.main import generate_unique_route_id
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router as fleet_router
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.fleet.guard import RequestBounds, SpeakerCheck, check_routes
+from fedrag_cli.federated.fleet.state import FleetState
+from fedrag_cli.federated.grid import FederationGrid, Member
+
+HEARTBEAT_SECONDS = 10.0
+START_SECONDS = 30.0
+MOST_CONNECTIONS = 1000
+# Flower cuts arrays into objects of 5 MiB, and each is a request of its own.
+MOST_REQUEST_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ServerCertificate:
+    """Files of the server's TLS certificate and its private key."""
+
+    certificate: Path
+    key: Path
+
+
+class FleetServer:
+    """Serves clients over HTTP(S); a context manager.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on.
+        certificate: The TLS certificate; plain HTTP without one.
+        allowed: Public keys (SSH format) by client name; None lets every client in that signs with a key of its own.
+        max_message_bytes: Largest reply of a client.
+        max_message_objects: Most objects of a reply.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        certificate: ServerCertificate | None = None,
+        allowed: Mapping[str, bytes] | None = None,
+        max_message_bytes: int = 2**40,
+        max_message_objects: int = 2**20,
+    ) -> None:
+        """Prepare the state and the application."""
+        check_routes()
+        _quiet()
+        self._host, self._port = host, port
+        self.state = FleetState(max_message_bytes, max_message_objects)
+        for name, public_key in (allowed or {}).items():
+            self.state.allow(name, public_key)
+        app = FastAPI(
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            generate_unique_id_function=generate_unique_route_id,
+            middleware=[
+                Middleware(RequestBounds, max_bytes=MOST_REQUEST_BYTES),
+                Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+                Middleware(ProtobufTranslationMiddleware),
+                Middleware(NodeAuthMiddleware),
+                Middleware(SpeakerCheck),
+            ],
+        )
+        app.state.linkstate_factory = self.state
+        app.state.enable_supernode_auth = allowed is not None
+        app.include_router(fleet_router)
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                ssl_certfile=str(certificate.certificate) if certificate else None,
+                ssl_keyfile=str(certificate.key) if certificate else None,
+                log_level="critical",
+                access_log=False,
+                log_config=None,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                limit_concurrency=MOST_CONNECTIONS,
+                timeout_keep_alive=60,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self._closing = threading.Event()
+        self._task_id = 0
+        self.grid: FleetGrid | None = None
+
+    def __enter__(self) -> FleetServer:
+        """Listen, and open the one run that clients see.
+
+        Raises:
+            ConnectionFailedError: The address cannot be listened on.
+        """
+        listener = self._listen()
+        self.address = listener.getsockname()[:2]
+        self._thread = threading.Thread(target=self._uvicorn.run, args=([listener],), daemon=True)
+        self._thread.start()
+        end = time.monotonic() + START_SECONDS
+        while not self._uvicorn.started:
+            if not self._thread.is_alive() or time.monotonic() > end:
+                raise ConnectionFailedError(
+                    f"The server could not start on {self._host}:{self._port}.",
+                    "Check federated.certificate and federated.certificate_key.",
+                )
+            time.sleep(0.01)
+        self.grid = self._open_run()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the run and stop listening."""
+        self._closing.set()
+        self.state.finish_task(self._task_id, SubStatus.COMPLETED if error is None else SubStatus.FAILED, "")
+        self._uvicorn.should_exit = True
+        self._thread.join(5)
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        try:
+            return socket.create_server((self._host, self._port), family=family, backlog=128)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConnectionFailedError(
+                f"Cannot listen on {self._host}:{self._port}: {reason}.",
+                "Choose another --address, or stop what uses the port.",
+            ) from error
+
+    def _open_run(self) -> FleetGrid:
+        state = self.state
+        state.federation_manager.ensure_default_federations_exist(flwr_aid=NOOP_FLWR_AID)
+        # There is no app bundle: clients fetch and run none.
+        run_id = state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        self._task_id = next(task.task_id for task in state.get_tasks() if task.run_id == run_id)
+        state.claim_task(self._task_id)
+        state.activate_task(self._task_id)
+        threading.Thread(target=self._beat, daemon=True).start()
+        # Flower reads the sender of a message from here.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = self._task_id, run_id, SUPERLINK_NODE_ID
+        return FleetGrid(state, state.get_run_info(run_ids=[run_id])[0])
+
+    def _beat(self) -> None:
+        while not self._closing.wait(HEARTBEAT_SECONDS):
+            self.state.acknowledge_task_heartbeat(self._task_id)
+
+
+class FleetGrid(FederationGrid):
+    """Flower's grid over the state of this process; several threads may use it.
+
+    Args:
+        state: The book of clients and messages.
+        run: The one run.
+    """
+
+    def __init__(self, state: FleetState, run: Run) -> None:
+        """Keep both."""
+        self._state = state
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The one run."""
+        return self._run
+
+    def members(self) -> list[Member]:
+        """Return the clients that are connected now."""
+        return self._state.members()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Put messages where their clients fetch them; an empty id stands for one that nobody can fetch."""
+        run_id, ids = self._run.run_id, []
+        with no_object_id_recompute():
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                session = self._state.start_session(run_id)
+                stored, missing = self._state.store_message_and_object_tree(
+                    remove_content_from_message(message), get_object_tree(message), session
+                )
+                objects = get_all_nested_objects(message)
+                for object_id in missing:
+                    self._state.store_received(run_id, session, object_id, objects[object_id].deflate())
+                ids.append(message.metadata.message_id if stored else "")
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the complete replies that have come since the last call."""
+        replies = (self._state.take_reply(self._run.run_id, message_id) for message_id in message_ids if message_id)
+        return [reply for reply in replies if reply is not None]
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Drop messages whose replies are not wanted any more."""
+        self._state.drop([message_id for message_id in message_ids if message_id])
+
+
+def _quiet() -> None:
+    """Keep the libraries' logs off the screen; what matters is told by events."""
+    for name in ("flwr", "uvicorn", "uvicorn.error", "httpx"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

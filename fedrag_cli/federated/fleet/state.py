@@ -1,0 +1,193 @@
+"""The server's book of clients and messages: Flower's link state in memory, with what a federation needs besides."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Sequence
+
+from flwr.app import Message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.config_loader import get_federation_manager
+
+from fedrag_cli.federated.grid import Member
+
+MOST_CLIENTS = 1000
+# Beside a tensor's chunks: its header, and the few records of a message.
+OBJECTS_OF_A_MESSAGE = 64
+
+
+class AtomicObjectStore(InMemoryObjectStore):
+    """Registers an object tree in one step.
+
+    Objects are addressed by content. Flower 1.41 registers a tree node by node, so deleting one client's reply can
+    remove an array that another client, whose reply holds the same array, is registering at that moment.
+    """
+
+    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
+        """Register a tree while nobody else changes the store."""
+        with self.lock_store:
+            return super().preregister(run_id, object_tree)
+
+
+class FleetState(InMemoryLinkState):
+    """Flower's link state in memory.
+
+    Args:
+        max_message_bytes: Largest reply of a client, all its objects together.
+        max_message_objects: Most objects of a reply.
+    """
+
+    def __init__(self, max_message_bytes: int, max_message_objects: int) -> None:
+        """Start without clients."""
+        super().__init__(get_federation_manager(), AtomicObjectStore())
+        self._limits = (max_message_bytes, max_message_objects)
+        self._sizes: dict[str, int] = {}
+        self._activations: dict[int, int] = {}
+        self._sessions: dict[int, str] = {}
+        self._guard = threading.Lock()
+
+    def state(self) -> FleetState:
+        """Return the state itself, where Flower asks a factory for one."""
+        return self
+
+    def allow(self, name: str, public_key: bytes) -> None:
+        """Let a key join under a name."""
+        if self.get_node_id_by_public_key(public_key) is None:
+            super().create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 30, name=name)
+
+    def create_node(
+        self,
+        owner_aid: str,
+        owner_name: str,
+        public_key: bytes,
+        heartbeat_interval: float,
+        *,
+        location: str | None = None,
+        name: str | None = None,
+    ) -> int:
+        """Take a new client in, unless there are too many."""
+        if len(self.nodes) >= MOST_CLIENTS:
+            raise ValueError("Too many clients")
+        return super().create_node(
+            owner_aid, owner_name, public_key, heartbeat_interval, location=location, name=name
+        )
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        """Connect a client; one that crashed and comes back need not wait until it is found to be offline."""
+        with self.lock:
+            self.deactivate_node(node_id)
+            activated = super().activate_node(node_id, heartbeat_interval)
+            if activated:
+                self._activations[node_id] = self._activations.get(node_id, 0) + 1
+            return activated
+
+    def note_session(self, public_key: bytes, session: str) -> None:
+        """Remember which process speaks for a key from now on."""
+        node_id = self.get_node_id_by_public_key(public_key)
+        if node_id is not None:
+            with self._guard:
+                self._sessions[node_id] = session
+
+    def is_session_of(self, node_id: int, session: str) -> bool:
+        """Return whether a process is the one that speaks for a client now."""
+        with self._guard:
+            return bool(session) and self._sessions.get(node_id) == session
+
+    def members(self) -> list[Member]:
+        """Return the clients that are connected now."""
+        with self.lock:
+            online = self.get_node_info(statuses=[NodeStatus.ONLINE])
+            return [
+                Member(
+                    node.node_id,
+                    node.name or "",
+                    hashlib.sha256(node.public_key).hexdigest()[:12],
+                    self._activations.get(node.node_id, 0),
+                )
+                for node in online
+            ]
+
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: ObjectTree, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """Store a message, unless a client announces more objects than a reply can have."""
+        is_reply = bool(message.metadata.reply_to_message_id)
+        if is_reply and sum(1 for _ in iterate_object_tree(object_tree)) > self._limits[1]:
+            return False, []
+        return super().store_message_and_object_tree(message, object_tree, session_id)
+
+    def store_received(self, run_id: int, session_id: str, object_id: str, content: bytes) -> bool:
+        """Store an object of the server's own message, without a limit."""
+        return super().store_object(run_id, session_id, object_id, content)
+
+    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+        """Store an object of a client's reply, as long as the reply stays below its limit."""
+        with self._guard:
+            size = self._sizes.get(session_id, 0) + len(object_content)
+            if size > self._limits[0]:
+                return False
+            self._sizes[session_id] = size
+        return super().store_object(run_id, session_id, object_id, object_content)
+
+    def take_reply(self, run_id: int, message_id: str) -> Message | None:
+        """Return the reply to a message once all of it is there, and drop both."""
+        with self.lock:
+            reply_id = self.message_ins_id_to_message_res_id.get(message_id)
+            reply = self.message_res_store.get(reply_id) if reply_id is not None else None
+        if reply is None or reply_id is None:
+            return None
+        if not reply.has_error():
+            contents = self._contents(run_id, reply_id)
+            if contents is None:
+                return None
+            inflated = inflate_object_from_contents(reply_id, contents)
+            assert isinstance(inflated, Message)
+            inflated.metadata.__dict__["_message_id"] = reply_id
+            reply = inflated
+            self.object_store.delete(reply_id)
+        self.delete_messages({message_id})
+        return reply
+
+    def drop(self, message_ids: Iterable[str]) -> None:
+        """Drop messages, with the replies and the objects that belong to them."""
+        for message_id in message_ids:
+            with self.lock:
+                reply_id = self.message_ins_id_to_message_res_id.get(message_id)
+            for object_id in (message_id, reply_id):
+                if object_id is not None:
+                    self.object_store.delete(object_id)
+            self.delete_messages({message_id})
+
+    def _contents(self, run_id: int, object_id: str) -> dict[str, bytes] | None:
+        """Return the objects of a message, or None while one is missing."""
+        try:
+            tree = self.object_store.get_object_tree(object_id)
+        except NoObjectInStoreError:
+            return None
+        contents: dict[str, bytes] = {}
+        for node in iterate_object_tree(tree):
+            content = self.get_object(run_id, node.object_id)
+            if not content:
+                return None
+            contents[node.object_id] = content
+        return contents
+
+
+def limits_of(sizes: Sequence[int]) -> tuple[int, int]:
+    """Return how many bytes and objects a reply may have.
+
+    Args:
+        sizes: Bytes of each tensor that is tuned.
+    """
+    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
+
+    chunks = sum(1 + -(-size // CHUNK) for size in sizes)
+    return sum(sizes) + len(sizes) * 1024 + 2**20, 2 * (chunks + len(sizes)) + OBJECTS_OF_A_MESSAGE

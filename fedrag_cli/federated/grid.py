@@ -1,0 +1,130 @@
+"""What the rounds need of a transport: who is there, sending a message, and taking what came back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+POLL_SECONDS = 0.05
+
+
+def quiet_flower() -> None:
+    """Keep Flower's own log off the screen; what matters is told by events."""
+    # Flower sets its level when it is imported, so this comes after.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that is connected now.
+
+    Args:
+        node_id: Where messages to it go; another one after the server was restarted.
+        name: Its name where the transport knows it for certain, from an allowed key; empty otherwise.
+        key: A short fingerprint of its public key.
+        activation: How often it has connected; it changes where a client was restarted and has lost its messages.
+    """
+
+    node_id: int
+    name: str
+    key: str
+    activation: int
+
+
+class FederationGrid(Grid):
+    """A Flower grid that also tells who is connected. Subclasses move the messages."""
+
+    @abstractmethod
+    def members(self) -> list[Member]:
+        """Return the clients that are connected now."""
+
+    @abstractmethod
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages and return their ids, in the same order."""
+
+    @abstractmethod
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the complete replies to the given messages that have come since the last call."""
+
+    @abstractmethod
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Drop messages whose replies are not wanted any more."""
+
+    def set_run(self, run: Run) -> None:
+        """Take a run; there is only one here."""
+
+    @property
+    def run(self) -> Run:
+        """The one run of this process."""
+        return Run.create_empty(1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message, for strategies that still call this."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Sequence[int]:
+        """Return where messages to the connected clients go."""
+        return [member.node_id for member in self.members()]
+
+    def get_nodes(self) -> Sequence[NodeInfo]:
+        """Return the connected clients as Flower describes them."""
+        return [NodeInfo(node_id=member.node_id, name=member.name) for member in self.members()]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send messages and wait for the replies, at most `timeout` seconds."""
+        waiting = set(self.push_messages(messages))
+        replies: list[Message] = []
+        end = time.monotonic() + timeout if timeout is not None else None
+        while waiting:
+            came = self.pull_messages(waiting)
+            replies += came
+            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            if end is not None and time.monotonic() >= end:
+                break
+            if waiting:
+                time.sleep(POLL_SECONDS)
+        self.forget(waiting)
+        return replies
+
+
+class ChosenNodes(FederationGrid):
+    """A view of a grid that shows a fixed choice of clients, in a fixed order.
+
+    Flower's strategies draw from what the grid shows and wait without end where it is too little; with a fixed choice
+    of enough clients they never wait, and the same seed draws the same clients.
+    """
+
+    def __init__(self, grid: FederationGrid, node_ids: Sequence[int]) -> None:
+        """Keep the grid and the choice."""
+        self._grid = grid
+        self._node_ids = list(node_ids)
+
+    def members(self) -> list[Member]:
+        """Return the connected clients of the choice."""
+        return [member for member in self._grid.members() if member.node_id in self._node_ids]
+
+    def get_node_ids(self) -> Sequence[int]:
+        """Return the choice, in its order."""
+        return list(self._node_ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Hand the call on."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Hand the call on."""
+        return self._grid.pull_messages(message_ids)
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Hand the call on."""
+        self._grid.forget(message_ids)

@@ -1,0 +1,246 @@
+"""Keys and certificates: node keys that sign a client's requests, a development authority, server certificates.
+
+A node key is an elliptic-curve key (SECP384R1), as Flower's SuperNodes use. Private keys are PEM files that only their
+owner may read; public keys are one line in OpenSSH's format.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedrag_cli.errors import ConfigError, ConnectionFailedError
+from fedrag_cli.runs.atomic import os_errors
+
+PrivateKey = ec.EllipticCurvePrivateKey
+CURVE = ec.SECP384R1
+AUTHORITY_DAYS = 3650
+SERVER_DAYS = 365
+PUBLIC_SUFFIX = ".pub"
+
+
+def write_node_key(directory: Path, name: str) -> tuple[Path, Path]:
+    """Make a node key.
+
+    Args:
+        directory: Where to; it is made where it is missing.
+        name: Name of the client; the files are NAME.key and NAME.pub.
+
+    Returns:
+        The private key's file (mode 0600) and the public key's.
+
+    Raises:
+        ConfigError: One of the files is there already.
+    """
+    key = ec.generate_private_key(CURVE())
+    private, public = directory / f"{name}.key", directory / f"{name}{PUBLIC_SUFFIX}"
+    _require_absent(private, public)
+    line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    _write(private, _private_pem(key), secret=True)
+    _write(public, line + b" " + name.encode() + b"\n")
+    return private, public
+
+
+def write_authority(directory: Path) -> tuple[Path, Path]:
+    """Make a certificate authority for tests and small federations: ca.key (mode 0600) and ca.crt.
+
+    Raises:
+        ConfigError: One of the files is there already.
+    """
+    key = ec.generate_private_key(CURVE())
+    private, certificate = directory / "ca.key", directory / "ca.crt"
+    _require_absent(private, certificate)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedrag authority")])
+    built = (
+        _certificate(name, name, key.public_key(), AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+    _write(private, _private_pem(key), secret=True)
+    _write(certificate, built.public_bytes(serialization.Encoding.PEM))
+    return private, certificate
+
+
+def write_server_certificate(directory: Path, hosts: Sequence[str]) -> tuple[Path, Path]:
+    """Make a server certificate, signed by the authority in the same folder: server.key (mode 0600) and server.crt.
+
+    Args:
+        directory: The folder with ca.key and ca.crt.
+        hosts: Host names and addresses that clients use; the first is the certificate's common name.
+
+    Raises:
+        ConfigError: The authority is missing, or one of the files is there already.
+    """
+    private, certificate = directory / "server.key", directory / "server.crt"
+    _require_absent(private, certificate)
+    try:
+        authority = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
+        authority_key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"'{directory}' has no authority (ca.key and ca.crt) that could sign: {error}",
+            f"Make one first: fedrag keys ca --dir {directory}",
+        ) from error
+    assert isinstance(authority_key, PrivateKey)
+    key = ec.generate_private_key(CURVE())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    built = (
+        _certificate(subject, authority.subject, key.public_key(), SERVER_DAYS)
+        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
+        )
+        .sign(authority_key, hashes.SHA384())
+    )
+    _write(private, _private_pem(key), secret=True)
+    _write(certificate, built.public_bytes(serialization.Encoding.PEM))
+    return private, certificate
+
+
+def load_private_key(path: Path) -> PrivateKey:
+    """Read a node's private key, in PEM or OpenSSH's format.
+
+    Raises:
+        ConnectionFailedError: The file is missing, is no such key, or others may read it.
+    """
+    hint = "Make one with: fedrag keys node NAME"
+    try:
+        content = path.read_bytes()
+        if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise ConnectionFailedError(f"Others may read the private key '{path}'.", f"Run: chmod 600 {path}")
+        key = (
+            serialization.load_ssh_private_key(content, None)
+            if b"OPENSSH" in content
+            else serialization.load_pem_private_key(content, None)
+        )
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConnectionFailedError(f"The private key '{path}' cannot be read: {error}", hint) from error
+    if not isinstance(key, PrivateKey) or not isinstance(key.curve, CURVE):
+        raise ConnectionFailedError(f"'{path}' is no node key (an elliptic-curve key on SECP384R1).", hint)
+    return key
+
+
+def load_or_make_key(path: Path) -> PrivateKey:
+    """Read a key that this program keeps for itself, or make it where it is not there yet."""
+    if not path.exists():
+        _write(path, _private_pem(ec.generate_private_key(CURVE())), secret=True)
+    return load_private_key(path)
+
+
+def load_allowed_keys(directory: Path) -> dict[str, bytes]:
+    """Read the public keys that may join.
+
+    Args:
+        directory: The folder with a file NAME.pub for each client.
+
+    Returns:
+        Keys by client name, in the form in which requests carry them.
+
+    Raises:
+        ConfigError: The folder is missing or empty, a file is no key, or two files hold the same key.
+    """
+    files = sorted(directory.glob(f"*{PUBLIC_SUFFIX}"))
+    if not files:
+        raise ConfigError(
+            f"federated.allowed_keys: '{directory}' holds no public key (NAME{PUBLIC_SUFFIX}).",
+            "Put the public key of each client there; 'fedrag keys node NAME' makes a pair.",
+        )
+    keys = {file.stem: _public_key(file) for file in files}
+    owners: dict[bytes, str] = {}
+    for name, key in keys.items():
+        if key in owners:
+            raise ConfigError(f"'{owners[key]}' and '{name}' in '{directory}' are the same key.", "Remove one of them.")
+        owners[key] = name
+    return keys
+
+
+def _public_key(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        key = (
+            serialization.load_pem_public_key(content)
+            if content.lstrip().startswith(b"-----BEGIN")
+            else serialization.load_ssh_public_key(content.strip())
+        )
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"'{path}' is no public key: {error}", "Put the NAME.pub of 'fedrag keys node' there.") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, CURVE):
+        raise ConfigError(f"'{path}' is no node key (SECP384R1).", "Put the NAME.pub of 'fedrag keys node' there.")
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    return public_key_to_bytes(key)
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=days))
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private_pem(key: PrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _require_absent(*paths: Path) -> None:
+    present = [str(path) for path in paths if path.exists()]
+    if present:
+        raise ConfigError(
+            f"There is something in the way: {', '.join(present)}.", "Choose another folder; nothing is overwritten."
+        )
+
+
+def _write(path: Path, content: bytes, *, secret: bool = False) -> None:
+    """Write a new file; a secret one is never readable for others, not even for a moment."""
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)

@@ -1,0 +1,140 @@
+"""Who takes part: every client that connects is asked for its side of the agreement, and let in or refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.agreement import Agreement, differences
+from fedrag_cli.federated.client import ACTION, AGREEMENT, HANDSHAKE, NAME
+from fedrag_cli.federated.grid import FederationGrid, Member
+from fedrag_cli.runs.reporting import Reporter
+
+Status = Literal["ready", "refused", "offline"]
+LONGEST_NAME = 64
+
+
+@dataclass
+class Participant:
+    """A client that has shaken hands.
+
+    Args:
+        name: Its name.
+        node_id: Where messages to it go.
+        activation: Which of its connections the handshake was on.
+        status: ready, refused (it does not fit) or offline.
+        reason: Why it was refused, in words.
+    """
+
+    name: str
+    node_id: int
+    activation: int
+    status: Status
+    reason: str = ""
+
+
+class Roster:
+    """Shakes hands with clients as they come, and knows who can be sent work.
+
+    Args:
+        grid: The transport.
+        agreement: The server's side.
+        reporter: Told who joins, is refused or leaves.
+    """
+
+    def __init__(self, grid: FederationGrid, agreement: Agreement, reporter: Reporter) -> None:
+        """Start without clients."""
+        self._grid = grid
+        self._agreement = agreement
+        self._reporter = reporter
+        self._participants: dict[str, Participant] = {}
+        self._pending: dict[str, Member] = {}
+        self._seen: set[tuple[int, int]] = set()
+
+    def refresh(self) -> None:
+        """Look who is there, greet the new ones, and take the handshakes that came back."""
+        members = {member.node_id: member for member in self._grid.members()}
+        for member in sorted(members.values(), key=lambda member: (member.name, member.key)):
+            if (member.node_id, member.activation) not in self._seen:
+                self._seen.add((member.node_id, member.activation))
+                self._greet(member)
+        while replies := self._grid.pull_messages(list(self._pending)):
+            for reply in replies:
+                self._conclude(self._pending.pop(reply.metadata.reply_to_message_id), reply)
+        for participant in self._participants.values():
+            if participant.status == "ready" and participant.node_id not in members:
+                participant.status = "offline"
+                self._tell(participant)
+            elif participant.status == "offline" and participant.node_id in members and self._is_current(participant, members):
+                participant.status = "ready"
+                self._tell(participant)
+
+    def get(self, name: str) -> Participant:
+        """Return the participant of a name."""
+        return self._participants[name]
+
+    def ready(self) -> list[Participant]:
+        """Return the clients that can be sent work, by name."""
+        found = [participant for participant in self._participants.values() if participant.status == "ready"]
+        return sorted(found, key=lambda participant: participant.name)
+
+    def with_status(self, status: Status) -> list[Participant]:
+        """Return the clients of a status, by name."""
+        found = [participant for participant in self._participants.values() if participant.status == status]
+        return sorted(found, key=lambda participant: participant.name)
+
+    def name_of(self, node_id: int) -> str:
+        """Return the name of the client that messages to a node reach."""
+        return next(p.name for p in self._participants.values() if p.node_id == node_id)
+
+    def _is_current(self, participant: Participant, members: dict[int, Member]) -> bool:
+        return members[participant.node_id].activation == participant.activation
+
+    def _greet(self, member: Member) -> None:
+        for message_id in [key for key, other in self._pending.items() if other.node_id == member.node_id]:
+            self._grid.forget([message_id])
+            del self._pending[message_id]
+        content = RecordDict(
+            {"config": ConfigRecord({ACTION: HANDSHAKE, AGREEMENT: self._agreement.to_json()})}
+        )
+        (message_id,) = self._grid.push_messages([Message(content, member.node_id, MessageType.QUERY)])
+        if message_id:
+            self._pending[message_id] = member
+
+    def _conclude(self, member: Member, reply: Message) -> None:
+        claimed, reason = "", ""
+        if reply.has_error():
+            reason = "its handshake failed"
+        else:
+            claimed, reason = self._compare(reply)
+        name = member.name or self._free_name(claimed or f"client-{member.key[:6]}", member)
+        status: Status = "refused" if reason else "ready"
+        self._participants[name] = Participant(name, member.node_id, member.activation, status, reason)
+        self._tell(self._participants[name])
+
+    def _compare(self, reply: Message) -> tuple[str, str]:
+        """Return the name that a client gives itself, and why it does not fit; an empty text where it does."""
+        records = list(reply.content.config_records.values())
+        values = records[0] if records else ConfigRecord()
+        try:
+            theirs = Agreement.from_json(str(values.get(AGREEMENT, "")))
+        except ConnectionFailedError as error:
+            return "", error.message
+        claimed = str(values.get(NAME, ""))[:LONGEST_NAME]
+        printable = "".join(character for character in claimed if character.isalnum() or character in "._-")
+        return printable, "; ".join(differences(self._agreement, theirs))
+
+    def _free_name(self, name: str, member: Member) -> str:
+        """Return a name that no other connected client has; where keys are not checked, a name is only a claim."""
+        other = self._participants.get(name)
+        if other is None or other.status != "ready" or other.node_id == member.node_id:
+            return name
+        return f"{name}-{member.key[:6]}"
+
+    def _tell(self, participant: Participant) -> None:
+        self._reporter.event(
+            "client", client=participant.name, status=participant.status, reason=participant.reason
+        )

@@ -1,0 +1,82 @@
+"""The state of a federation after a round, on disk: global weights, the strategy's arrays, and the history."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedrag_cli.errors import ModelError
+from fedrag_cli.federated.strategies import State
+from fedrag_cli.federated.weights import Weights, load_weights, save_weights
+from fedrag_cli.runs.atomic import os_errors, replace_directory_atomically
+
+PREFIX = "round-"
+WEIGHTS, STRATEGY, STATE = "weights.safetensors", "strategy.safetensors", "state.json"
+KEPT = 2
+
+
+@dataclass
+class RoundState:
+    """Where a federation stands.
+
+    Args:
+        number: The last round that is finished; 0 before the first.
+        weights: The global weights after it.
+        strategy: What the strategy keeps from round to round.
+        history: A summary of each round so far.
+        evaluations: Metrics of the global weights by round, as clients and server measured them.
+    """
+
+    number: int
+    weights: Weights
+    strategy: State = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def save_round(directory: Path, state: RoundState) -> None:
+    """Write a round's state, and remove all but the newest ones.
+
+    Args:
+        directory: Folder of all rounds.
+        state: What to write.
+    """
+    with replace_directory_atomically(directory / f"{PREFIX}{state.number:04d}") as target, os_errors(target):
+        save_weights(state.weights, target / WEIGHTS)
+        save_file({name: array.copy() for name, array in state.strategy.items()}, target / STRATEGY)
+        known = {"round": state.number, "history": state.history, "evaluations": state.evaluations}
+        (target / STATE).write_text(json.dumps(known), encoding="utf-8")
+    for old in _rounds(directory)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_newest_round(directory: Path) -> RoundState | None:
+    """Read the newest round's state; None where no round is finished yet.
+
+    Raises:
+        ModelError: It is damaged.
+    """
+    found = _rounds(directory)
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        known = json.loads((newest / STATE).read_text(encoding="utf-8"))
+        strategy = load_file(newest / STRATEGY)
+        return RoundState(
+            known["round"], load_weights(newest / WEIGHTS), strategy, known["history"], known["evaluations"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"The round in '{newest}' is damaged: {error}", f"Remove the folder '{newest}' to go on from the one before."
+        ) from error
+
+
+def _rounds(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())

@@ -1,0 +1,221 @@
+"""The federated task: one side of a RAG system, trained and evaluated from weights that come from outside."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.errors import DataError
+from fedrag_cli.federated.agreement import Agreement, agreement_of
+from fedrag_cli.federated.site import trainer_around
+from fedrag_cli.federated.weights import Weights, manifest_digest, record_digest, to_wire
+from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+
+if TYPE_CHECKING:
+    from flwr.client import Client
+    from flwr.clientapp import ClientApp
+    from flwr.server import Server
+    from flwr.server.strategy import Strategy as ClassicStrategy
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import Strategy
+
+SERVER_ROUND = "server-round"
+PROXIMAL_MU = "proximal-mu"
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a client trained.
+
+    Args:
+        weights: The trained tensors, by name.
+        examples: Number of its training examples.
+        metrics: Mean training loss, steps and seconds.
+    """
+
+    weights: Weights
+    examples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """How good weights are on a client's own validation examples.
+
+    Args:
+        examples: Number of validation examples; 0 where the client has none.
+        metrics: The loss as `validation_loss`, and what else its trainer measures.
+    """
+
+    examples: int
+    metrics: dict[str, float]
+
+
+class FLTask:
+    """Trains and evaluates one side of a RAG system for a federation.
+
+    The same object serves every role: `fit` and `evaluate` are the client's work, `weights` and `agreement` what a
+    server starts from; `server_app`, `client_app`, `server` and `client` wrap them for Flower.
+
+    Args:
+        trainer: The trainer of the side that is tuned, with this site's data.
+        settings: The federation's settings; the defaults where none are given.
+        work_directory: Where checkpoints within a round and likelihoods are kept; nowhere by default.
+    """
+
+    def __init__(
+        self,
+        trainer: HuggingFaceTrainer,
+        settings: FederatedConfig | None = None,
+        work_directory: Path | None = None,
+    ) -> None:
+        """Note what must agree, before any weight moves."""
+        self.trainer = trainer
+        self.settings = settings or FederatedConfig()
+        self.work_directory = work_directory
+        self.agreement: Agreement = agreement_of(trainer, self.settings)
+        self._seed = trainer.seed
+        self._newest: tuple[tuple[object, ...], FitResult] | None = None
+        if work_directory is not None:
+            trainer.cache_directory = work_directory / "cache"
+
+    @property
+    def side(self) -> str:
+        """What is tuned: retriever or generator."""
+        return self.trainer.side
+
+    @property
+    def digest(self) -> str:
+        """Hash of the names and shapes of the trained tensors."""
+        return manifest_digest(self.agreement.manifest)
+
+    def weights(self) -> Weights:
+        """Return copies of the trained tensors as they are now, by name."""
+        return self.trainer.trained_weights()
+
+    def fit(self, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> FitResult:
+        """Train on this site's examples, starting from the given weights.
+
+        A round that was computed already is not computed again: the newest result is kept, for a server that was
+        restarted and asks once more.
+
+        Args:
+            weights: The global weights, by name.
+            config: `server-round` (from 1) and, under FedProx, `proximal-mu`.
+
+        Raises:
+            ModelError: Names or shapes differ from the trained tensors.
+            DataError: This site has no training examples.
+            TrainingError: Training did not work; see the trainer.
+            RunInterruptedError: A signal came.
+        """
+        number = int(config.get(SERVER_ROUND, 1))
+        proximal_mu = float(config.get(PROXIMAL_MU, 0.0))
+        key = (number, proximal_mu, record_digest(to_wire(weights)))
+        if self._newest is not None and self._newest[0] == key:
+            return self._newest[1]
+        result = self._train(weights, number, proximal_mu, str(key[2]))
+        self._newest = (key, result)
+        return result
+
+    def evaluate(self, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> EvaluateResult:
+        """Measure the given weights on this site's validation examples.
+
+        Args:
+            weights: The global weights, by name.
+            config: `server-round`; nothing in it changes the measurement.
+        """
+        self.trainer.load_trained_weights(weights)
+        if not self.trainer.validation_examples:
+            return EvaluateResult(0, {})
+        measured = self.trainer.validate()
+        metrics = {"validation_loss" if name == "loss" else name: value for name, value in measured.items()}
+        return EvaluateResult(len(self.trainer.validation_examples), metrics)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights into the model."""
+        self.trainer.load_trained_weights(weights)
+
+    def around(self, model: nn.Module | None, train_dataset: Any = None, val_dataset: Any = None) -> FLTask:
+        """Return the same task around another model and other data.
+
+        Args:
+            model: The model that is tuned: a `SentenceTransformer` (the query encoder), or a language model; the
+                task's own where it is None.
+            train_dataset: A `datasets.Dataset` with `query` and `response`, or a list of examples.
+            val_dataset: The same for validation.
+        """
+        return FLTask(trainer_around(self.trainer, model, train_dataset, val_dataset), self.settings)
+
+    def server(self, model: nn.Module, strategy: ClassicStrategy | None = None) -> Server:
+        """Return a server of Flower's classic API, for `flwr.server.start_server`.
+
+        Args:
+            model: The model that the federation starts from; at the end it holds the global weights.
+            strategy: A strategy of `flwr.server.strategy`; FedAvg by default. Where it has no initial parameters, the
+                model's are set.
+        """
+        from fedrag_cli.federated.classic import ClassicServer
+
+        return ClassicServer(self.around(model), strategy)
+
+    def client(self, model: nn.Module, train_dataset: Any, val_dataset: Any = None) -> Client:
+        """Return a client of Flower's classic API, for `flwr.client.start_client`.
+
+        Args:
+            model: The model that this client trains.
+            train_dataset: This client's examples.
+            val_dataset: This client's validation examples.
+        """
+        from fedrag_cli.federated.classic import ClassicClient
+
+        return ClassicClient(self.around(model, train_dataset, val_dataset)).to_client()
+
+    def server_app(self, strategy: Strategy | None = None, output: Path | None = None) -> ServerApp:
+        """Return a server app of Flower's message API, for any deployment or simulation.
+
+        Args:
+            strategy: A strategy of `flwr.serverapp.strategy`; the one of the settings by default.
+            output: Folder for the global weights; without it they are in this task's model only.
+        """
+        from fedrag_cli.federated.apps import server_app
+
+        return server_app(self, strategy, output)
+
+    def client_app(self) -> ClientApp:
+        """Return a client app of Flower's message API, with this task's model and data."""
+        from fedrag_cli.federated.apps import client_app
+
+        return client_app(lambda _: self)
+
+    def _train(self, weights: Mapping[str, Tensor], number: int, proximal_mu: float, digest: str) -> FitResult:
+        trainer = self.trainer
+        if not trainer.train_examples:
+            raise DataError("This client has no training examples.", "Set dataset.train, or pass train_dataset.")
+        trainer.load_trained_weights(weights)
+        trainer.add_proximal_term(proximal_mu, weights)
+        # Every round draws its own order of the examples; the first one is that of training without a federation.
+        trainer.seed = self._seed + number - 1
+        checkpoints = self._round_directory(number, digest)
+        result = trainer.train(phase=f"round-{number}", checkpoints=checkpoints)
+        trained = trainer.trained_weights()
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints)
+        metrics = {"loss": result.loss, "steps": float(result.steps), "seconds": result.seconds}
+        return FitResult(trained, len(trainer.train_examples), metrics)
+
+    def _round_directory(self, number: int, digest: str) -> Path | None:
+        """Return the folder of a round's checkpoints; those of other rounds and other global weights are removed."""
+        if self.work_directory is None:
+            return None
+        directory = self.work_directory / f"round-{number:04d}-{digest}"
+        for other in self.work_directory.glob("round-*"):
+            if other != directory:
+                shutil.rmtree(other)
+        return directory

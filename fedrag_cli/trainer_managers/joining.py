@@ -1,0 +1,185 @@
+"""`fedrag join-fl`: one client of a federation; its data and its index stay with it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli.config import Config, ConfigSource
+from fedrag_cli.config.checks import require_training
+from fedrag_cli.errors import FedRAGError
+from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.endpoint import client_authority, parse_address
+from fedrag_cli.federated.fleet.node import FleetNode, ServerAddress
+from fedrag_cli.federated.keys import load_or_make_key, load_private_key
+from fedrag_cli.federated.task import FLTask
+from fedrag_cli.federated.weights import load_weights, save_weights
+from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.interrupt import terminable
+from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.trainer_managers.build import build_manager
+from fedrag_cli.trainer_managers.federated_parts import (
+    create_run,
+    federation_summary,
+    require_federation,
+    settings_of,
+)
+from fedrag_cli.trainer_managers.run_parts import (
+    RunData,
+    RunReporter,
+    chosen_metrics,
+    evaluate_once,
+    load_run_data,
+    model_fingerprints,
+    recorded_end,
+    require_room,
+    save_models,
+    write_results,
+)
+
+CLIENT = "client"
+FINAL_FILE = "final.json"
+KEY_FILE = "node.key"
+WORK = "federation"
+FINAL_WEIGHTS = "final.safetensors"
+
+
+def start_joining(
+    source: ConfigSource, address: str, *, insecure: bool, command: Sequence[str], reporter: Reporter
+) -> dict[str, Any]:
+    """Join a federation and stay until its end.
+
+    Args:
+        source: A loaded config.
+        address: `HOST:PORT` of the server.
+        insecure: Whether to do without TLS also where the server is on another machine.
+        command: The command line, for the manifest.
+        reporter: Shows what happens.
+
+    Returns:
+        The summary, as `summary.json` has it.
+
+    Raises:
+        FedRAGError: The config, data or a model is wrong, the server refuses this client or does not answer, or the
+            federation failed.
+    """
+    config = source.config
+    side = require_federation(config)
+    require_training(config)
+    _dialled(config, address, insecure=insecure)
+    data = load_run_data(config)
+    chosen_metrics(config, data)
+    run = create_run(source, command, role=CLIENT, side=side, address=address, insecure=insecure)
+    reporter.note(f"Run directory: {run.path}")
+    with run.locked():
+        try:
+            return _see_through(run, config, data, address, insecure=insecure, reporter=reporter)
+        except (FedRAGError, KeyboardInterrupt):
+            if not (run.path / "metrics.jsonl").exists():
+                run.remove()
+            raise
+
+
+def resume_joining(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
+    """Join again as the same client, with the likelihoods and checkpoints that it has; see `start_joining`.
+
+    Args:
+        run: The client's run directory.
+        source: Its config.
+        reporter: Shows what happens.
+    """
+    federation, config = run.manifest()["federation"], source.config
+    data = load_run_data(config)
+    with run.locked():
+        run.update_manifest(status="running", error=None)
+        return _see_through(
+            run, config, data, federation["address"], insecure=federation["insecure"], reporter=reporter
+        )
+
+
+def _see_through(
+    run: RunDirectory, config: Config, data: RunData, address: str, *, insecure: bool, reporter: Reporter
+) -> dict[str, Any]:
+    started = time.monotonic()
+    settings = settings_of(config)
+    key = load_private_key(Path(settings.key)) if settings.key is not None else load_or_make_key(run.path / KEY_FILE)
+    server = _dialled(config, address, insecure=insecure)
+    node = FleetNode(server, key, reporter, connect_timeout=settings.connect_timeout)
+    done = run.read_json_if_there(FINAL_FILE) is not None
+    if not done and not node.check():
+        reporter.note(f"The server at {address} does not answer yet; loading meanwhile")
+    rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+    require_room(rag_system, [*data.train, *data.validation])
+    reporter = RunReporter(run.open_log(), reporter)
+    with recorded_end(run), terminable():
+        if run.manifest().get("fingerprints") is None:
+            run.update_manifest(fingerprints=model_fingerprints(rag_system))
+        metrics = chosen_metrics(config, data)
+        before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
+        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
+        task = manager.get_federated_task(settings, run.path / WORK)
+        if done:
+            task.load(load_weights(run.path / WORK / FINAL_WEIGHTS))
+        else:
+            _take_part(run, config, task, node, reporter)
+        after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
+        rounds = _rounds(run)
+        summary = federation_summary(
+            run,
+            config,
+            role=CLIENT,
+            counts=data.counts(),
+            split=data.split,
+            before=before,
+            after=after,
+            rounds=rounds,
+            evaluations={},
+            seconds=time.monotonic() - started,
+        )
+        write_results(run, summary)
+    return summary
+
+
+def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode, reporter: Reporter) -> None:
+    """Answer the server's messages until the final model is saved.
+
+    Raises:
+        ConnectionFailedError: The server refused this client, or does not answer.
+        FederationError: The federation failed.
+    """
+
+    def keep(measured: dict[str, float]) -> None:
+        # On disk before the server is told that it arrived.
+        save_weights(task.weights(), run.path / WORK / FINAL_WEIGHTS)
+        save_models(run, task.trainer.rag_system, config)
+        run.write_json(FINAL_FILE, {"metrics": measured})
+
+    handler = ClientHandler(task, _name(config), reporter, on_final=keep)
+    reporter.note("Ready; waiting for the server")
+    node.run(handler)
+    if handler.failure is not None:
+        raise handler.failure
+
+
+def _rounds(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return what this client did in each round, once where a round was repeated."""
+    events = [event for event in run.events() if event["event"] == "client_round"]
+    by_round = {event["round"]: {"examples": event["examples"], **event["metrics"]} for event in events}
+    return [{"round": number, **by_round[number]} for number in sorted(by_round)]
+
+
+def _dialled(config: Config, address: str, *, insecure: bool) -> ServerAddress:
+    where = parse_address(address)
+    tls, authority = client_authority(settings_of(config), where, insecure=insecure)
+    return ServerAddress(str(where), tls, authority)
+
+
+def _name(config: Config) -> str:
+    """Return the client's name; the machine's where the config has none."""
+    return settings_of(config).name or re.sub(r"[^A-Za-z0-9._-]", "-", platform.node())[:64]
+

@@ -1,0 +1,41 @@
+"""`fedrag resume`: take any run up again, from its directory alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedrag_cli.config import ConfigSource
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.reporting import Reporter
+
+
+def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
+    """Go on with a run: a training, or a server, a client or a simulation of a federation.
+
+    Args:
+        run: The run directory.
+        source: Its config.
+        reporter: Shows what happens.
+
+    Returns:
+        The summary; that of a finished run as it is.
+    """
+    if run.manifest().get("status") == "done":
+        reporter.note(f"The run in {run.path} is finished already.")
+        return run.summary()
+    role = run.federation_role()
+    if role == "server":
+        from fedrag_cli.trainer_managers.serving import resume_serving
+
+        return resume_serving(run, source, reporter)
+    if role == "client":
+        from fedrag_cli.trainer_managers.joining import resume_joining
+
+        return resume_joining(run, source, reporter)
+    if role == "simulation":
+        from fedrag_cli.trainer_managers.simulation import resume_simulation
+
+        return resume_simulation(run, source, reporter)
+    from fedrag_cli.trainer_managers.training_run import resume_training
+
+    return resume_training(run, source, reporter)

@@ -1,0 +1,208 @@
+"""What training runs and federations share: their data, their evaluations, and what is written at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fedrag_cli.config import Config
+from fedrag_cli.config.checks import evaluation_split, tuned_sides
+from fedrag_cli.data.corpora import load_corpus
+from fedrag_cli.data.examples import Example, load_examples
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.data.relevance import resolve_relevant_ids
+from fedrag_cli.errors import RunInterruptedError
+from fedrag_cli.evaluation.difference import compare_metrics
+from fedrag_cli.evaluation.evaluator import Evaluation, choose_metrics, evaluate
+from fedrag_cli.rag.build import corpus_fingerprint
+from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.atomic import replace_directory_atomically, write_text_atomically
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.metrics_log import MetricsLog
+from fedrag_cli.runs.model_card import model_card
+from fedrag_cli.runs.plots import plot_curves, plot_difference
+from fedrag_cli.runs.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All data of a run, read and checked before any weight is loaded."""
+
+    nodes: list[KnowledgeNode]
+    train: list[Example]
+    validation: list[Example]
+    evaluation: list[Example]
+    split: str | None
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows of each part."""
+        counts = {"passages": len(self.nodes), "train": len(self.train), "validation": len(self.validation)}
+        return {**counts, self.split: len(self.evaluation)} if self.split else counts
+
+
+class RunReporter:
+    """Writes events into the run's log and hands everything on to another reporter."""
+
+    def __init__(self, log: MetricsLog, inner: Reporter) -> None:
+        """Keep both."""
+        self._log = log
+        self._inner = inner
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record an event in `metrics.jsonl`."""
+        self._log.append(name, **fields)
+        self._inner.event(name, **fields)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Any:
+        """Hand a task on."""
+        with self._inner.task(description, total, unit) as advance:
+            yield advance
+
+    def note(self, message: str) -> None:
+        """Hand a note on."""
+        self._inner.note(message)
+
+
+def load_run_data(config: Config) -> RunData:
+    """Read corpus and examples and check that they fit each other.
+
+    Raises:
+        DataError: Anything in them is missing or bad.
+    """
+    nodes = load_corpus(config.dataset.corpus)
+    dataset, split = config.dataset, evaluation_split(config)
+    validation = resolve_relevant_ids(load_examples(dataset.validation), nodes) if dataset.validation else []
+    questions: list[Example] = []
+    if split is not None:
+        source = getattr(dataset, split)
+        questions = validation if split == "validation" else resolve_relevant_ids(load_examples(source), nodes)
+    train = load_examples(dataset.train) if dataset.train is not None else []
+    return RunData(nodes, train, validation, questions[: config.evaluation.limit], split)
+
+
+def require_room(rag_system: RAGSystem, examples: Sequence[Example]) -> None:
+    """Raise DataError where a question and its answer do not fit into the context window even without passages."""
+    generator = rag_system.require_generator()
+    for example in examples:
+        answer = generator.prompts.encode_answer(example.response)
+        generator.encode_prompt(example.query, [], answer_tokens=len(answer))
+
+
+def chosen_metrics(config: Config, data: RunData) -> list[str]:
+    """Return the metrics of the evaluation before and after; none where there is nothing to evaluate on."""
+    if data.split is None:
+        return []
+    return choose_metrics(config.evaluation.metrics, tuned_sides(config), data.evaluation)
+
+
+def evaluate_once(
+    run: RunDirectory,
+    stage: str,
+    config: Config,
+    data: RunData,
+    rag_system: RAGSystem,
+    metrics: Sequence[str],
+    reporter: Reporter,
+) -> Evaluation | None:
+    """Evaluate, or return what an earlier part of the same run has evaluated already."""
+    if data.split is None:
+        return None
+    done = run.read_json_if_there(f"evaluation/{stage}.json")
+    if done is not None:
+        return Evaluation.from_dict(done)
+    when = f"{stage} training" if stage in ("before", "after") else f"after {stage.replace('-', ' ')}"
+    reporter.note(f"Evaluating {when} on the {data.split} split ({len(data.evaluation)} questions)")
+    evaluation = evaluate(rag_system, data.evaluation, metrics, depth=config.evaluation.depth, reporter=reporter)
+    evaluation.write_predictions(run.path / "evaluation" / f"{stage}-predictions.jsonl")
+    run.write_json(f"evaluation/{stage}.json", evaluation.to_dict())
+    reporter.event("evaluation", stage=stage, split=data.split, metrics=evaluation.means())
+    return evaluation
+
+
+def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> None:
+    """Save the tuned models, and the knowledge store that fits them where there are passages."""
+    sides = tuned_sides(config)
+    if "retriever" in sides:
+        with replace_directory_atomically(run.retriever) as target:
+            rag_system.retriever.save(target)
+    if "generator" in sides:
+        with replace_directory_atomically(run.generator) as target:
+            rag_system.require_generator().save(target)
+    if len(rag_system.knowledge_store):
+        rag_system.knowledge_store.save(run.knowledge_store)
+
+
+def tuned_models(sides: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]:
+    """Return what was tuned, from the config as it is stored: with references where values came from elsewhere."""
+    tuned: dict[str, Any] = {"retriever": None, "generator": None}
+    for side in sides:
+        component, trainer = stored["rag_system"][side], stored["trainer"][side]
+        model = component.get("model") or component.get("query_model") or component["type"]
+        tuned[side] = {"model": model, "trainer": trainer["type"]}
+    if tuned["retriever"] is not None:
+        tuned["retriever"]["train"] = stored["trainer"]["retriever"].get("train", "both")
+    if tuned["generator"] is not None:
+        tuned["generator"]["adapter"] = stored["trainer"]["generator"].get("lora") is not None
+    return tuned
+
+
+def data_fingerprints(data: RunData) -> dict[str, str]:
+    """Return a hash of each part of the data."""
+    rows = {"train": data.train, "validation": data.validation}
+    if data.split is not None:
+        rows[data.split] = data.evaluation
+    examples = {
+        name: corpus_fingerprint([KnowledgeNode(example.query, "|".join(example.responses)) for example in split])
+        for name, split in rows.items()
+    }
+    return {"passages": corpus_fingerprint(data.nodes), **examples}
+
+
+def model_fingerprints(rag_system: RAGSystem) -> dict[str, str]:
+    """Return a hash of each model as it is now."""
+    generator = rag_system.generator
+    models = {"retriever": rag_system.retriever.fingerprint()}
+    return models | ({"generator": generator.fingerprint()} if generator is not None else {})
+
+
+def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
+    """Draw the plots, write model card and summary, and mark the run as done."""
+    plots = plot_curves(run.events(), run.plots)
+    if summary["differences"]:
+        plot_difference(summary["differences"], run.plots / "difference.png")
+        plots.append(run.plots / "difference.png")
+    summary["plots"] = [path.name for path in plots]
+    write_text_atomically(run.path / "README.md", model_card(summary))
+    run.write_json("summary.json", summary)
+    run.update_manifest(status="done", error=None)
+
+
+def differences_of(config: Config, before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
+    """Return what changed between two evaluations of the same questions; nothing where there are none."""
+    if before is None or after is None:
+        return []
+    compared = compare_metrics(before.values, after.values, config.evaluation, config.run.seed)
+    return [difference.to_dict() for difference in compared]
+
+
+@contextmanager
+def recorded_end(run: RunDirectory) -> Iterator[None]:
+    """Write into the manifest how a run ended; an interruption becomes an error that says how to go on.
+
+    Raises:
+        RunInterruptedError: The user or a signal interrupted the enclosed code.
+    """
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | RunInterruptedError)
+        run.update_manifest(status="interrupted" if interrupted else "failed", error=str(error))
+        if interrupted:
+            raise RunInterruptedError(
+                str(getattr(error, "message", "") or "Interrupted; what was computed is saved."),
+                f"Go on with: fedrag resume {run.path}",
+            ) from error
+        raise

@@ -1,0 +1,257 @@
+"""`fedrag simulate`: a federation in one process, with the same task, strategies and rounds as over a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedrag_cli.config import Config, ConfigSource
+from fedrag_cli.config.checks import require_training
+from fedrag_cli.data.examples import Example
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.data.sites import (
+    corpus_by_owner,
+    require_sites,
+    split_at_random,
+    split_by_dirichlet,
+    split_by_owner,
+)
+from fedrag_cli.errors import ConfigError, FedRAGError
+from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.federation import EvaluateGlobal, Federation
+from fedrag_cli.federated.local import LocalGrid
+from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
+from fedrag_cli.federated.task import FLTask
+from fedrag_cli.federated.weights import Weights
+from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
+from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
+from fedrag_cli.registry import build
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.interrupt import terminable
+from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.trainer_managers.build import build_manager
+from fedrag_cli.trainer_managers.federated_parts import (
+    create_run,
+    federation_summary,
+    require_federation,
+    settings_of,
+)
+from fedrag_cli.trainer_managers.run_parts import (
+    RunData,
+    RunReporter,
+    chosen_metrics,
+    data_fingerprints,
+    evaluate_once,
+    load_run_data,
+    model_fingerprints,
+    recorded_end,
+    require_room,
+    save_models,
+    write_results,
+)
+
+SIMULATION = "simulation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One simulated client's data."""
+
+    nodes: list[KnowledgeNode]
+    train: list[Example]
+    validation: list[Example]
+
+
+def start_simulation(
+    source: ConfigSource, clients: int | None, *, command: Sequence[str], reporter: Reporter
+) -> dict[str, Any]:
+    """Simulate a new federation and see it through.
+
+    Args:
+        source: A loaded config, with all sites' data.
+        clients: Number of clients; with owners, that of the owners by default.
+        command: The command line, for the manifest.
+        reporter: Shows what happens.
+
+    Returns:
+        The summary, as `summary.json` has it.
+
+    Raises:
+        FedRAGError: The config, data or a model is wrong, or the federation failed.
+    """
+    config = source.config
+    side = require_federation(config)
+    require_training(config)
+    data = load_run_data(config)
+    chosen_metrics(config, data)
+    sites = split_sites(config, data, clients)
+    _require_quorum(config, sites)
+    run = create_run(source, command, role=SIMULATION, side=side, clients=clients)
+    reporter.note(f"Run directory: {run.path}")
+    with run.locked():
+        try:
+            rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+            require_room(rag_system, [*data.train, *data.validation])
+        except (FedRAGError, KeyboardInterrupt):
+            run.remove()
+            raise
+        return _see_through(run, config, data, sites, rag_system, reporter)
+
+
+def resume_simulation(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
+    """Go on with a simulation after its newest finished round; see `start_simulation`."""
+    config = source.config
+    data = load_run_data(config)
+    sites = split_sites(config, data, run.manifest()["federation"]["clients"])
+    with run.locked():
+        run.update_manifest(status="running", error=None)
+        rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+        return _see_through(run, config, data, sites, rag_system, reporter)
+
+
+def split_sites(config: Config, data: RunData, clients: int | None) -> dict[str, Site]:
+    """Split a run's data over clients, the same for the same seed.
+
+    Args:
+        config: Its `federated.sites` says how.
+        data: The whole data.
+        clients: Number of clients; with owners, that of the owners where it is None.
+
+    Raises:
+        ConfigError: The number of clients is missing or does not fit the owners.
+        DataError: A row has no owner, or a site would have no examples.
+    """
+    settings, seed = settings_of(config).sites, config.run.seed
+    by = settings.by
+    if by == "auto":
+        by = "owner" if all(settings.column in example.metadata for example in data.train) else "random"
+    if by == "owner":
+        train = split_by_owner(data.train, settings.column)
+        require_sites(train, clients, settings.column)
+        validation = split_by_owner(data.validation, settings.column)
+        corpus = corpus_by_owner(data.nodes, settings.column) or dict.fromkeys(train, data.nodes)
+        missing = [owner for owner in train if owner not in corpus]
+        if missing:
+            raise ConfigError(
+                f"The corpus has no passages of '{missing[0]}', who has training examples.",
+                "Give the passages the same owners, or leave the column out of the corpus to share it.",
+            )
+        return {
+            f"{settings.column}-{owner}": Site(corpus[owner], train[owner], validation.get(owner, []))
+            for owner in train
+        }
+    if clients is None:
+        raise ConfigError("The number of clients is missing.", "Say --clients N.")
+    if clients > len(data.train):
+        raise ConfigError(f"{clients} clients cannot share {len(data.train)} training examples.", "Lower --clients.")
+    if by == "dirichlet":
+        parts = split_by_dirichlet(data.train, settings.column, clients, settings.alpha, seed)
+    else:
+        parts = split_at_random(data.train, clients, seed)
+    checked = split_at_random(data.validation, clients, seed)
+    width = len(str(clients))
+    return {
+        f"client-{number:0{width}d}": Site(data.nodes, part, held_out)
+        for number, (part, held_out) in enumerate(zip(parts, checked, strict=True), start=1)
+    }
+
+
+def _require_quorum(config: Config, sites: Mapping[str, Site]) -> None:
+    settings = settings_of(config)
+    if len(sites) < settings.min_clients:
+        raise ConfigError(
+            f"{len(sites)} clients are fewer than federated.min_clients ({settings.min_clients}).",
+            "Raise --clients, or lower federated.min_clients.",
+        )
+
+
+def _see_through(
+    run: RunDirectory,
+    config: Config,
+    data: RunData,
+    sites: Mapping[str, Site],
+    rag_system: RAGSystem,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    settings = settings_of(config)
+    # All clients are here, so nobody is waited for.
+    settings = dataclasses.replace(settings, rejoin_timeout=1e-3)
+    reporter = RunReporter(run.open_log(), reporter)
+    with recorded_end(run), terminable():
+        if run.manifest().get("fingerprints") is None:
+            run.update_manifest(fingerprints=data_fingerprints(data) | model_fingerprints(rag_system))
+        reporter.event("started", mode=config.trainer.mode, clients=len(sites), **data.counts())
+        metrics = chosen_metrics(config, data)
+        before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
+        handlers = {
+            name: ClientHandler(_task_of(run, config, data, site, rag_system, name, reporter), name)
+            for name, site in sites.items()
+        }
+        task = next(iter(handlers.values())).task
+        state = load_newest_round(run.checkpoints) or RoundState(0, task.weights())
+        federation = Federation(
+            LocalGrid(handlers, reporter),
+            task.agreement,
+            settings,
+            build(
+                "strategy",
+                settings.strategy,
+                min_clients=settings.min_clients,
+                learning_rate=task.trainer.config.learning_rate,
+            ),
+            seed=config.run.seed,
+            reporter=reporter,
+            save_round=lambda reached: save_round(run.checkpoints, reached),
+            evaluate_global=_evaluation_of(run, config, data, task, rag_system, reporter),
+        )
+        state = federation.run(state)
+        task.load(state.weights)
+        refresh_stale_store(rag_system)
+        after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
+        save_models(run, rag_system, config)
+        summary = federation_summary(
+            run,
+            config,
+            role=SIMULATION,
+            counts=data.counts() | {name: len(site.train) for name, site in sites.items()},
+            split=data.split,
+            before=before,
+            after=after,
+            rounds=state.history,
+            evaluations=state.evaluations,
+            seconds=time.monotonic() - started,
+        )
+        write_results(run, summary)
+    return summary
+
+
+def _task_of(
+    run: RunDirectory, config: Config, data: RunData, site: Site, rag_system: RAGSystem, name: str, reporter: Reporter
+) -> FLTask:
+    """Return a client's task: its own data and knowledge store around the models that all clients take turns with."""
+    own = dataclasses.replace(rag_system)
+    if site.nodes is not data.nodes:
+        own.knowledge_store = build_knowledge_store(rag_system.retriever, site.nodes, reporter)
+    manager = build_manager(config, own, train=site.train, validation=site.validation, reporter=reporter)
+    return manager.get_federated_task(work_directory=run.path / "federation" / name)
+
+
+def _evaluation_of(
+    run: RunDirectory, config: Config, data: RunData, task: FLTask, rag_system: RAGSystem, reporter: Reporter
+) -> EvaluateGlobal:
+    settings = settings_of(config)
+
+    def measure(number: int, weights: Weights) -> Mapping[str, Any] | None:
+        last = number == settings.rounds
+        if data.split is None or (number and not last and number % settings.evaluate_every):
+            return None
+        task.load(weights)
+        refresh_stale_store(rag_system)
+        stage = "before" if number == 0 else "after" if last else f"round-{number}"
+        found = evaluate_once(run, stage, config, data, rag_system, chosen_metrics(config, data), reporter)
+        return {"examples": found.n, "metrics": found.means()} if found is not None else None
+
+    return measure
