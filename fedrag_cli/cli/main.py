@@ -32,7 +32,8 @@ from fedrag_cli.cli.session import NO_BARS
 HELP = """Tune the retriever and the generator of a RAG system on your own data.
 
 Exit codes: 0 done, 1 failed, 2 usage or config, 3 data or model missing or bad, 4 connection or authentication,
-5 federation failed, 130 interrupted with a checkpoint saved. With --json a command prints one JSON document to stdout; all else goes to stderr.
+5 federation failed, 130 interrupted with a checkpoint saved. With --json a command prints one JSON document to stdout;
+all else goes to stderr.
 """
 
 # Plain help: Rich's needs a Markdown parser, whose import takes as long as all the rest together.

@@ -181,7 +181,11 @@ def _plain(value: Any) -> Any:
 
 
 def _unequal(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Sequence[str]:
-    return [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name) or (name in mine) != (name in other)]
+    return [
+        name
+        for name in sorted({*mine, *other})
+        if mine.get(name) != other.get(name) or (name in mine) != (name in other)
+    ]
 
 
 def _show(settings: Mapping[str, Any], key: str) -> str:

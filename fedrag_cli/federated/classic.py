@@ -135,5 +135,3 @@ def _weighted(results: list[tuple[int, dict[str, Scalar]]], name: str) -> float:
     known = [(examples, float(metrics[name])) for examples, metrics in results if name in metrics]
     total = sum(examples for examples, _ in known)
     return sum(examples * value for examples, value in known) / total if total else 0.0
-
-

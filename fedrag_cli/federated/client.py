@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from fedrag_cli.errors import ConnectionFailedError, FedRAGError, FederationError
+from fedrag_cli.errors import ConnectionFailedError, FederationError, FedRAGError
 from fedrag_cli.federated.agreement import Agreement, differences
 from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
 from fedrag_cli.federated.task import SERVER_ROUND, EvaluateResult, FLTask
@@ -71,7 +71,8 @@ class ClientHandler:
         config = _config(message)
         if config.get(ACTION) == STOP:
             self.failure = FederationError(
-                "The server ended the federation without a final model.", "Its messages say why; join again when it is resumed."
+                "The server ended the federation without a final model.",
+                "Its messages say why; join again when it is resumed.",
             )
             return _reply(message, {ACTION: STOP})
         server = Agreement.from_json(str(config.get(AGREEMENT, "")))
@@ -91,7 +92,9 @@ class ClientHandler:
         of = f" of {rounds}" if rounds else ""
         self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(_arrays(message))}")
         weights = from_wire(_arrays(message))
-        before = self._measure(weights, config, f"round {number}, before training") if config.get(EVALUATE_FIRST) else None
+        before = (
+            self._measure(weights, config, f"round {number}, before training") if config.get(EVALUATE_FIRST) else None
+        )
         result = self.task.fit(weights, config)
         arrays = to_wire(result.weights)
         reported = dict(result.metrics) | (before.metrics if before else {})
@@ -105,9 +108,9 @@ class ClientHandler:
         )
         metrics = self._metrics(result.examples, reported, before)
         sent = ", ".join(name for name in metrics if name not in (EXAMPLES, VALIDATION_EXAMPLES))
+        beside = f"{EXAMPLES} {result.examples}" + (f" and {sent}" if sent else "")
         self.reporter.note(
-            f"Round {number}{of}: sending {len(arrays)} tensors, {_megabytes(arrays)}, with {EXAMPLES} {result.examples}"
-            + (f" and {sent}" if sent else "")
+            f"Round {number}{of}: sending {len(arrays)} tensors, {_megabytes(arrays)}, with {beside}; then waiting"
         )
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
@@ -139,9 +142,7 @@ class ClientHandler:
         if before is not None and before.examples:
             metrics[VALIDATION_EXAMPLES] = before.examples
         metrics |= {name: float(measured[name]) for name in self.task.settings.metrics if name in measured}
-        return MetricRecord(dict(metrics))  # type: ignore[arg-type]
-
-
+        return MetricRecord(dict(metrics))
 
 
 def _config(message: Message) -> Mapping[str, Any]:
@@ -155,7 +156,7 @@ def _arrays(message: Message) -> ArrayRecord:
 
 
 def _reply(message: Message, values: dict[str, str]) -> Message:
-    return Message(RecordDict({"config": ConfigRecord(dict(values))}), reply_to=message)  # type: ignore[arg-type]
+    return Message(RecordDict({"config": ConfigRecord(dict(values))}), reply_to=message)
 
 
 def _megabytes(record: ArrayRecord) -> str:

@@ -64,7 +64,8 @@ def check_server_settings(settings: FederatedConfig, address: Address, *, insecu
     files = (settings.certificate, settings.certificate_key)
     if (files[0] is None) != (files[1] is None):
         raise ConfigError(
-            "TLS needs both federated.certificate and federated.certificate_key.", "'fedrag keys server HOST' makes both."
+            "TLS needs both federated.certificate and federated.certificate_key.",
+            "'fedrag keys server HOST' makes both.",
         )
     tls, keys = files[0] is not None and not insecure, settings.allowed_keys is not None
     if tls:

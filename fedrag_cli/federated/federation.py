@@ -254,7 +254,9 @@ class Federation:
         self._note_evaluation(state, state.number - 1, "clients", measured)
         self._reporter.event("round", rounds=self._settings.rounds, **summary)
 
-    def _note_evaluation(self, state: RoundState, number: int, who: str, measured: Sequence[Mapping[str, float]]) -> None:
+    def _note_evaluation(
+        self, state: RoundState, number: int, who: str, measured: Sequence[Mapping[str, float]]
+    ) -> None:
         """Average the clients' measurements over their validation examples."""
         rows = [(int(metrics[VALIDATION_EXAMPLES]), metrics) for metrics in measured if VALIDATION_EXAMPLES in metrics]
         names = [name for name in self._settings.metrics if name not in ("loss", "steps", "seconds")]

@@ -103,9 +103,7 @@ def write_server_certificate(directory: Path, hosts: Sequence[str]) -> tuple[Pat
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA384())
     )
     _write(private, _private_pem(key), secret=True)
@@ -179,7 +177,9 @@ def _public_key(path: Path) -> bytes:
             else serialization.load_ssh_public_key(content.strip())
         )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"'{path}' is no public key: {error}", "Put the NAME.pub of 'fedrag keys node' there.") from error
+        raise ConfigError(
+            f"'{path}' is no public key: {error}", "Put the NAME.pub of 'fedrag keys node' there."
+        ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, CURVE):
         raise ConfigError(f"'{path}' is no node key (SECP384R1).", "Put the NAME.pub of 'fedrag keys node' there.")
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes

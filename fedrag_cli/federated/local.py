@@ -26,7 +26,7 @@ class LocalGrid(FederationGrid):
 
     def __init__(self, clients: Mapping[str, ClientHandler], reporter: Reporter | None = None) -> None:
         """Give every client a node id, in the order of the names."""
-        self._clients = {number: name for number, name in enumerate(sorted(clients), start=2)}
+        self._clients = dict(enumerate(sorted(clients), start=2))
         self._handlers = {number: clients[name] for number, name in self._clients.items()}
         self._reporter: Reporter = reporter or SilentReporter()
         self._waiting: dict[str, Message] = {}

@@ -68,7 +68,11 @@ class Roster:
             if participant.status == "ready" and participant.node_id not in members:
                 participant.status = "offline"
                 self._tell(participant)
-            elif participant.status == "offline" and participant.node_id in members and self._is_current(participant, members):
+            elif (
+                participant.status == "offline"
+                and participant.node_id in members
+                and self._is_current(participant, members)
+            ):
                 participant.status = "ready"
                 self._tell(participant)
 
@@ -97,9 +101,7 @@ class Roster:
         for message_id in [key for key, other in self._pending.items() if other.node_id == member.node_id]:
             self._grid.forget([message_id])
             del self._pending[message_id]
-        content = RecordDict(
-            {"config": ConfigRecord({ACTION: HANDSHAKE, AGREEMENT: self._agreement.to_json()})}
-        )
+        content = RecordDict({"config": ConfigRecord({ACTION: HANDSHAKE, AGREEMENT: self._agreement.to_json()})})
         (message_id,) = self._grid.push_messages([Message(content, member.node_id, MessageType.QUERY)])
         if message_id:
             self._pending[message_id] = member
@@ -135,6 +137,4 @@ class Roster:
         return f"{name}-{member.key[:6]}"
 
     def _tell(self, participant: Participant) -> None:
-        self._reporter.event(
-            "client", client=participant.name, status=participant.status, reason=participant.reason
-        )
+        self._reporter.event("client", client=participant.name, status=participant.status, reason=participant.reason)

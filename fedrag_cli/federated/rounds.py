@@ -74,7 +74,8 @@ def load_newest_round(directory: Path) -> RoundState | None:
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"The round in '{newest}' is damaged: {error}", f"Remove the folder '{newest}' to go on from the one before."
+            f"The round in '{newest}' is damaged: {error}",
+            f"Remove the folder '{newest}' to go on from the one before.",
         ) from error
 
 

@@ -42,7 +42,7 @@ class Update:
         """Return the update as strategies take it."""
         metrics: dict[str, int | float] = {EXAMPLES: self.examples, STRATEGY_LOSS: self.metrics.get("loss", 0.0)}
         arrays = ArrayRecord({name: Array(values) for name, values in self.arrays.items()})
-        return RecordDict({"arrays": arrays, "metrics": MetricRecord(dict(metrics))})  # type: ignore[arg-type]
+        return RecordDict({"arrays": arrays, "metrics": MetricRecord(dict(metrics))})
 
 
 def screen_update(
@@ -68,7 +68,8 @@ def screen_update(
     arrays = _checked_arrays(content, manifest)
     # The sum of squares over all tensors in float64: float32 would overflow for a hostile update.
     squares = [
-        float(np.square(arrays[name].astype(np.float64) - reference[name].astype(np.float64)).sum()) for name in manifest
+        float(np.square(arrays[name].astype(np.float64) - reference[name].astype(np.float64)).sum())
+        for name in manifest
     ]
     norm = math.sqrt(sum(squares))
     if max_norm is not None and norm > max_norm:

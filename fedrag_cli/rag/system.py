@@ -149,9 +149,7 @@ def refresh_store(rag_system: RAGSystem, progress: Progress | None = None) -> No
     """Re-encode every passage with the retriever's passage encoder as it is now."""
     store, retriever = rag_system.knowledge_store, rag_system.retriever
     if len(store):
-        store.replace_embeddings(
-            retriever.encode_passages([node.text for node in store.nodes], progress)
-        )
+        store.replace_embeddings(retriever.encode_passages([node.text for node in store.nodes], progress))
     store.encoder_fingerprint = retriever.fingerprint()
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
-_LINE_COLOURS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9")
-_LINE_MARKERS = ("o", "s", "^", "D", "v", "P")
+REFUSED_COLOUR = _ORANGE
+LINE_COLOURS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+LINE_MARKERS = ("o", "s", "^", "D", "v", "P")
 _VERDICT_COLOURS = {"better": _GREEN, "worse": _ORANGE, "no difference shown": _GREY}
 _DOTS_PER_INCH = 150
 # Below this many points a smoothed line would hide more than it shows.
@@ -76,7 +77,7 @@ def plot_curves(events: Iterable[Mapping[str, Any]], directory: Path | str) -> l
     for name, curves_of_phase, y_label, draw in drawings:
         if curves_of_phase:
             path = Path(directory) / name
-            _save(_panels(curves_of_phase, y_label, draw), path)
+            save_figure(_panels(curves_of_phase, y_label, draw), path)
             written.append(path)
     return written
 
@@ -105,7 +106,7 @@ def plot_difference(differences: Sequence[Mapping[str, Any]], path: Path | str) 
     # The first metric belongs at the top; matplotlib counts upwards.
     values.set_ylim(len(differences) - 0.4, -0.6)
     values.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.3)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def _points(
@@ -139,7 +140,7 @@ def _panels(
         axes.set_xlabel("step")
         axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _tidy(axes, grid="both")
+        tidy(axes, grid="both")
     for axes in grid[len(curves_of_phase) :]:
         axes.set_visible(False)
     return figure
@@ -168,8 +169,8 @@ def _draw_metrics(axes: Axes, curves: dict[str, Points]) -> None:
         axes.plot(
             steps,
             values,
-            color=_LINE_COLOURS[position % len(_LINE_COLOURS)],
-            marker=_LINE_MARKERS[position % len(_LINE_MARKERS)],
+            color=LINE_COLOURS[position % len(LINE_COLOURS)],
+            marker=LINE_MARKERS[position % len(LINE_MARKERS)],
             markersize=5,
             linewidth=1.6,
             label=name,
@@ -204,7 +205,7 @@ def _draw_before_and_after(axes: Axes, differences: Sequence[Mapping[str, Any]])
     axes.scatter(after, rows, s=35, color=_BLUE, label="after", zorder=3)
     axes.margins(x=0.12)
     axes.set_xlabel("mean over the questions")
-    _tidy(axes, grid="x")
+    tidy(axes, grid="x")
 
 
 def _draw_differences(axes: Axes, differences: Sequence[Mapping[str, Any]]) -> None:
@@ -226,7 +227,7 @@ def _draw_differences(axes: Axes, differences: Sequence[Mapping[str, Any]]) -> N
     axes.margins(x=0.08)
     axes.set_xlabel(f"after - before, with {_percent(differences)} interval")
     axes.tick_params(axis="y", length=0)
-    _tidy(axes, grid="x")
+    tidy(axes, grid="x")
 
 
 def _metric_label(item: Mapping[str, Any]) -> str:
@@ -244,7 +245,15 @@ def _spaced_layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
 
 
-def _tidy(axes: Axes, grid: str) -> None:
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of a size in inches, with room around its panels."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout=_spaced_layout())
+
+
+def tidy(axes: Axes, grid: str) -> None:
+    """Take the frame's upper and right line away, and draw grid lines along x, y or both."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     if grid in ("x", "both"):
@@ -253,7 +262,8 @@ def _tidy(axes: Axes, grid: str) -> None:
         axes.yaxis.grid(True, color="#E5E5E5", linewidth=0.8)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DOTS_PER_INCH)
     write_bytes_atomically(path, content.getvalue())

@@ -87,9 +87,7 @@ class HuggingFaceRAGTrainerManager(BaseRAGTrainerManager):
             seconds=sum(result.seconds for result in results.values()),
         )
 
-    def get_federated_task(
-        self, settings: FederatedConfig | None = None, work_directory: Path | None = None
-    ) -> FLTask:
+    def get_federated_task(self, settings: FederatedConfig | None = None, work_directory: Path | None = None) -> FLTask:
         """Return the federated task of the side that the mode tunes.
 
         Args:

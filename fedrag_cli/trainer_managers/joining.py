@@ -182,4 +182,3 @@ def _dialled(config: Config, address: str, *, insecure: bool) -> ServerAddress:
 def _name(config: Config) -> str:
     """Return the client's name; the machine's where the config has none."""
     return settings_of(config).name or re.sub(r"[^A-Za-z0-9._-]", "-", platform.node())[:64]
-

@@ -20,6 +20,7 @@ from fedrag_cli.rag.build import corpus_fingerprint
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.atomic import replace_directory_atomically, write_text_atomically
 from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.federation_plot import plot_federation
 from fedrag_cli.runs.metrics_log import MetricsLog
 from fedrag_cli.runs.model_card import model_card
 from fedrag_cli.runs.plots import plot_curves, plot_difference
@@ -171,6 +172,8 @@ def model_fingerprints(rag_system: RAGSystem) -> dict[str, str]:
 def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     """Draw the plots, write model card and summary, and mark the run as done."""
     plots = plot_curves(run.events(), run.plots)
+    if plot_federation(run.events(), run.plots / "federation.png"):
+        plots.append(run.plots / "federation.png")
     if summary["differences"]:
         plot_difference(summary["differences"], run.plots / "difference.png")
         plots.append(run.plots / "difference.png")

@@ -71,9 +71,7 @@ def start_serving(
     check_server_settings(settings_of(config), where, insecure=insecure)
     evaluates = "evaluation" in source.tree.tree
     data = load_run_data(config) if evaluates else None
-    run = create_run(
-        source, command, role=SERVER, side=side, address=address, insecure=insecure, evaluates=evaluates
-    )
+    run = create_run(source, command, role=SERVER, side=side, address=address, insecure=insecure, evaluates=evaluates)
     reporter.note(f"Run directory: {run.path}")
     with run.locked():
         try:

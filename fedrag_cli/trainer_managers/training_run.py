@@ -10,7 +10,6 @@ import yaml
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
-from fedrag_cli.data.examples import Example
 from fedrag_cli.errors import FedRAGError
 from fedrag_cli.evaluation.evaluator import Evaluation
 from fedrag_cli.rag.build import build_rag_system

@@ -50,7 +50,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -204,7 +204,10 @@ class FleetNode:
 
     def _connect(self) -> FleetHttpClient:
         address, authority = self._server.address, self._server.ca_certificate
-        interceptors = [NodeAuthHttpInterceptor(self._key, self._key.public_key()), self._session]
+        interceptors: list[ProtobufClientInterceptor] = [
+            NodeAuthHttpInterceptor(self._key, self._key.public_key()),
+            self._session,
+        ]
         try:
             return FleetHttpClient.from_server_address(address, not self._server.tls, authority, interceptors)
         except (ssl.SSLError, ValueError, OSError, httpx.InvalidURL) as error:

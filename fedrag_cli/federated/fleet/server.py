@@ -166,9 +166,7 @@ class FleetServer:
         state = self.state
         state.federation_manager.ensure_default_federations_exist(flwr_aid=NOOP_FLWR_AID)
         # There is no app bundle: clients fetch and run none.
-        run_id = state.create_run(
-            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
-        )
+        run_id = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
         self._task_id = next(task.task_id for task in state.get_tasks() if task.run_id == run_id)
         state.claim_task(self._task_id)
         state.activate_task(self._task_id)

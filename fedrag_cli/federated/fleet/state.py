@@ -76,9 +76,7 @@ class FleetState(InMemoryLinkState):
         """Take a new client in, unless there are too many."""
         if len(self.nodes) >= MOST_CLIENTS:
             raise ValueError("Too many clients")
-        return super().create_node(
-            owner_aid, owner_name, public_key, heartbeat_interval, location=location, name=name
-        )
+        return super().create_node(owner_aid, owner_name, public_key, heartbeat_interval, location=location, name=name)
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """Connect a client; one that crashed and comes back need not wait until it is found to be offline."""

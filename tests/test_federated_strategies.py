@@ -1,0 +1,215 @@
+"""Every strategy by its name, through the rounds of a federation with clients that return known weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.errors import FederationError
+from fedrag_cli.federated.agreement import Agreement
+from fedrag_cli.federated.client import AGREEMENT
+from fedrag_cli.federated.config import STRATEGIES
+from fedrag_cli.federated.federation import Federation
+from fedrag_cli.federated.local import LocalGrid
+from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.strategies import restore_strategy, strategy_state
+from fedrag_cli.federated.weights import Weights, from_wire, to_wire
+from fedrag_cli.registry import build, registry
+from fedrag_cli.runs.reporting import SilentReporter
+
+COMMON = Agreement(1, "retriever", {"w": [3]}, {}, {})
+START = torch.tensor([1.0, 2.0, 3.0])
+STEPS = {"a": [1.0, 0.0, 0.0], "b": [0.0, 2.0, 0.0], "c": [0.0, 0.0, 4.0]}
+EXAMPLES = {"a": 1, "b": 2, "c": 5}
+
+
+class ToyClient:
+    """Answers a handshake, and trains by adding a fixed step."""
+
+    ended = False
+
+    def __init__(self, name: str, step: list[float], examples: int = 1, loss: float = 1.0) -> None:
+        self.name, self.step, self.examples, self.loss = name, torch.tensor(step), examples, loss
+        self.configs: list[dict[str, Any]] = []
+
+    def __call__(self, message: Message) -> Message:
+        config = dict(message.content.config_records["config"])
+        if message.metadata.message_type == "query":
+            from flwr.app import ConfigRecord
+
+            reply = ConfigRecord({AGREEMENT: COMMON.to_json(), "name": self.name})
+            return Message(RecordDict({"config": reply}), reply_to=message)
+        self.configs.append(config)
+        weights = from_wire(message.content.array_records["arrays"])
+        metrics = MetricRecord({"num-examples": self.examples, "loss": self.loss})
+        arrays = to_wire({"w": weights["w"] + self.step})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options: Any) -> RoundState:
+    names = {client.name: client for client in clients}
+    settings = FederatedConfig(
+        rounds=rounds, min_clients=options.pop("min_clients", len(clients)), strategy=strategy, rejoin_timeout=0.01
+    )
+    built = build("strategy", strategy, min_clients=settings.min_clients, learning_rate=0.5)
+    state = options.pop("state", None) or RoundState(0, {"w": START.clone()})
+    federation = Federation(
+        LocalGrid(names),  # type: ignore[arg-type]
+        COMMON,
+        settings,
+        built,
+        seed=1,
+        reporter=options.pop("reporter", SilentReporter()),
+        **options,
+    )
+    return federation.run(state)
+
+
+def toys() -> list[ToyClient]:
+    return [ToyClient(name, STEPS[name], EXAMPLES[name]) for name in STEPS]
+
+
+def strategy(name: str, **settings: Any) -> Any:
+    return STRATEGIES[name][0](**settings)
+
+
+def moved(state: RoundState) -> list[float]:
+    values: list[float] = (state.weights["w"] - START).tolist()
+    return values
+
+
+def test_every_strategy_of_the_issue_is_registered() -> None:
+    assert set(registry().of_kind("strategy")) == set(STRATEGIES)
+    assert len(STRATEGIES) == 12
+
+
+def test_fedavg_is_the_mean_weighted_by_examples() -> None:
+    assert moved(federate(strategy("FedAvg"), toys())) == pytest.approx([1 / 8, 4 / 8, 20 / 8], abs=1e-6)
+
+
+def test_fedavgm_keeps_momentum_over_rounds() -> None:
+    one_step = np.array([1 / 8, 4 / 8, 20 / 8])
+    after = federate(strategy("FedAvgM", server_momentum=0.5), toys(), rounds=2)
+    # Two equal steps d: first d, then d + d / 2.
+    assert moved(after) == pytest.approx(2.5 * one_step, abs=1e-5)
+
+
+def test_fedprox_sends_its_mu_to_the_clients() -> None:
+    clients = toys()
+    federate(strategy("FedProx", proximal_mu=0.25), clients)
+    assert {client.configs[0]["proximal-mu"] for client in clients} == {0.25}
+
+
+def test_median_trimmed_mean_krum_and_bulyan_throw_out_a_liar() -> None:
+    honest = [ToyClient(f"c{number}", [1.0, 1.0, 1.0 + number / 100]) for number in range(6)]
+    liar = ToyClient("liar", [1e6, -1e6, 1e6])
+    for chosen in (
+        strategy("FedMedian"),
+        strategy("FedTrimmedAvg", beta=0.2),
+        strategy("Krum", num_malicious_nodes=1),
+        strategy("MultiKrum", num_malicious_nodes=1, num_nodes_to_select=3),
+        strategy("Bulyan", num_malicious_nodes=1),
+    ):
+        assert moved(federate(chosen, [*honest, liar])) == pytest.approx([1.0, 1.0, 1.0], abs=0.06), chosen.type
+    assert moved(federate(strategy("FedAvg"), [*honest, liar]))[0] > 1e5
+
+
+def test_adaptive_strategies_step_towards_the_mean() -> None:
+    for name in ("FedAdagrad", "FedAdam", "FedYogi"):
+        step = moved(federate(strategy(name, eta=0.1), toys()))
+        assert all(0 < value <= 0.11 for value in step), (name, step)
+    # Adagrad: v = d^2, so the step is eta * d / (|d| + tau).
+    adagrad = moved(federate(strategy("FedAdagrad", eta=0.1, tau=1e-3), toys()))
+    assert adagrad == pytest.approx([0.1 * d / (d + 1e-3) for d in (0.125, 0.5, 2.5)], abs=1e-5)
+
+
+def test_qfedavg_weighs_a_client_with_a_higher_loss_more() -> None:
+    clients = [ToyClient("a", [1.0, 0, 0], 1, loss=4.0), ToyClient("b", [0, 1.0, 0], 1, loss=1.0)]
+    even = moved(federate(strategy("QFedAvg", q=0.0), clients))
+    assert even == pytest.approx([0.5, 0.5, 0.0], abs=1e-6)
+    fair = moved(federate(strategy("QFedAvg", q=1.0), clients))
+    assert fair[0] == pytest.approx(4 * fair[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["FedAvgM", "FedAdam", "FedYogi", "FedAdagrad"])
+def test_a_restarted_server_goes_on_with_the_strategys_state(name: str) -> None:
+    whole = federate(strategy(name), toys(), rounds=4)
+    saved: list[RoundState] = []
+
+    def keep(state: RoundState) -> None:
+        if state.number == 2 and not saved:
+            weights = {key: tensor.clone() for key, tensor in state.weights.items()}
+            saved.append(RoundState(2, weights, dict(state.strategy), list(state.history), {}))
+
+    federate(strategy(name), toys(), rounds=4, save_round=keep)
+    assert saved[0].strategy
+    resumed = federate(strategy(name), toys(), rounds=4, state=saved[0])
+    assert torch.equal(resumed.weights["w"], whole.weights["w"])
+
+
+def test_state_and_restore_are_inverse() -> None:
+    first = build("strategy", strategy("FedAdam"), min_clients=1, learning_rate=1.0)
+    first.m_t, first.v_t = {"x": np.ones(2)}, {"x": np.zeros(2)}
+    first.current_arrays = to_wire({"x": torch.ones(2)})
+    other = build("strategy", strategy("FedAdam"), min_clients=1, learning_rate=1.0)
+    restore_strategy(other, strategy_state(first))
+    assert other.m_t["x"].tolist() == [1.0, 1.0]
+    assert other.current_arrays["x"].numpy().tolist() == [1.0, 1.0]
+
+
+def test_the_same_seed_draws_the_same_clients() -> None:
+    def drawn() -> list[list[str]]:
+        state = federate(strategy("FedAvg", fraction=0.5), many, rounds=5, min_clients=2)
+        return [row["clients"] for row in state.history]
+
+    many = [ToyClient(f"c{number}", [1.0, 0, 0]) for number in range(6)]
+    first = drawn()
+    assert drawn() == first
+    assert {len(names) for names in first} == {3}
+    assert len({tuple(names) for names in first}) > 1
+
+
+class Lying(ToyClient):
+    """Sends what `lie` makes of an honest reply."""
+
+    lie: Callable[[Weights], Weights] = staticmethod(lambda weights: {"w": weights["w"] * float("nan")})
+
+    def __call__(self, message: Message) -> Message:
+        if message.metadata.message_type != "train":
+            return super().__call__(message)
+        weights = self.lie(from_wire(message.content.array_records["arrays"]))
+        metrics = MetricRecord({"num-examples": 1, "loss": 1.0})
+        return Message(RecordDict({"arrays": to_wire(weights), "metrics": metrics}), reply_to=message)
+
+
+def test_a_refused_update_is_named_and_the_rest_go_on() -> None:
+    state = federate(strategy("FedAvg"), [*toys(), Lying("liar", [0, 0, 0])], min_clients=3)
+    assert state.history[0]["refused"] == {"liar": "w holds values that are not finite"}
+    assert moved(state) == pytest.approx([1 / 8, 4 / 8, 20 / 8], abs=1e-6)
+
+
+def test_below_the_quorum_the_round_fails() -> None:
+    with pytest.raises(FederationError, match=r"Round 1 has 3 usable updates, but needs 4; liar: w holds"):
+        federate(strategy("FedAvg"), [*toys(), Lying("liar", [0, 0, 0])])
+
+
+def test_a_strategy_that_gives_no_weights_fails_the_round() -> None:
+    with pytest.raises(FederationError, match="gave no weights for the 3 updates"):
+        federate(strategy("Bulyan", num_malicious_nodes=1), toys())
+
+
+def test_a_client_that_raises_is_counted_as_failed() -> None:
+    class Raising(ToyClient):
+        def __call__(self, message: Message) -> Message:
+            if message.metadata.message_type == "train":
+                raise RuntimeError("private text")
+            return super().__call__(message)
+
+    state = federate(strategy("FedAvg"), [*toys(), Raising("broken", [0, 0, 0])], min_clients=3)
+    assert state.history[0]["refused"] == {"broken": "its work failed; its own messages say why"}
