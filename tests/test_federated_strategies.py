@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message
+from toy_federation import ToyClient
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.agreement import Agreement
-from fedrag_cli.federated.client import AGREEMENT
 from fedrag_cli.federated.config import STRATEGIES
 from fedrag_cli.federated.federation import Federation
 from fedrag_cli.federated.local import LocalGrid
 from fedrag_cli.federated.rounds import RoundState
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
-from fedrag_cli.federated.weights import Weights, from_wire, to_wire
+from fedrag_cli.federated.weights import to_wire
 from fedrag_cli.registry import build, registry
 from fedrag_cli.runs.reporting import SilentReporter
 
@@ -27,29 +26,6 @@ COMMON = Agreement(1, "retriever", {"w": [3]}, {}, {})
 START = torch.tensor([1.0, 2.0, 3.0])
 STEPS = {"a": [1.0, 0.0, 0.0], "b": [0.0, 2.0, 0.0], "c": [0.0, 0.0, 4.0]}
 EXAMPLES = {"a": 1, "b": 2, "c": 5}
-
-
-class ToyClient:
-    """Answers a handshake, and trains by adding a fixed step."""
-
-    ended = False
-
-    def __init__(self, name: str, step: list[float], examples: int = 1, loss: float = 1.0) -> None:
-        self.name, self.step, self.examples, self.loss = name, torch.tensor(step), examples, loss
-        self.configs: list[dict[str, Any]] = []
-
-    def __call__(self, message: Message) -> Message:
-        config = dict(message.content.config_records["config"])
-        if message.metadata.message_type == "query":
-            from flwr.app import ConfigRecord
-
-            reply = ConfigRecord({AGREEMENT: COMMON.to_json(), "name": self.name})
-            return Message(RecordDict({"config": reply}), reply_to=message)
-        self.configs.append(config)
-        weights = from_wire(message.content.array_records["arrays"])
-        metrics = MetricRecord({"num-examples": self.examples, "loss": self.loss})
-        arrays = to_wire({"w": weights["w"] + self.step})
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
 def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options: Any) -> RoundState:
@@ -175,28 +151,19 @@ def test_the_same_seed_draws_the_same_clients() -> None:
     assert len({tuple(names) for names in first}) > 1
 
 
-class Lying(ToyClient):
-    """Sends what `lie` makes of an honest reply."""
-
-    lie: Callable[[Weights], Weights] = staticmethod(lambda weights: {"w": weights["w"] * float("nan")})
-
-    def __call__(self, message: Message) -> Message:
-        if message.metadata.message_type != "train":
-            return super().__call__(message)
-        weights = self.lie(from_wire(message.content.array_records["arrays"]))
-        metrics = MetricRecord({"num-examples": 1, "loss": 1.0})
-        return Message(RecordDict({"arrays": to_wire(weights), "metrics": metrics}), reply_to=message)
+def lying() -> ToyClient:
+    return ToyClient("liar", [0, 0, 0], change=lambda weights: {"w": weights["w"] * float("nan")})
 
 
 def test_a_refused_update_is_named_and_the_rest_go_on() -> None:
-    state = federate(strategy("FedAvg"), [*toys(), Lying("liar", [0, 0, 0])], min_clients=3)
+    state = federate(strategy("FedAvg"), [*toys(), lying()], min_clients=3)
     assert state.history[0]["refused"] == {"liar": "w holds values that are not finite"}
     assert moved(state) == pytest.approx([1 / 8, 4 / 8, 20 / 8], abs=1e-6)
 
 
 def test_below_the_quorum_the_round_fails() -> None:
     with pytest.raises(FederationError, match=r"Round 1 has 3 usable updates, but needs 4; liar: w holds"):
-        federate(strategy("FedAvg"), [*toys(), Lying("liar", [0, 0, 0])])
+        federate(strategy("FedAvg"), [*toys(), lying()])
 
 
 def test_a_strategy_that_gives_no_weights_fails_the_round() -> None:

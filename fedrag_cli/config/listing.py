@@ -44,7 +44,7 @@ def _field_docstrings(owner: type) -> dict[str, str]:
     except (OSError, TypeError, SyntaxError):
         return {}
     return {
-        field.target.id: inspect.cleandoc(text.value.value)
+        field.target.id: " ".join(text.value.value.split())
         for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)

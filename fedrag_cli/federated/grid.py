@@ -17,9 +17,10 @@ POLL_SECONDS = 0.05
 
 
 def quiet_flower() -> None:
-    """Keep Flower's own log off the screen; what matters is told by events."""
+    """Keep Flower's own log, and that of its HTTP client, off the screen; what matters is told by events."""
     # Flower sets its level when it is imported, so this comes after.
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    for name in ("flwr", "httpx", "uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

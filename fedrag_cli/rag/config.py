@@ -60,8 +60,9 @@ class CausalLMConfig:
     """Tokens, padding included, that are scored or generated at once."""
     dtype: DType = "auto"
     """Number format of the weights; auto takes bfloat16 on cuda where it is supported, and float32 elsewhere."""
-    precision: Literal["weights", "bfloat16"] = "weights"
-    """bfloat16 computes matrix products in bfloat16 (autocast), several times faster on processors that have it."""
+    precision: Literal["weights", "bfloat16", "fast"] = "weights"
+    """bfloat16 computes matrix products in bfloat16 (autocast); fast does so where the device has it in hardware, where
+    it is several times faster, and keeps the weights' own format elsewhere, where it would be many times slower."""
 
 
 @config_class

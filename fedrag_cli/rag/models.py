@@ -151,6 +151,16 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes matrix products in bfloat16 in hardware."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
 def choose_dtype(dtype: str, device: torch.device, *, small: bool) -> torch.dtype:
     """Return the number format of the weights.
 

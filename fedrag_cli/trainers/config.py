@@ -57,8 +57,9 @@ class TrainingConfig:
     """Decoupled weight decay."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 leaves them."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Mixed precision; auto takes bfloat16 on cuda where it is supported, and float32 elsewhere."""
+    precision: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto"
+    """Mixed precision; auto takes bfloat16 on cuda where it is supported, and float32 elsewhere; fast takes it also on
+    processors that have it in hardware."""
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
     save_every: Every = "epoch"

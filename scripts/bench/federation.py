@@ -132,8 +132,27 @@ def centralised(name: str, folders: dict[str, Path], clients: dict[str, Path], s
     return found
 
 
+def joined(caches: list[Path], server: Path) -> Path:
+    """Put the clients' likelihoods into one folder: those of the same question and passage are the same."""
+    target = server / "federation" / "cache"
+    target.mkdir(parents=True, exist_ok=True)
+    for cache in caches:
+        for file in cache.glob("*.jsonl"):
+            with (target / file.name).open("a", encoding="utf-8") as out:
+                out.write(file.read_text(encoding="utf-8"))
+    return target
+
+
 def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> dict[str, list[float]]:
-    """Train with the federation's settings and as many passes over the examples, and measure on all questions."""
+    """Train with the federation's settings and as many passes over the examples, and measure on all questions.
+
+    Args:
+        name: lsr or ralt.
+        data: Folder of the training data.
+        everything: Folder of all data, to measure on.
+        cache: Folder with likelihoods that are known already.
+        sites: Number of sites whose steps are taken together, where the config counts steps.
+    """
     from fedrag_cli.config import load_config
     from fedrag_cli.evaluation.evaluator import evaluate
     from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
@@ -146,8 +165,9 @@ def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> d
     side = "retriever" if name == "lsr" else "generator"
     config = load_config(config_file)
     trainer_config = getattr(config.trainer, side)
-    epochs = trainer_config.epochs * config.federated.rounds  # type: ignore[union-attr]
-    trainer_config = dataclasses.replace(trainer_config, epochs=epochs)
+    rounds = config.federated.rounds  # type: ignore[union-attr]
+    steps = trainer_config.max_steps * rounds * sites if trainer_config.max_steps else None
+    trainer_config = dataclasses.replace(trainer_config, epochs=trainer_config.epochs * rounds, max_steps=steps)
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **{side: trainer_config}))
     own = load_run_data(config)
     rag_system = build_rag_system(config, nodes=own.nodes)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from fedrag_cli.federated.fleet.state import FleetState
 
@@ -108,12 +108,15 @@ class SpeakerCheck(BaseHTTPMiddleware):
             return response
         node_id = _node_id(message)
         if node_id is not None and not state.is_session_of(node_id, session):
-            if isinstance(message, DeactivateNodeRequest):
-                return PlainTextResponse("", 200)
-            return PlainTextResponse(SUPERSEDED, 409)
+            return _refusal(409, SUPERSEDED)
         if isinstance(message, PushMessagesRequest) and not _speaks_for_itself(message):
-            return PlainTextResponse("A client may reply in its own name only", 403)
+            return _refusal(403, "A client may reply in its own name only")
         return await call_next(request)
+
+
+def _refusal(code: int, reason: str) -> Response:
+    # Flower lets errors through as JSON only.
+    return JSONResponse({"detail": reason}, code)
 
 
 def _node_id(message: Any) -> int | None:

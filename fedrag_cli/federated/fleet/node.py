@@ -6,7 +6,6 @@ HTTP client below them, and never asks for code.
 
 from __future__ import annotations
 
-import logging
 import ssl
 import threading
 import time
@@ -56,6 +55,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
 from fedrag_cli.federated.fleet.guard import SESSION_HEADER, SUPERSEDED
+from fedrag_cli.federated.grid import quiet_flower
 from fedrag_cli.runs.reporting import Reporter
 
 HEARTBEAT_SECONDS = 10.0
@@ -131,8 +131,7 @@ class FleetNode:
         register: bool = True,
     ) -> None:
         """Keep the settings; nothing is dialled yet."""
-        for name in ("flwr", "httpx", "httpcore"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        quiet_flower()
         self._server = server
         self._key = key
         self._public_key = public_key_to_bytes(key.public_key())

@@ -6,7 +6,6 @@ only the routes that clients need exist.
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 import time
@@ -39,7 +38,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.fleet.guard import RequestBounds, SpeakerCheck, check_routes
 from fedrag_cli.federated.fleet.state import FleetState
-from fedrag_cli.federated.grid import FederationGrid, Member
+from fedrag_cli.federated.grid import FederationGrid, Member, quiet_flower
 
 HEARTBEAT_SECONDS = 10.0
 START_SECONDS = 30.0
@@ -80,7 +79,7 @@ class FleetServer:
     ) -> None:
         """Prepare the state and the application."""
         check_routes()
-        _quiet()
+        quiet_flower()
         self._host, self._port = host, port
         self.state = FleetState(max_message_bytes, max_message_objects)
         for name, public_key in (allowed or {}).items():
@@ -226,9 +225,3 @@ class FleetGrid(FederationGrid):
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop messages whose replies are not wanted any more."""
         self._state.drop([message_id for message_id in message_ids if message_id])
-
-
-def _quiet() -> None:
-    """Keep the libraries' logs off the screen; what matters is told by events."""
-    for name in ("flwr", "uvicorn", "uvicorn.error", "httpx"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)

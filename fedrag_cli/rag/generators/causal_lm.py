@@ -20,6 +20,7 @@ from fedrag_cli.rag.models import (
     ModelLocation,
     choose_device,
     choose_dtype,
+    has_fast_bfloat16,
     locate_model,
     model_errors,
     require_vocabulary,
@@ -93,6 +94,13 @@ class CausalLMGenerator:
         """Where the model is."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """Whether matrix products are computed in bfloat16, whatever the weights' format is."""
+        if self.config.precision == "fast":
+            return has_fast_bfloat16(self.device)
+        return self.config.precision == "bfloat16"
 
     def with_model(self, model: Any) -> CausalLMGenerator:
         """Return a generator with the same tokenizer and settings around another model of the same kind."""
@@ -252,7 +260,7 @@ class CausalLMGenerator:
             self.model.train(was_training)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.computes_in_bfloat16)
 
     def save(self, directory: Path) -> None:
         """Write model (or adapter) and tokenizer, loadable by `from_pretrained`, weights as safetensors."""

@@ -168,5 +168,5 @@ class LikelihoodScorer:
     def _identity(self) -> str:
         # The keys hold the token ids themselves, so the prompt's settings need no mention here.
         config = self.generator.config
-        settings = [self.fingerprint, config.batch_tokens, config.precision]
+        settings = [self.fingerprint, config.batch_tokens, self.generator.computes_in_bfloat16]
         return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()

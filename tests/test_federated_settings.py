@@ -1,0 +1,199 @@
+"""Keys, addresses, sites, and the checks of a federation's config."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedrag_cli.cli.main import main
+from fedrag_cli.config import load_config
+from fedrag_cli.config.problems import InvalidConfigError
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.data.examples import Example
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.data.sites import corpus_by_owner, split_at_random, split_by_dirichlet, split_by_owner
+from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError
+from fedrag_cli.federated.endpoint import check_server_settings, client_authority, parse_address
+from fedrag_cli.federated.keys import (
+    load_allowed_keys,
+    load_or_make_key,
+    load_private_key,
+    write_authority,
+    write_node_key,
+    write_server_certificate,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "loopback"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1", 8080, True),
+        ("localhost:1", "localhost", 1, True),
+        ("[::1]:8080", "::1", 8080, True),
+        ("0.0.0.0:8080", "0.0.0.0", 8080, False),
+        ("fl.example.org:443", "fl.example.org", 443, False),
+    ],
+)
+def test_addresses(text: str, host: str, port: int, loopback: bool) -> None:
+    address = parse_address(text)
+    assert (address.host, address.port, address.is_loopback) == (host, port, loopback)
+    assert str(address) == text
+
+
+@pytest.mark.parametrize("text", ["", "8080", "host", ":8080", "host:", "host:x", "host:70000", "http://host:80"])
+def test_no_addresses(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no address"):
+        parse_address(text)
+
+
+def test_a_server_that_others_can_reach_needs_certificate_and_keys(tmp_path: Path) -> None:
+    outside, inside = parse_address("0.0.0.0:1"), parse_address("127.0.0.1:1")
+    assert check_server_settings(FederatedConfig(), inside, insecure=False) == (False, False)
+    assert check_server_settings(FederatedConfig(), outside, insecure=True) == (False, False)
+    with pytest.raises(ConfigError, match=r"lacks a TLS certificate .* and the public keys"):
+        check_server_settings(FederatedConfig(), outside, insecure=False)
+    write_authority(tmp_path)
+    key, certificate = write_server_certificate(tmp_path, ["localhost"])
+    protected = FederatedConfig(certificate=str(certificate), certificate_key=str(key), allowed_keys=str(tmp_path))
+    assert check_server_settings(protected, outside, insecure=False) == (True, True)
+    with pytest.raises(ConfigError, match="needs both"):
+        check_server_settings(FederatedConfig(certificate=str(certificate)), inside, insecure=False)
+    swapped = FederatedConfig(certificate=str(key), certificate_key=str(certificate))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        check_server_settings(swapped, inside, insecure=False)
+
+
+def test_how_a_client_trusts(tmp_path: Path) -> None:
+    _, authority = write_authority(tmp_path)
+    outside, inside = parse_address("example.org:1"), parse_address("127.0.0.1:1")
+    settings = FederatedConfig(ca_certificate=str(authority))
+    assert client_authority(FederatedConfig(), inside, insecure=False) == (False, None)
+    assert client_authority(FederatedConfig(), outside, insecure=False) == (True, None)
+    assert client_authority(settings, inside, insecure=False) == (True, authority.read_bytes())
+    assert client_authority(settings, outside, insecure=True) == (False, None)
+    for broken in (tmp_path / "none.crt", tmp_path / "ca.key"):
+        with pytest.raises(ConfigError, match="cannot be read as PEM"):
+            client_authority(FederatedConfig(ca_certificate=str(broken)), outside, insecure=False)
+
+
+def test_keys_are_private_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    assert main(["keys", "ca", "--dir", str(tmp_path), "--quiet"]) == 0
+    assert main(["keys", "server", "localhost", "10.0.0.1", "--dir", str(tmp_path), "--quiet"]) == 0
+    assert main(["keys", "node", "north", "--dir", str(tmp_path), "--quiet"]) == 0
+    for name in ("ca.key", "server.key", "north.key"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    before = (tmp_path / "north.key").read_bytes()
+    assert main(["keys", "node", "north", "--dir", str(tmp_path), "--quiet"]) == 2
+    assert main(["keys", "ca", "--dir", str(tmp_path), "--quiet"]) == 2
+    assert main(["keys", "node", "../up", "--dir", str(tmp_path), "--quiet"]) == 2
+    assert main(["keys", "server", "localhost", "--dir", str(tmp_path / "empty"), "--quiet"]) == 2
+    assert (tmp_path / "north.key").read_bytes() == before
+    assert set(load_allowed_keys(tmp_path)) == {"north"}
+
+
+def test_bad_keys_are_said_so(tmp_path: Path) -> None:
+    private, public = write_node_key(tmp_path, "north")
+    private.chmod(0o644)
+    with pytest.raises(ConnectionFailedError, match="Others may read"):
+        load_private_key(private)
+    with pytest.raises(ConnectionFailedError, match="cannot be read"):
+        load_private_key(tmp_path / "none.key")
+    public.chmod(0o600)
+    with pytest.raises(ConnectionFailedError, match="cannot be read"):
+        load_private_key(public)
+    (tmp_path / "again.pub").write_bytes(public.read_bytes())
+    with pytest.raises(ConfigError, match="are the same key"):
+        load_allowed_keys(tmp_path)
+    (tmp_path / "again.pub").write_text("ssh-rsa nonsense")
+    with pytest.raises(ConfigError, match="is no public key"):
+        load_allowed_keys(tmp_path)
+    with pytest.raises(ConfigError, match="holds no public key"):
+        load_allowed_keys(tmp_path / "none")
+    made = load_or_make_key(tmp_path / "own.key")
+    assert load_or_make_key(tmp_path / "own.key").private_numbers() == made.private_numbers()
+    assert (tmp_path / "own.key").stat().st_mode & 0o077 == 0
+
+
+EXAMPLES = [Example(str(n), f"q{n}", ("a",), (), {"site": n % 3, "topic": "ab"[n % 2]}) for n in range(30)]
+
+
+def test_owners_get_what_is_theirs() -> None:
+    found = split_by_owner(EXAMPLES, "site")
+    assert {owner: len(rows) for owner, rows in found.items()} == {"0": 10, "1": 10, "2": 10}
+    assert all(str(example.metadata["site"]) == owner for owner, rows in found.items() for example in rows)
+    nodes = [KnowledgeNode(str(n), "text", {"site": n % 2}) for n in range(4)]
+    corpus = corpus_by_owner(nodes, "site")
+    assert corpus is not None
+    assert [node.id for node in corpus["0"]] == ["0", "2"]
+    assert corpus_by_owner(nodes, "owner") is None
+    with pytest.raises(DataError, match="has no 'site'"):
+        split_by_owner([*EXAMPLES, Example("x", "q", ("a",))], "site")
+    with pytest.raises(DataError, match="The passage 'x' has no 'site'"):
+        corpus_by_owner([*nodes, KnowledgeNode("x", "text", {})], "site")
+
+
+def test_random_and_skewed_splits_lose_nothing_and_repeat() -> None:
+    dealt = split_at_random(EXAMPLES, 4, seed=1)
+    assert sorted(len(part) for part in dealt) == [7, 7, 8, 8]
+    assert sorted(int(e.id) for part in dealt for e in part) == list(range(30))
+    assert split_at_random(EXAMPLES, 4, seed=1) == dealt
+    assert split_at_random(EXAMPLES, 4, seed=2) != dealt
+
+    def skew(alpha: float) -> float:
+        parts = split_by_dirichlet(EXAMPLES, "topic", 3, alpha, seed=0)
+        assert sorted(int(e.id) for part in parts for e in part) == list(range(30))
+        assert all(parts)
+        shares = [sum(e.metadata["topic"] == "a" for e in part) / len(part) for part in parts]
+        return max(shares) - min(shares)
+
+    assert skew(0.1) > skew(1000.0)
+    assert split_by_dirichlet(EXAMPLES, "topic", 3, 0.1, 5) == split_by_dirichlet(EXAMPLES, "topic", 3, 0.1, 5)
+    with pytest.raises(DataError, match="cannot be split over 31 sites"):
+        split_by_dirichlet(EXAMPLES, "topic", 31, 0.5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("federated.strategy.type=FedAvgg", "federated.strategy.type: there is no type 'FedAvgg' (did you mean"),
+        ("federated.strategy={type: FedAvg, proximal_mu: 1}", "federated.strategy.proximal_mu: is no setting here"),
+        ("federated.strategy={type: FedTrimmedAvg, beta: 0.5}", "beta: must be less than 0.5"),
+        ("federated.strategy={type: FedAvgM, server_momentum: 1}", "server_momentum: must be less than 1"),
+        ("federated.strategy.fraction=0", "federated.strategy.fraction: must be greater than 0"),
+        (
+            "federated.strategy={type: Krum, num_malicious_nodes: 1}",
+            "min_clients: must be at least 5 for Krum",
+        ),
+        ("federated.strategy={type: Bulyan, num_malicious_nodes: 1}", "must be at least 7 for Bulyan"),
+        (
+            "federated.strategy={type: MultiKrum, num_nodes_to_select: 9}",
+            "must be at least 3 for MultiKrum",
+        ),
+        ("federated={strategy: {type: QFedAvg}, metrics: [steps]}", "must have loss in it for QFedAvg"),
+        ("federated.wait_for_clients=1", "federated.wait_for_clients: must not be below min_clients (2)"),
+        ("federated.metrics=[loss,texts]", "federated.metrics[1]: 'texts' is nothing that a client reports"),
+        ("federated.name=a b", "federated.name: 'a b' is no client name"),
+        ("federated.round=3", "federated.round: is no setting here (did you mean 'rounds'?)"),
+        ("federated.sites.by=owners", "federated.sites.by: 'owners' is not one of"),
+    ],
+)
+def test_what_is_wrong_with_a_federation_is_said(write_config: Callable[..., Path], override: str, words: str) -> None:
+    with pytest.raises(InvalidConfigError) as error:
+        load_config(write_config(), [override])
+    assert words in error.value.message
+
+
+def test_a_server_needs_no_data_but_others_do(write_config: Callable[..., Path]) -> None:
+    path = write_config()
+    text = path.read_text(encoding="utf-8")
+    bare = text[: text.index("dataset:")] + text[text.index("trainer:") :]
+    path.write_text(bare, encoding="utf-8")
+    with pytest.raises(InvalidConfigError, match="dataset: is required"):
+        load_config(path)
+    assert load_config(path, ["federated.rounds=1"]).dataset.corpus is None
+    assert main(["train", str(path), "federated.rounds=1", "--quiet"]) == 2
+    assert main(["join-fl", str(path), "federated.rounds=1", "--quiet"]) == 2
+    assert main(["simulate", str(path), "federated.rounds=1", "--clients", "2", "--quiet"]) == 2

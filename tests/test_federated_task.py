@@ -1,0 +1,215 @@
+"""The federated task around real (tiny) models: its work equals training, and uses its own data, model and options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from fedrag_cli.config import load_config
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError, FederationError, ModelError
+from fedrag_cli.federated.task import FLTask
+from fedrag_cli.federated.weights import Weights
+from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.trainer_managers.build import build_manager
+from fedrag_cli.trainer_managers.run_parts import load_run_data
+
+NEVER = {"every": "never"}
+SECTIONS = {
+    "retriever": {
+        "mode": "retriever",
+        "retriever": {"top_k": 4, "batch_size": 4, "learning_rate": 1e-3, "epochs": 1, "validation": NEVER},
+    },
+    "generator": {
+        "mode": "generator",
+        "generator": {"top_k": 2, "batch_size": 4, "learning_rate": 1e-2, "epochs": 1, "validation": NEVER},
+    },
+}
+
+
+def make_manager(write_config: Callable[..., Path], side: str, **settings: Any) -> Any:
+    trainer = {**SECTIONS[side], side: {**SECTIONS[side][side], **settings}}
+    config = load_config(write_config(trainer=trainer))
+    data = load_run_data(config)
+    rag_system = build_rag_system(config, nodes=data.nodes)
+    return build_manager(config, rag_system, train=data.train, validation=data.validation)
+
+
+def make_task(write_config: Callable[..., Path], side: str = "retriever", **settings: Any) -> FLTask:
+    task: FLTask = make_manager(write_config, side, **settings).get_federated_task()
+    return task
+
+
+def largest_difference(one: Weights, other: Weights) -> float:
+    assert set(one) == set(other)
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("side", ["retriever", "generator"])
+def test_one_round_equals_training(write_config: Callable[..., Path], side: str) -> None:
+    manager = make_manager(write_config, side)
+    manager.train()
+    trained = manager.trainers[side].trained_weights()
+    task = make_task(write_config, side)
+    start = task.weights()
+    result = task.fit(start, {"server-round": 1})
+    assert largest_difference(result.weights, trained) <= 1e-6
+    assert largest_difference(result.weights, start) > 1e-4
+    assert (result.examples, result.metrics["steps"]) == (
+        14,
+        len(task.trainer.train_examples) // 4 + 1 if side == "retriever" else 7,
+    )
+
+
+def test_every_round_draws_its_own_order(write_config: Callable[..., Path]) -> None:
+    task = make_task(write_config)
+    start = task.weights()
+    first = task.fit(start, {"server-round": 1}).weights
+    second = task.fit(start, {"server-round": 2}).weights
+    assert largest_difference(first, second) > 0
+    again = make_task(write_config).fit(start, {"server-round": 2}).weights
+    assert largest_difference(again, second) == 0
+
+
+def test_two_clients_train_on_their_own_data_and_report_its_loss(write_config: Callable[..., Path]) -> None:
+    task = make_task(write_config)
+    examples = task.trainer.train_examples
+    clients = [task.around(None, part, part) for part in (examples[:5], examples[5:])]
+    start = task.weights()
+    # The loss of the untouched weights on each client's own examples.
+    own = [client.evaluate(start).metrics["validation_loss"] for client in clients]
+    assert own[0] != own[1]
+    results = [client.fit(start, {"server-round": 1}) for client in clients]
+    assert [result.examples for result in results] == [5, 9]
+    assert largest_difference(results[0].weights, results[1].weights) > 1e-5
+    assert results[0].metrics["loss"] != results[1].metrics["loss"]
+    assert task.evaluate(start).examples == 4
+    for client, loss in zip(clients, own, strict=True):
+        assert client.evaluate(start).metrics["validation_loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_round_that_was_computed_is_not_computed_again(write_config: Callable[..., Path]) -> None:
+    task = make_task(write_config)
+    start = task.weights()
+    first = task.fit(start, {"server-round": 1})
+    assert task.fit(start, {"server-round": 1}) is first
+    assert task.fit(start, {"server-round": 1, "proximal-mu": 0.1}) is not first
+
+
+def test_the_proximal_term_keeps_a_client_near_the_global_weights(write_config: Callable[..., Path]) -> None:
+    def moved(mu: float) -> float:
+        task = make_task(write_config, optimizer="sgd", learning_rate=0.05, epochs=3, max_grad_norm=0.0)
+        start = task.weights()
+        trained = task.fit(start, {"server-round": 1, "proximal-mu": mu}).weights
+        return sum(float((trained[name] - start[name]).square().sum()) for name in start) ** 0.5
+
+    free, held = moved(0.0), moved(5.0)
+    assert 0 < held < 0.8 * free
+
+
+def test_likelihoods_are_computed_once_for_all_rounds(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    # Steps too small to change which passages are found.
+    manager = make_manager(write_config, "retriever", learning_rate=1e-6)
+    task = manager.get_federated_task(work_directory=tmp_path / "work")
+    start = task.weights()
+    task.evaluate(start)
+    task.fit(start, {"server-round": 1})
+    (cache,) = (tmp_path / "work" / "cache").glob("*.jsonl")
+    scored = cache.read_text(encoding="utf-8")
+    task.fit(start, {"server-round": 2})
+    assert cache.read_text(encoding="utf-8") == scored
+    assert not list((tmp_path / "work").glob("round-*"))
+
+
+def test_weights_that_do_not_fit_are_an_error(write_config: Callable[..., Path]) -> None:
+    task = make_task(write_config)
+    start = task.weights()
+    name = next(iter(start))
+    with pytest.raises(ModelError, match="is missing"):
+        task.fit({key: value for key, value in start.items() if key != name}, {})
+    with pytest.raises(ModelError, match="has the shape"):
+        task.evaluate({**start, name: torch.zeros(1)})
+    with pytest.raises(DataError, match="no training examples"):
+        task.around(None).fit(start, {})
+
+
+def test_alternating_is_refused_in_words(write_config: Callable[..., Path]) -> None:
+    config = load_config(write_config(trainer={"mode": "alternating"}))
+    data = load_run_data(config)
+    rag_system = build_rag_system(config, nodes=data.nodes)
+    manager = build_manager(config, rag_system, train=data.train, validation=data.validation)
+    with pytest.raises(ConfigError, match="A federation tunes one side"):
+        manager.get_federated_task()
+    manager.mode = "generator"
+    assert manager.get_federated_task().side == "generator"
+
+
+def test_clients_report_the_metrics_of_the_settings(write_config: Callable[..., Path]) -> None:
+    manager = make_manager(write_config, "retriever")
+    task = manager.get_federated_task(FederatedConfig(metrics=("loss", "validation_loss", "mrr")))
+    measured = task.evaluate(task.weights())
+    assert set(measured.metrics) == {"validation_loss", "mrr"}
+    assert 0 < measured.metrics["mrr"] <= 1
+
+
+def test_the_classic_client_trains_the_model_and_the_data_it_was_given(write_config: Callable[..., Path]) -> None:
+    from flwr.common import Code, EvaluateIns, FitIns, ndarrays_to_parameters, parameters_to_ndarrays
+
+    task = make_task(write_config)
+    examples = task.trainer.train_examples
+    import copy
+
+    model = copy.deepcopy(task.trainer.rag_system.retriever.query_encoder)
+    rows = {"query": [e.query for e in examples[:5]], "response": [e.response for e in examples[:5]]}
+    client = task.client(model, Dataset.from_dict(rows), Dataset.from_dict(rows))
+    server = task.server(task.trainer.rag_system.retriever.query_encoder)
+    parameters = server.strategy.initialize_parameters(None)  # type: ignore[arg-type]
+    assert parameters is not None
+    config = {"server-round": 1, "manifest": task.digest}
+    answer = client.fit(FitIns(parameters, dict(config)))
+    assert (answer.status.code, answer.num_examples) == (Code.OK, 5)
+    # The model that was handed over is the one that moved; the task's own did not.
+    moved = dict(model.named_parameters())
+    theirs = dict(task.trainer.rag_system.retriever.query_encoder.named_parameters())
+    assert any(not torch.equal(moved[name], theirs[name]) for name in moved)
+    expected = task.around(None, examples[:5]).fit(task.weights(), {"server-round": 1}).weights
+    names = sorted(expected)
+    for name, array in zip(names, parameters_to_ndarrays(answer.parameters), strict=True):
+        assert torch.allclose(torch.from_numpy(array.copy()), expected[name], atol=1e-6), name
+    measured = client.evaluate(EvaluateIns(parameters, dict(config)))
+    assert measured.num_examples == 5
+    assert measured.loss == pytest.approx(measured.metrics["validation_loss"])
+    with pytest.raises(ConnectionFailedError, match="other tensors"):
+        client.fit(FitIns(parameters, {"manifest": "another"}))
+    with pytest.raises(FederationError, match="tensors came over the classic API"):
+        client.fit(FitIns(ndarrays_to_parameters(parameters_to_ndarrays(parameters)[:-1]), {}))
+
+
+def test_both_encoders_and_another_generator_model(write_config: Callable[..., Path], models: dict[str, Path]) -> None:
+    import copy
+
+    both = make_task(write_config, train="both")
+    model = copy.deepcopy(both.trainer.rag_system.retriever.query_encoder)
+    own = both.around(model, both.trainer.train_examples)
+    start = own.weights()
+    assert largest_difference(own.fit(start, {"server-round": 1}).weights, start) > 1e-5
+    assert own.trainer.rag_system.retriever.is_shared
+    own.trainer.rag_system.require_matching_store()
+    both.trainer.rag_system.require_matching_store()
+    generator = make_task(write_config, "generator")
+    with pytest.raises(ModelError, match="is a SentenceTransformer, not a LlamaForCausalLM"):
+        both.around(generator.trainer.rag_system.require_generator().model.base_model.model)
+
+
+def test_client_app_and_server_app_are_flowers(write_config: Callable[..., Path]) -> None:
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+    task = make_task(write_config)
+    assert isinstance(task.client_app(), ClientApp)
+    assert isinstance(task.server_app(), ServerApp)

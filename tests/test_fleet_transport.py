@@ -1,0 +1,303 @@
+"""The transport over real sockets: who gets in, what is refused, and that no reply is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from toy_federation import ToyClient, common, federate, new_key, node, serving, start
+
+from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate
+from fedrag_cli.federated.fleet.state import limits_of
+from fedrag_cli.federated.keys import (
+    load_allowed_keys,
+    load_private_key,
+    write_authority,
+    write_node_key,
+    write_server_certificate,
+)
+
+pytestmark = pytest.mark.fl
+STEPS = ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    write_authority(folder)
+    write_server_certificate(folder, ["localhost", "127.0.0.1"])
+    for name in ("north", "south"):
+        write_node_key(folder, name)
+    return folder
+
+
+def certificate(keys: Path) -> ServerCertificate:
+    return ServerCertificate(keys / "server.crt", keys / "server.key")
+
+
+def test_rounds_over_the_wire_give_the_weighted_mean_and_everybody_gets_it() -> None:
+    clients = [ToyClient("a", STEPS[0], examples=1), ToyClient("b", STEPS[1], examples=3)]
+    with serving() as server:
+        state = federate(server, clients, rounds=3)
+    assert state.weights["w"].tolist() == pytest.approx([0.75, 4.5, 0.0])
+    for client in clients:
+        assert client.final is not None
+        assert torch.equal(client.final["w"], state.weights["w"])
+
+
+def test_large_tensors_cross_in_many_pieces() -> None:
+    size = 4_000_000
+    clients = [ToyClient(name, [0.5] * size, agreement=common(size)) for name in ("a", "b")]
+    max_bytes, max_objects = limits_of([4 * size])
+    with serving(max_message_bytes=max_bytes, max_message_objects=max_objects) as server:
+        state = federate(server, clients, rounds=1)
+    assert float(state.weights["w"].sum()) == size / 2
+
+
+def test_liars_are_refused_by_name_and_the_rest_go_on() -> None:
+    honest = [ToyClient("a", STEPS[0]), ToyClient("b", STEPS[1])]
+    liars = {
+        "nan": lambda weights: {"w": weights["w"] * float("nan")},
+        "shape": lambda weights: {"w": torch.zeros(4)},
+        "missing": lambda weights: {"v": weights["w"]},
+        "huge": lambda weights: {"w": weights["w"] + 1e9},
+        "surplus": lambda weights: {**weights, "x": torch.zeros(1)},
+        "endless": lambda weights: {"w": torch.zeros(3_000_000)},
+    }
+    clients = [*honest, *(ToyClient(name, [0, 0, 0], change=change) for name, change in liars.items())]
+    max_bytes, max_objects = limits_of([12])
+    with serving(max_message_bytes=max_bytes, max_message_objects=max_objects) as server:
+        state = federate(
+            server, clients, rounds=2, min_clients=2, wait_for_clients=8, max_update_norm=1e6, round_timeout=10.0
+        )
+    assert state.weights["w"].tolist() == pytest.approx([1.0, 2.0, 0.0])
+    for row in state.history:
+        assert row["clients"] == ["a", "b"]
+        assert set(row["refused"]) == set(liars)
+        assert "not finite" in row["refused"]["nan"]
+        assert "shape (4,), not (3,)" in row["refused"]["shape"]
+        assert "w is missing" in row["refused"]["missing"]
+        assert "above the bound" in row["refused"]["huge"]
+        assert "not agreed on" in row["refused"]["surplus"]
+        assert "did not answer" in row["refused"]["endless"]
+
+
+def test_another_number_format_is_refused() -> None:
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+    class Doubles(ToyClient):
+        def __call__(self, message: Message) -> Message:
+            reply = super().__call__(message)
+            if message.metadata.message_type == "train":
+                arrays = ArrayRecord({"w": Array(np.zeros(3))})
+                reply.content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
+            return reply
+
+    clients = [ToyClient("a", STEPS[0]), Doubles("doubles", [0, 0, 0])]
+    with serving() as server:
+        state = federate(server, clients, rounds=1, min_clients=1, wait_for_clients=2)
+    assert state.history[0]["refused"] == {"doubles": "w is float64, not float32"}
+
+
+def test_80_rounds_of_identical_replies_in_three_processes_at_once() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("toy_federation.py")), "80", "4"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(3)]
+    for process in running:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert json.loads(output) == {"w": [80.0, 40.0, 20.0], "answered": [4] * 80}
+
+
+def test_only_the_routes_of_clients_exist() -> None:
+    with serving() as server:
+        base = f"http://127.0.0.1:{server.address[1]}"
+        for path in (
+            "/", "/docs", "/openapi.json", "/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/acquire-task",
+            "/v1/runtime/push-object", "/v1/fleet/get-fab", "/v1/fleet/get-run", "/v1/fleet/unregister-node", "/health",
+        ):  # fmt: skip
+            assert httpx.post(base + path).status_code == 404, path
+            assert httpx.get(base + path).status_code == 404, path
+        assert httpx.get(base + "/v1/fleet/pull-messages").status_code == 404
+
+
+def test_requests_are_bounded_and_signed() -> None:
+    with serving() as server:
+        base = f"http://127.0.0.1:{server.address[1]}/v1/fleet/"
+        media = {"content-type": "application/x-protobuf"}
+
+        def endless() -> object:
+            for _ in range(40):
+                yield b"\0" * 2**20
+
+        assert httpx.post(base + "push-object", content=b"\0" * (17 * 2**20), headers=media).status_code == 413
+        assert httpx.post(base + "push-object", content=endless(), headers=media).status_code == 413  # type: ignore[arg-type]
+        unsigned = RegisterNodeFleetRequest(public_key=b"key").SerializeToString()
+        assert httpx.post(base + "register-node", content=unsigned, headers=media).status_code in (401, 415)
+        assert httpx.post(base + "register-node", content=b"\xff\xff", headers=media).status_code in (
+            400,
+            401,
+            415,
+            422,
+        )
+        assert server.state.members() == []
+
+
+def test_a_port_scan_and_garbage_disturb_nobody() -> None:
+    clients = [ToyClient("a", STEPS[0]), ToyClient("b", STEPS[1])]
+    with serving() as server:
+        where = ("127.0.0.1", server.address[1])
+        stop = threading.Event()
+
+        def disturb() -> None:
+            while not stop.wait(0.01):
+                for data in (
+                    b"",
+                    b"\x00" * 4096,
+                    b"GET / HTTP/1.1\r\n\r\n",
+                    b"\x16\x03\x01\x02\x00\x01",
+                    os.urandom(2048),
+                ):
+                    with socket.create_connection(where, 2) as probe:
+                        probe.sendall(data)
+
+        noise = threading.Thread(target=disturb, daemon=True)
+        noise.start()
+        state = federate(server, clients, rounds=10)
+        stop.set()
+        noise.join(5)
+    assert state.weights["w"].tolist() == pytest.approx([5.0, 10.0, 0.0])
+
+
+def test_an_open_connection_that_says_nothing_does_not_block(keys: Path) -> None:
+    clients = [ToyClient("a", STEPS[0])]
+    with serving() as server:
+        silent = [socket.create_connection(("127.0.0.1", server.address[1])) for _ in range(50)]
+        state = federate(server, clients, rounds=2)
+        for connection in silent:
+            connection.close()
+    assert state.weights["w"].tolist() == [2.0, 0.0, 0.0]
+
+
+def test_allowed_keys_have_the_names_of_their_files_and_others_stay_out(keys: Path) -> None:
+    allowed = load_allowed_keys(keys)
+    assert set(allowed) == {"north", "south"}
+    with serving(allowed=allowed, certificate=certificate(keys)) as server:
+        options = {"tls": True, "ca": (keys / "ca.crt").read_bytes(), "address": f"localhost:{server.address[1]}"}
+        clients = [ToyClient("i am south", STEPS[0]), ToyClient("", STEPS[1])]
+        ends = [node(server, load_private_key(keys / f"{name}.key"), **dict(options)) for name in ("north", "south")]
+        with pytest.raises(ConnectionFailedError, match="does not know this client's key"):
+            node(server, **dict(options)).check()
+        start(dict(zip(ends, clients, strict=True)))
+        deadline = time.monotonic() + 20
+        while len(server.state.members()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert {member.name for member in server.state.members()} == {"north", "south"}
+        for client in clients:
+            client.ended = True
+
+
+def test_a_wrong_authority_and_a_wrong_host_are_not_trusted(keys: Path, tmp_path: Path) -> None:
+    write_authority(tmp_path)
+    with serving(certificate=certificate(keys)) as server:
+        where = f"localhost:{server.address[1]}"
+        with pytest.raises(ConnectionFailedError, match="is not trusted") as error:
+            node(server, tls=True, ca=(tmp_path / "ca.crt").read_bytes(), address=where).check()
+        assert error.value.exit_code == 4
+        assert "ca_certificate" in error.value.hint
+        with pytest.raises(ConnectionFailedError, match="is not trusted"):
+            node(server, tls=True, address=where).check()
+        assert node(server, tls=True, ca=(keys / "ca.crt").read_bytes(), address=where).check()
+
+
+def test_plain_clients_at_a_tls_server_and_the_other_way_round(keys: Path) -> None:
+    with serving(certificate=certificate(keys)) as server, pytest.raises(ConnectionFailedError, match="plain requests"):
+        node(server).check()
+    with serving() as server, pytest.raises(ConnectionFailedError, match="speaks no TLS"):
+        node(server, tls=True, ca=(keys / "ca.crt").read_bytes()).check()
+
+
+def test_nobody_at_the_address_is_no_error_yet() -> None:
+    with serving() as server:
+        absent = node(server, address="127.0.0.1:9")
+    assert not absent.check()
+
+
+def test_a_second_process_with_the_same_key_supersedes_the_first(keys: Path) -> None:
+    failures: list[Exception] = []
+    key = new_key()
+
+    def run(client: ToyClient) -> None:
+        try:
+            node(server, key).run(client)
+        except ConnectionFailedError as error:
+            failures.append(error)
+
+    with serving() as server:
+        first, second = ToyClient("first", STEPS[0]), ToyClient("second", STEPS[1])
+        threads = [threading.Thread(target=run, args=(client,), daemon=True) for client in (first, second)]
+        threads[0].start()
+        while not server.state.members():
+            time.sleep(0.02)
+        threads[1].start()
+        threads[0].join(20)
+        assert not threads[0].is_alive()
+        second.ended = True
+        threads[1].join(20)
+    assert "Another process has joined with this client's key" in str(failures[0])
+    assert len(failures) == 1
+
+
+def test_a_client_may_not_reply_for_another() -> None:
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import Message as MessageProto
+    from flwr.proto.message_pb2 import Metadata, ObjectTree
+    from flwr.proto.node_pb2 import Node
+
+    with serving() as server:
+        end = node(server)
+        with end._connect() as end._client:
+            end._activate()
+            forged = PushMessagesRequest(
+                node=Node(node_id=end._node.node_id),
+                messages_list=[MessageProto(metadata=Metadata(src_node_id=end._node.node_id + 1))],
+                message_object_trees=[ObjectTree()],
+            )
+            with pytest.raises(httpx.HTTPStatusError) as refusal:
+                end._client.PushMessages(forged)
+            assert refusal.value.response.status_code == 403
+            end._lost.set()
+
+
+def test_another_keys_signature_does_not_open_a_node() -> None:
+    with serving() as server:
+        one, other = node(server), node(server)
+        with one._connect() as one._client:
+            one._activate()
+            request = ActivateNodeRequest(
+                public_key=public_key_to_bytes(other._key.public_key()), heartbeat_interval=10
+            )
+            with pytest.raises(httpx.HTTPStatusError) as refusal:
+                one._client.ActivateNode(request)
+            assert refusal.value.response.status_code == 401
+            one._lost.set()
+
+
+def test_a_port_that_is_taken_is_said_so() -> None:
+    with serving() as server:
+        taken = FleetServer("127.0.0.1", server.address[1])
+        with pytest.raises(ConnectionFailedError, match=r"Cannot listen on 127\.0\.0\.1:\d+: Address already in use"):
+            taken.__enter__()

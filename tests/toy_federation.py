@@ -1,0 +1,135 @@
+"""Clients that train by adding a fixed step, and a federation of them over the real transport, in one process.
+
+Run as a program it is one stress run: `python toy_federation.py ROUNDS CLIENTS`, and prints the sum that came out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.federated.agreement import Agreement
+from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
+from fedrag_cli.federated.config import FedAvgConfig
+from fedrag_cli.federated.federation import Federation
+from fedrag_cli.federated.fleet.node import FleetNode, ServerAddress
+from fedrag_cli.federated.fleet.server import FleetServer
+from fedrag_cli.federated.keys import PrivateKey
+from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.weights import Weights, from_wire, to_wire
+from fedrag_cli.registry import build
+from fedrag_cli.runs.reporting import SilentReporter
+
+SHAPE = [3]
+
+
+def new_key() -> PrivateKey:
+    """Return a fresh node key."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+class ToyClient:
+    """Answers a handshake, and trains by adding a fixed step; `change` may spoil what is sent."""
+
+    def __init__(
+        self,
+        name: str,
+        step: list[float],
+        examples: int = 1,
+        loss: float = 1.0,
+        change: Callable[[Weights], Weights] = lambda weights: weights,
+        agreement: Agreement | None = None,
+    ) -> None:
+        self.name, self.step, self.examples, self.loss = name, torch.tensor(step), examples, loss
+        self.change, self.agreement = change, agreement or common()
+        self.configs: list[dict[str, Any]] = []
+        self.final: Weights | None = None
+        self.ended = False
+
+    def __call__(self, message: Message) -> Message:
+        config = dict(message.content.config_records["config"])
+        if message.metadata.message_type == "query":
+            self.ended = config[ACTION] == STOP
+            reply = ConfigRecord({AGREEMENT: self.agreement.to_json(), NAME: self.name})
+            return Message(RecordDict({"config": reply}), reply_to=message)
+        weights = from_wire(message.content.array_records["arrays"])
+        metrics = MetricRecord({"num-examples": self.examples, "loss": self.loss})
+        if config.get(FINAL):
+            self.final, self.ended = weights, True
+            return Message(RecordDict({"metrics": metrics}), reply_to=message)
+        self.configs.append(config)
+        arrays = to_wire(self.change({"w": weights["w"] + self.step}))
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def common(size: int = 3) -> Agreement:
+    """Return what toy clients and their server have in common."""
+    return Agreement(1, "retriever", {"w": [size]}, {}, {})
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[FleetServer]:
+    """Serve on a free port of the loopback address."""
+    with FleetServer("127.0.0.1", 0, **options) as server:
+        yield server
+
+
+def node(server: FleetServer, key: PrivateKey | None = None, **options: Any) -> FleetNode:
+    """Return a client's end for a server; options of `ServerAddress` and `FleetNode`."""
+    address = ServerAddress(
+        options.pop("address", f"127.0.0.1:{server.address[1]}"), options.pop("tls", False), options.pop("ca", None)
+    )
+    return FleetNode(address, key or new_key(), SilentReporter(), connect_timeout=20.0, **options)
+
+
+def start(nodes: dict[FleetNode, ToyClient]) -> list[threading.Thread]:
+    """Run clients in threads."""
+    threads = [threading.Thread(target=end.run, args=(client,), daemon=True) for end, client in nodes.items()]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def federate(server: FleetServer, clients: list[ToyClient], rounds: int, **settings: Any) -> RoundState:
+    """Run a federation of FedAvg with clients in threads, starting from zeros."""
+    size = clients[0].agreement.manifest["w"][0]
+    settings = {"min_clients": len(clients), "rejoin_timeout": 5.0, "gather_timeout": 60.0, **settings}
+    config = FederatedConfig(rounds=rounds, strategy=FedAvgConfig(), **settings)
+    threads = start({node(server): client for client in clients})
+    assert server.grid is not None
+    federation = Federation(
+        server.grid,
+        common(size),
+        config,
+        build("strategy", config.strategy, min_clients=config.min_clients, learning_rate=1.0),
+        seed=0,
+        reporter=SilentReporter(),
+    )
+    state = federation.run(RoundState(0, {"w": torch.zeros(size)}))
+    for thread in threads:
+        thread.join(20)
+    return state
+
+
+def main() -> None:
+    """Run one stress run: identical replies of all clients, every round."""
+    rounds, count = int(sys.argv[1]), int(sys.argv[2])
+    clients = [ToyClient(f"c{number}", [1.0, 0.5, 0.25]) for number in range(count)]
+    with serving() as server:
+        state = federate(server, clients, rounds)
+    answered = [len(row["clients"]) for row in state.history]
+    print(json.dumps({"w": state.weights["w"].tolist(), "answered": answered}))
+
+
+if __name__ == "__main__":
+    main()
