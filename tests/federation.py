@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +148,13 @@ class Federation:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
         with (self.folder / f"{name}.json").open("wb") as out, (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                [*FEDRAG, *arguments, "--json"], stdout=out, stderr=log, cwd=self.folder, env=environment
+                [*FEDRAG, *arguments, "--json"],
+                stdout=out,
+                stderr=log,
+                cwd=self.folder,
+                env=environment,
+                # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+                preexec_fn=_take_interrupts,
             )
         started = Process(process, self.folder, name)
         self.processes.append(started)
@@ -190,11 +195,8 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
-def run_all(federation: Federation, code: int = 0, **names: Callable[[], Process]) -> None:
-    """Start processes and wait for all of them."""
-    started = [start() for start in names.values()]
-    for process in started:
-        process.finish(code)
+def _take_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _merged(old: dict[str, Any], new: Any) -> Any:

@@ -139,7 +139,7 @@ def test_other_models_and_other_settings_are_refused_in_words(
     assert "another passage encoder model" in other_model.log
     other_settings.finish(4)
     assert "trainer.retriever.lm_temperature is 0.5, but the server has 0.1" in other_settings.log
-    assert "batch_size" not in other_settings.log
+    assert "retriever.batch_size" not in other_settings.log
     summary = server.finish()
     fitting.finish()
     assert "Client site1 is refused: another passage encoder model" in server.log

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,11 +48,14 @@ def test_every_command_names_a_config_that_is_valid(tmp_path: Path, monkeypatch:
     copy_configs(tmp_path)
     monkeypatch.chdir(tmp_path)
     commands = fedrag_commands()
-    assert {command[0] for command in commands} == {"train", "query", "init", "validate", "evaluate"}
+    assert {command[0] for command in commands} == {
+        "train", "query", "init", "validate", "evaluate",
+        "keys", "serve-fl", "join-fl", "simulate", "export-flower-app",
+    }  # fmt: skip
     for command in commands:
-        if any(argument.startswith("configs/") for argument in command):
+        for config in [argument for argument in command if argument.startswith("configs/")]:
             overrides = [argument for argument in command[2:] if "=" in argument]
-            assert main(["validate", command[1], *overrides]) == 0, command
+            assert main(["validate", config, *overrides]) == 0, command
 
 
 def test_the_commands_that_need_no_models_run(
@@ -72,9 +76,78 @@ def test_the_exit_codes_are_those_of_the_program() -> None:
     from fedrag_cli import errors
 
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
-    assert documented == {
-        errors.EXIT_DONE, errors.EXIT_FAILED, errors.EXIT_USAGE, errors.EXIT_DATA, errors.EXIT_INTERRUPTED,
-    }  # fmt: skip
+    assert documented == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+
+
+def test_the_strategies_are_those_of_the_registry() -> None:
+    from fedrag_cli.registry import registry
+
+    listed = README.split("`federated.strategy.type` takes ")[1].split(";")[0]
+    assert set(re.split(r", | and ", listed)) == set(registry().of_kind("strategy"))
+
+
+@pytest.mark.fl
+def test_two_machines_federate_as_printed(tmp_path: Path, models: dict[str, Path]) -> None:
+    """The how-to's commands in its folders, with tiny models, on the loopback address."""
+    section = README.split("### Two machines")[1].split("**Firewall**")[0]
+    made, site, serve, join = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    small = [
+        f"rag_system.retriever.model={models['retriever']}", f"rag_system.generator.model={models['generator']}",
+        "dataset.train.limit=6", "dataset.validation.limit=4", "evaluation.limit=4", "federated.rounds=1",
+    ]  # fmt: skip
+
+    def local(line: str) -> list[str]:
+        line = line.replace("0.0.0.0:8080", f"127.0.0.1:{port}").replace("fl.example.org:8080", f"localhost:{port}")
+        return [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "fedrag_cli",
+            *shlex.split(line.replace("fl.example.org", "localhost"))[1:],
+        ]
+
+    def run_lines(block: str, folder: Path) -> Path:
+        for line in block.strip().splitlines():
+            if line.startswith("cd "):
+                folder = folder / line.removeprefix("cd ")
+            else:
+                _run(local(line), folder)
+        return folder
+
+    server = run_lines(made, tmp_path)
+    sites = {name: run_lines(site.replace("north", name), tmp_path) for name in ("north", "south")}
+    (server / "clients").mkdir()
+    for name, folder in sites.items():
+        shutil.copy(folder / "keys" / f"{name}.pub", server / "clients")
+        shutil.copy(server / "keys" / "ca.crt", folder / "keys")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(line: str, folder: Path) -> subprocess.Popen[str]:
+        command = [*local(line.strip()), *small, "--json"]
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    running = [start(serve, server), *(start(join.replace("north", name), folder) for name, folder in sites.items())]
+    for process in running:
+        output, messages = process.communicate(timeout=300)
+        assert process.returncode == 0, messages
+        summary = json.loads(output)
+    assert summary["role"] == "client"
+    assert summary["differences"]
+    assert "(TLS, allowed keys); 1 rounds, at least 2 clients" in _log_of(server)
+
+
+def _log_of(folder: Path) -> str:
+    (log,) = folder.glob("runs/*/*/metrics.jsonl")
+    listening = next(json.loads(line) for line in log.read_text().splitlines() if '"listening"' in line)
+    from fedrag_cli.cli.federation_view import federation_line
+
+    return federation_line("listening", listening)
 
 
 def test_the_sources_are_those_of_the_registry() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -12,8 +12,22 @@ from fedrag_cli.config.checks import require_generator, tuned_sides
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.evaluator import Evaluation
+from fedrag_cli.federated.federation import EvaluateGlobal, Federation
+from fedrag_cli.federated.grid import FederationGrid
+from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
+from fedrag_cli.federated.task import FLTask
+from fedrag_cli.federated.weights import Weights
+from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
+from fedrag_cli.registry import build
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
-from fedrag_cli.trainer_managers.run_parts import differences_of, tuned_models
+from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.trainer_managers.run_parts import (
+    RunData,
+    chosen_metrics,
+    differences_of,
+    evaluate_once,
+    tuned_models,
+)
 
 
 def settings_of(config: Config) -> FederatedConfig:
@@ -51,6 +65,83 @@ def create_run(source: ConfigSource, command: Sequence[str], **federation: Any) 
     )
     run.update_manifest(federation=federation)
     return run
+
+
+def run_federation(
+    run: RunDirectory,
+    config: Config,
+    data: RunData | None,
+    grid: FederationGrid,
+    task: FLTask,
+    rag_system: RAGSystem,
+    settings: FederatedConfig,
+    reporter: Reporter,
+) -> RoundState:
+    """Run the rounds that are left, saving each, and leave the final weights in the model.
+
+    Args:
+        run: The run directory; its newest finished round is where the federation goes on.
+        config: The run's config.
+        data: What the global model is measured on; None where there is nothing.
+        grid: The transport.
+        task: Gives the initial weights and what must agree, and takes the final weights.
+        rag_system: The RAG system that is measured; it shares its models with the task.
+        settings: The federation's settings.
+        reporter: Shows what happens.
+
+    Returns:
+        The state after the last round.
+    """
+    strategy = build(
+        "strategy",
+        settings.strategy,
+        min_clients=settings.min_clients,
+        learning_rate=task.trainer.config.learning_rate,
+    )
+    federation = Federation(
+        grid,
+        task.agreement,
+        settings,
+        strategy,
+        seed=config.run.seed,
+        reporter=reporter,
+        save_round=lambda reached: save_round(run.checkpoints, reached),
+        evaluate_global=_evaluation_of(run, config, data, task, rag_system, settings, reporter),
+    )
+    state = federation.run(load_newest_round(run.checkpoints) or RoundState(0, task.weights()))
+    task.load(state.weights)
+    refresh_stale_store(rag_system)
+    return state
+
+
+def stored_evaluation(run: RunDirectory, stage: str) -> Evaluation | None:
+    """Return an evaluation of the run, or None where there was none."""
+    known = run.read_json_if_there(f"evaluation/{stage}.json")
+    return Evaluation.from_dict(known) if known is not None else None
+
+
+def _evaluation_of(
+    run: RunDirectory,
+    config: Config,
+    data: RunData | None,
+    task: FLTask,
+    rag_system: RAGSystem,
+    settings: FederatedConfig,
+    reporter: Reporter,
+) -> EvaluateGlobal:
+    """Return a function that measures global weights: the first, the last, and those of every so many rounds."""
+
+    def measure(number: int, weights: Weights) -> Mapping[str, Any] | None:
+        last = number == settings.rounds
+        if data is None or data.split is None or (not last and number % settings.evaluate_every):
+            return None
+        task.load(weights)
+        refresh_stale_store(rag_system)
+        stage = "before" if number == 0 else "after" if last else f"round-{number}"
+        found = evaluate_once(run, stage, config, data, rag_system, chosen_metrics(config, data), reporter)
+        return {"examples": found.n, "metrics": found.means()} if found is not None else None
+
+    return measure
 
 
 def federation_summary(

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FedRAGError
-from fedrag_cli.evaluation.evaluator import Evaluation
 from fedrag_cli.federated.endpoint import Address, check_server_settings, parse_address
-from fedrag_cli.federated.federation import EvaluateGlobal, Federation
 from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_allowed_keys
-from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
+from fedrag_cli.federated.rounds import load_newest_round
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.federated.weights import Weights
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
-from fedrag_cli.registry import build
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
@@ -29,13 +25,13 @@ from fedrag_cli.trainer_managers.federated_parts import (
     create_run,
     federation_summary,
     require_federation,
+    run_federation,
     settings_of,
+    stored_evaluation,
 )
 from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
-    chosen_metrics,
-    evaluate_once,
     load_run_data,
     model_fingerprints,
     recorded_end,
@@ -126,7 +122,7 @@ def _see_through(
         rag_system = task.trainer.rag_system
         if run.manifest().get("fingerprints") is None:
             run.update_manifest(fingerprints=model_fingerprints(rag_system))
-        state = load_newest_round(run.checkpoints) or RoundState(0, task.weights())
+        done = load_newest_round(run.checkpoints)
         with _server(settings, where, task, insecure=insecure) as server:
             assert server.grid is not None
             port = server.address[1]
@@ -137,26 +133,10 @@ def _see_through(
                 tls=settings.certificate is not None and not insecure,
                 keys=settings.allowed_keys is not None,
                 rounds=settings.rounds,
-                done=state.number,
+                done=done.number if done is not None else 0,
                 min_clients=settings.min_clients,
             )
-            federation = Federation(
-                server.grid,
-                task.agreement,
-                settings,
-                build(
-                    "strategy",
-                    settings.strategy,
-                    min_clients=settings.min_clients,
-                    learning_rate=task.trainer.config.learning_rate,
-                ),
-                seed=config.run.seed,
-                reporter=reporter,
-                save_round=lambda reached: save_round(run.checkpoints, reached),
-                evaluate_global=_evaluation_of(run, config, data, task, reporter),
-            )
-            state = federation.run(state)
-        task.load(state.weights)
+            state = run_federation(run, config, data, server.grid, task, rag_system, settings, reporter)
         save_models(run, rag_system, config)
         summary = federation_summary(
             run,
@@ -164,8 +144,8 @@ def _see_through(
             role=SERVER,
             counts=data.counts() if data is not None else {},
             split=data.split if data is not None else None,
-            before=_stored(run, "before"),
-            after=_stored(run, "after"),
+            before=stored_evaluation(run, "before"),
+            after=stored_evaluation(run, "after"),
             rounds=state.history,
             evaluations=state.evaluations,
             seconds=time.monotonic() - started,
@@ -189,27 +169,3 @@ def _server(settings: FederatedConfig, where: Address, task: FLTask, *, insecure
         max_message_bytes=max_bytes,
         max_message_objects=max_objects,
     )
-
-
-def _evaluation_of(
-    run: RunDirectory, config: Config, data: RunData | None, task: FLTask, reporter: Reporter
-) -> EvaluateGlobal:
-    """Return a function that measures global weights on the server's own data."""
-    settings = task.settings
-
-    def measure(number: int, weights: Weights) -> Mapping[str, Any] | None:
-        last = number == settings.rounds
-        if data is None or data.split is None or (not last and number % settings.evaluate_every):
-            return None
-        task.load(weights)
-        stage = "before" if number == 0 else "after" if last else f"round-{number}"
-        metrics = chosen_metrics(config, data)
-        found = evaluate_once(run, stage, config, data, task.trainer.rag_system, metrics, reporter)
-        return {"examples": found.n, "metrics": found.means()} if found is not None else None
-
-    return measure
-
-
-def _stored(run: RunDirectory, stage: str) -> Evaluation | None:
-    known = run.read_json_if_there(f"evaluation/{stage}.json")
-    return Evaluation.from_dict(known) if known is not None else None

@@ -20,14 +20,10 @@ from fedrag_cli.data.sites import (
 )
 from fedrag_cli.errors import ConfigError, FedRAGError
 from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.federation import EvaluateGlobal, Federation
 from fedrag_cli.federated.local import LocalGrid
-from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.federated.weights import Weights
 from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
-from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
-from fedrag_cli.registry import build
+from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
@@ -36,14 +32,15 @@ from fedrag_cli.trainer_managers.federated_parts import (
     create_run,
     federation_summary,
     require_federation,
+    run_federation,
     settings_of,
+    stored_evaluation,
 )
 from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
     chosen_metrics,
     data_fingerprints,
-    evaluate_once,
     load_run_data,
     model_fingerprints,
     recorded_end,
@@ -184,33 +181,12 @@ def _see_through(
         if run.manifest().get("fingerprints") is None:
             run.update_manifest(fingerprints=data_fingerprints(data) | model_fingerprints(rag_system))
         reporter.event("started", mode=config.trainer.mode, clients=len(sites), **data.counts())
-        metrics = chosen_metrics(config, data)
-        before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
         handlers = {
             name: ClientHandler(_task_of(run, config, data, site, rag_system, name, reporter), name)
             for name, site in sites.items()
         }
         task = next(iter(handlers.values())).task
-        state = load_newest_round(run.checkpoints) or RoundState(0, task.weights())
-        federation = Federation(
-            LocalGrid(handlers, reporter),
-            task.agreement,
-            settings,
-            build(
-                "strategy",
-                settings.strategy,
-                min_clients=settings.min_clients,
-                learning_rate=task.trainer.config.learning_rate,
-            ),
-            seed=config.run.seed,
-            reporter=reporter,
-            save_round=lambda reached: save_round(run.checkpoints, reached),
-            evaluate_global=_evaluation_of(run, config, data, task, rag_system, reporter),
-        )
-        state = federation.run(state)
-        task.load(state.weights)
-        refresh_stale_store(rag_system)
-        after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
+        state = run_federation(run, config, data, LocalGrid(handlers, reporter), task, rag_system, settings, reporter)
         save_models(run, rag_system, config)
         summary = federation_summary(
             run,
@@ -218,8 +194,8 @@ def _see_through(
             role=SIMULATION,
             counts=data.counts() | {name: len(site.train) for name, site in sites.items()},
             split=data.split,
-            before=before,
-            after=after,
+            before=stored_evaluation(run, "before"),
+            after=stored_evaluation(run, "after"),
             rounds=state.history,
             evaluations=state.evaluations,
             seconds=time.monotonic() - started,
@@ -237,21 +213,3 @@ def _task_of(
         own.knowledge_store = build_knowledge_store(rag_system.retriever, site.nodes, reporter)
     manager = build_manager(config, own, train=site.train, validation=site.validation, reporter=reporter)
     return manager.get_federated_task(work_directory=run.path / "federation" / name)
-
-
-def _evaluation_of(
-    run: RunDirectory, config: Config, data: RunData, task: FLTask, rag_system: RAGSystem, reporter: Reporter
-) -> EvaluateGlobal:
-    settings = settings_of(config)
-
-    def measure(number: int, weights: Weights) -> Mapping[str, Any] | None:
-        last = number == settings.rounds
-        if data.split is None or (number and not last and number % settings.evaluate_every):
-            return None
-        task.load(weights)
-        refresh_stale_store(rag_system)
-        stage = "before" if number == 0 else "after" if last else f"round-{number}"
-        found = evaluate_once(run, stage, config, data, rag_system, chosen_metrics(config, data), reporter)
-        return {"examples": found.n, "metrics": found.means()} if found is not None else None
-
-    return measure

@@ -1,0 +1,119 @@
+"""What goes over the wire, captured between client and server: tuned tensors, counts, listed metrics, nothing else."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import data_rows
+from federation import Federation, events
+
+pytestmark = pytest.mark.fl
+
+
+class Tap:
+    """Forwards connections to a port, and keeps what passes in both directions."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.seen, self._lock = target, bytearray(), threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                with self._lock:
+                    self.seen += data
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def federation(tmp_path: Path, models: dict[str, Path]) -> Iterator[Federation]:
+    made = Federation(tmp_path / "federation", models, federated={"metrics": ["loss"]})
+    yield made
+    made.stop()
+
+
+def private_texts(folder: Path) -> set[str]:
+    """Return what must not leave a client: its texts, ids and paths, and the words that only they have."""
+    rows = data_rows()
+    texts = {row["text"] for row in rows["corpus"]} | {row["id"] for row in rows["corpus"]}
+    for split in ("train", "validation"):
+        for row in rows[split]:
+            texts |= {row["query"], *([row["response"]] if isinstance(row["response"], str) else row["response"])}
+    return texts | {str(folder), "jsonl", "site0.yaml", "relevant_ids"}
+
+
+def test_texts_ids_and_paths_stay_at_home(federation: Federation) -> None:
+    server = federation.serve()
+    server.wait_for("Listening on")
+    tap = Tap(federation.port)
+    clients = [federation.join(site, port=tap.port) for site in range(2)]
+    summary = server.finish()
+    for client in clients:
+        client.finish()
+    tap.close()
+    seen = bytes(tap.seen)
+    updates = events(Path(summary["run_dir"]), "client_update")
+    # All tensors passed here: the check below looked at the real traffic.
+    assert len(seen) > sum(event["bytes_received"] + event["bytes_sent"] for event in updates)
+    assert b"query_encoder" in seen
+    for text in private_texts(federation.folder):
+        assert text.encode() not in seen, text
+    # Of the metrics only the listed one.
+    assert b"num-examples" in seen
+    assert b"loss" in seen
+    for name in (b"validation_loss", b"seconds", b"steps", b"mrr"):
+        assert name not in seen.replace(b"validation.", b""), name
+    assert all(set(event["metrics"]) <= {"loss", "validation-examples"} for event in updates)
+
+
+def test_with_tls_nothing_can_be_read(tmp_path: Path, models: dict[str, Path]) -> None:
+    from fedrag_cli.federated.keys import write_authority, write_node_key, write_server_certificate
+
+    keys = tmp_path / "keys"
+    write_authority(keys)
+    write_server_certificate(keys, ["localhost"])
+    for site in range(2):
+        write_node_key(keys, f"site{site}")
+    protection = {
+        "certificate": str(keys / "server.crt"),
+        "certificate_key": str(keys / "server.key"),
+        "allowed_keys": str(keys),
+        "rounds": 1,
+    }
+    federation = Federation(tmp_path / "federation", models, federated=protection)
+    try:
+        server = federation.serve()
+        server.wait_for("Listening on")
+        tap = Tap(federation.port)
+        own = [[f"federated.key={keys}/site{site}.key", f"federated.ca_certificate={keys}/ca.crt"] for site in range(2)]
+        clients = [federation.join(site, *own[site], host="localhost", port=tap.port) for site in range(2)]
+        summary = server.finish()
+        for client in clients:
+            client.finish()
+        tap.close()
+    finally:
+        federation.stop()
+    assert "(TLS, allowed keys)" in server.log
+    assert summary["rounds"][0]["clients"] == ["site0", "site1"]
+    for readable in (b"query_encoder", b"num-examples", b"fleet", b"HTTP/1.1"):
+        assert readable not in bytes(tap.seen)
