@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -13,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from federation import Federation, free_port
+from safetensors.torch import load_file
 
 from fedrag_cli.cli.main import main
 
@@ -146,4 +147,10 @@ def test_the_exported_app_runs_on_a_stock_superlink(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
         log.close()
-    assert "Received 2 results and 0 failures" in re.sub(r"\x1b\[[0-9;]*m", "", (tmp_path / "flower.log").read_text())
+    # Both nodes trained and evaluated; the query encoder moved and the passage encoder did not.
+    assert (tmp_path / "flower.log").read_text(encoding="utf-8").count("Sent successfully") >= 4
+    encoders = {file.parent.name: load_file(file) for file in output.glob("**/model.safetensors")}
+    (base,) = (load_file(file) for file in models["retriever"].glob("**/model.safetensors"))
+    assert len(encoders) == 2
+    moved = {name: any(not torch.equal(tensors[key], base[key]) for key in base) for name, tensors in encoders.items()}
+    assert {name.startswith("query"): value for name, value in moved.items()} == {True: True, False: False}

@@ -1,0 +1,107 @@
+"""`fedrag simulate` through the command line: deterministic, split as asked, resumable, and with honest reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import assert_same_weights, events, tuned_weights
+
+from fedrag_cli.cli.main import main
+
+TRAINER = {
+    "mode": "retriever",
+    "retriever": {"top_k": 4, "batch_size": 4, "learning_rate": 1e-3, "epochs": 1, "validation": {"every": "never"}},
+    "generator": {"top_k": 2, "batch_size": 4, "learning_rate": 1e-2, "max_steps": 2, "validation": {"every": "never"}},
+}
+
+
+@pytest.fixture
+def simulate(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Return a function that simulates, and returns the run directory and the summary."""
+
+    def run(*arguments: str, folder: str = "a", code: int = 0, **sections: Any) -> tuple[Path, dict[str, Any]]:
+        config = write_config(folder, trainer=TRAINER, federated={"rounds": 2}, **sections)
+        capsys.readouterr()
+        assert main(["simulate", str(config), *arguments, "--json", "--quiet"]) == code
+        document = json.loads(capsys.readouterr().out)
+        return Path(document.get("run_dir", "")), document
+
+    return run
+
+
+def test_owners_are_the_clients_and_the_same_seed_gives_the_same_weights(simulate: Callable[..., Any]) -> None:
+    run, summary = simulate()
+    assert [row["clients"] for row in summary["rounds"]] == [["site-0", "site-1"]] * 2
+    assert summary["rounds"][0]["examples"] == 14
+    assert {item["metric"] for item in summary["differences"]} >= {"mrr"}
+    assert_same_weights(simulate(folder="b")[0], run)
+    other = simulate("run.seed=7", folder="c")[0]
+    changed = tuned_weights(other)
+    assert any(not torch.equal(changed[name], tensor) for name, tensor in tuned_weights(run).items())
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "rounds: 2" in card
+    assert "![federation](plots/federation.png)" in card
+
+
+def test_random_and_skewed_splits(simulate: Callable[..., Any]) -> None:
+    _, summary = simulate("--clients", "3", "federated.sites.by=random")
+    assert summary["rounds"][0]["clients"] == ["client-1", "client-2", "client-3"]
+    assert sorted(summary["data"][f"client-{n}"] for n in (1, 2, 3)) == [4, 5, 5]
+    _, skewed = simulate("--clients", "2", "federated.sites={by: dirichlet, alpha: 0.2}", folder="b")
+    assert sum(skewed["data"][f"client-{n}"] for n in (1, 2)) == 14
+    _, wrong = simulate("--clients", "3", folder="c", code=2)
+    assert "names 2 owners (0, 1), not 3" in wrong["error"]["message"]
+    _, missing = simulate("federated.sites.by=random", folder="d", code=2)
+    assert missing["error"]["hint"] == "Say --clients N."
+    _, quorum = simulate("--clients", "1", "federated.sites.by=random", folder="e", code=2)
+    assert "fewer than federated.min_clients" in quorum["error"]["message"]
+
+
+def test_a_simulation_goes_on_after_its_newest_round(simulate: Callable[..., Any], capsys: Any) -> None:
+    whole, _ = simulate()
+    run, _ = simulate(folder="b")
+    # As if it had been killed in the second round.
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    (run / "summary.json").unlink()
+    (run / "evaluation" / "after.json").unlink()
+    import shutil
+
+    shutil.rmtree(run / "checkpoints" / "round-0002")
+    shutil.rmtree(run / "retriever")
+    assert main(["resume", str(run), "--json", "--quiet"]) == 0
+    assert [row["round"] for row in json.loads(capsys.readouterr().out)["rounds"]] == [1, 2]
+    assert_same_weights(run, whole)
+
+
+def test_the_generator_and_fedprox(simulate: Callable[..., Any]) -> None:
+    run, summary = simulate(
+        "trainer.mode=generator", "federated.strategy={type: FedProx, proximal_mu: 0.1}", "evaluation.limit=2"
+    )
+    assert (run / "generator" / "adapter_config.json").exists()
+    assert summary["rounds"][1]["loss"] is not None
+    updates = events(run, "client_update")
+    assert {event["client"] for event in updates} == {"site-0", "site-1"}
+    assert all(event["norm"] > 0 for event in updates)
+
+
+def test_both_encoders_move_and_every_store_follows(simulate: Callable[..., Any]) -> None:
+    _, summary = simulate("trainer.retriever.train=both")
+    assert len(summary["rounds"]) == 2
+
+
+def test_a_federation_of_failing_clients_ends_with_5(simulate: Callable[..., Any]) -> None:
+    _, document = simulate("trainer.retriever.learning_rate=1e30", "trainer.retriever.max_grad_norm=0", code=5)
+    assert "Round 1 has 0 usable updates" in document["error"]["message"]
+
+
+def test_alternating_is_refused(simulate: Callable[..., Any]) -> None:
+    _, document = simulate("trainer.mode=alternating", code=2)
+    assert "A federation tunes one side" in document["error"]["message"]
