@@ -26,10 +26,10 @@ def command(
 
         run = RunDirectory.open(run_dir)
         source = load_config_with_source(run.config_file)
-        from fedrag_cli.trainer_managers.resuming import resume_run
-
         federated = run.federation_role() is not None
-        with current.federation_reporter(live=federated) as reporter:
+        with current.federation_reporter(live=run.federation_role() in ("server", "simulation")) as reporter:
+            from fedrag_cli.trainer_managers.resuming import resume_run
+
             summary = resume_run(run, source, reporter)
         current.result(
             summary,

@@ -36,9 +36,9 @@ def command(
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.trainer_managers.serving import start_serving
-
         with current.federation_reporter() as reporter:
+            from fedrag_cli.trainer_managers.serving import start_serving
+
             summary = start_serving(
                 source, address, insecure=insecure, command=["fedrag", *sys.argv[1:]], reporter=reporter
             )

@@ -64,6 +64,8 @@ class Session:
             return
         from fedrag_cli.cli.federation_view import LiveFederationReporter
 
+        # The libraries' own bars would break the table; they read this when they are imported.
+        os.environ.update(NO_BARS)
         with LiveFederationReporter(self.renderer.console) as reporter:
             yield reporter
 

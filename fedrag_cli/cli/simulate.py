@@ -29,8 +29,8 @@ def command(
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.trainer_managers.simulation import start_simulation
-
         with current.federation_reporter() as reporter:
+            from fedrag_cli.trainer_managers.simulation import start_simulation
+
             summary = start_simulation(source, clients, command=["fedrag", *sys.argv[1:]], reporter=reporter)
         current.result(summary, lambda renderer: renderer.federation_summary(summary))

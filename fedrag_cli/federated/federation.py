@@ -287,6 +287,7 @@ class Federation:
             except RefusedUpdateError as refusal:
                 on_failure(name, str(refusal))
                 return
+            self.roster.dismiss(name)
             self._reporter.event("client_final", client=name, received=True, reason="")
 
         def on_failure(name: str, reason: str) -> None:

@@ -13,7 +13,7 @@ from fedrag_cli.federated.client import ACTION, AGREEMENT, HANDSHAKE, NAME
 from fedrag_cli.federated.grid import FederationGrid, Member
 from fedrag_cli.runs.reporting import Reporter
 
-Status = Literal["ready", "refused", "offline"]
+Status = Literal["ready", "refused", "offline", "dismissed"]
 LONGEST_NAME = 64
 
 
@@ -25,7 +25,7 @@ class Participant:
         name: Its name.
         node_id: Where messages to it go.
         activation: Which of its connections the handshake was on.
-        status: ready, refused (it does not fit) or offline.
+        status: ready, refused (it does not fit), offline, or dismissed (it has the final weights).
         reason: Why it was refused, in words.
     """
 
@@ -89,6 +89,10 @@ class Roster:
         """Return the clients of a status, by name."""
         found = [participant for participant in self._participants.values() if participant.status == status]
         return sorted(found, key=lambda participant: participant.name)
+
+    def dismiss(self, name: str) -> None:
+        """Note that a client has all that it came for, so that its leaving is no news."""
+        self._participants[name].status = "dismissed"
 
     def name_of(self, node_id: int) -> str:
         """Return the name of the client that messages to a node reach."""

@@ -60,6 +60,10 @@ class RunSummary(TypedDict):
     """Fingerprints of the same data, and of the models."""
     split: NotRequired[str | None]
     """The split that the differences were measured on."""
+    role: NotRequired[str]
+    """Which part of a federation the run was: server, client or simulation."""
+    rounds: NotRequired[Sequence[Mapping[str, Any]]]
+    """What happened in each round of a federation."""
     differences: NotRequired[Sequence[Mapping[str, Any]]]
     """The metrics before and after, as `MetricDifference.to_dict` gives them."""
     loss: NotRequired[float | None]
@@ -94,6 +98,7 @@ def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
         _head(summary),
         _tuned(summary["tuned"]),
         _results(summary),
+        _federation(summary),
         _plots(summary.get("plots") or ()),
         _loading(summary["tuned"]),
         _data(summary["data"], summary.get("fingerprints") or {}),
@@ -155,6 +160,26 @@ def _results(summary: Mapping[str, Any]) -> str:
         "Both were measured on the same n questions; the interval is that of a paired bootstrap over them. "
         "A verdict needs an interval without 0. It speaks for questions like these, and for this one run."
     )
+
+
+def _federation(summary: Mapping[str, Any]) -> str:
+    rounds = summary.get("rounds") or ()
+    if not rounds:
+        return ""
+    rows = []
+    for row in rounds:
+        loss = row.get("loss")
+        clients = ", ".join(row["clients"]) if "clients" in row else "this one"
+        refused = "; ".join(f"{name}: {reason}" for name, reason in row.get("refused", {}).items())
+        cells = [str(row["round"]), clients, refused, str(row["examples"])]
+        rows.append([*cells, f"{loss:.4f}" if loss is not None else ""])
+    table = _table(["Round", "Clients", "Refused", "Examples", "Loss"], rows, numbers=(0, 3, 4))
+    parts = {
+        "server": "This is the global model, as the server of a federation keeps it.",
+        "client": "This is the global model, as a client of a federation keeps it; the loss is its own.",
+        "simulation": "This is the global model of a federation that was simulated in one process.",
+    }
+    return f"## Federation\n\n{parts.get(summary.get('role', ''), '')}\n\n{table}"
 
 
 def _plots(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.schema import FederatedConfig
-from fedrag_cli.errors import FedRAGError
+from fedrag_cli.errors import ConfigError, FedRAGError
 from fedrag_cli.federated.endpoint import Address, check_server_settings, parse_address
 from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate
 from fedrag_cli.federated.fleet.state import limits_of
@@ -66,6 +66,11 @@ def start_serving(
     where = parse_address(address)
     check_server_settings(settings_of(config), where, insecure=insecure)
     evaluates = "evaluation" in source.tree.tree
+    if evaluates and config.dataset.corpus is None:
+        raise ConfigError(
+            "The config has an evaluation section, so the server measures the global model, but no dataset.corpus.",
+            "Add corpus and test data, or remove the evaluation section.",
+        )
     data = load_run_data(config) if evaluates else None
     run = create_run(source, command, role=SERVER, side=side, address=address, insecure=insecure, evaluates=evaluates)
     reporter.note(f"Run directory: {run.path}")
