@@ -80,6 +80,9 @@ def test_an_update_that_passes() -> None:
         (None, {"num-examples": 1.5}, "no whole number"),
         (None, {"loss": float("nan")}, "its loss is not finite"),
         (None, {"loss": [1.0, 2.0]}, "its loss is not finite"),
+        (None, {"loss": 1e308}, "its loss is not finite"),
+        (None, {"validation-examples": 1e308}, "validation examples is no whole number"),
+        (None, {"validation-examples": -1}, "validation examples is no whole number"),
     ],
 )
 def test_updates_that_are_refused(arrays: dict[str, Any] | None, metrics: dict[str, Any], reason: str) -> None:
@@ -93,6 +96,7 @@ def test_updates_that_are_refused(arrays: dict[str, Any] | None, metrics: dict[s
     [
         (b"garbage", "a cannot be read"),
         (b"", "a cannot be read"),
+        (b"PK\x03\x04" + b"\0" * 60, "a cannot be read"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999999,), }", "a cannot be"),
     ],
 )
@@ -152,6 +156,11 @@ def test_an_agreement_survives_the_wire_and_garbage_does_not() -> None:
     ):
         with pytest.raises(ConnectionFailedError, match="handshake cannot be read"):
             Agreement.from_json(text)
+    values = json.loads(AGREEMENT.to_json())
+    with pytest.raises(ConnectionFailedError):
+        Agreement.from_json(json.dumps({**values, "manifest": {"a": [float("inf")]}}))
+    long = Agreement.from_json(json.dumps({**values, "side": "x" * 10_000, "settings": {"k" * 10_000: "v" * 10_000}}))
+    assert len(" ".join(differences(AGREEMENT, long))) < 500
 
 
 def test_the_base_fingerprint_ignores_number_format_and_adapters(models: dict[str, Path]) -> None:
@@ -188,6 +197,20 @@ def test_rounds_are_saved_whole_and_the_newest_two_are_kept(tmp_path: Path) -> N
     with pytest.raises(ModelError, match="cannot be read") as error:
         load_newest_round(tmp_path)
     assert "round-0003" in error.value.message
+
+
+def test_a_small_reply_that_would_become_huge_is_seen_before_it_does() -> None:
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    from fedrag_cli.federated.fleet.state import expanded_bytes
+
+    record = ArrayRecord({"w": Array(np.zeros(4_000_000, np.float32))})
+    contents = {key: value.deflate() for key, value in get_all_nested_objects(record).items()}
+    # Zeros are one piece that occurs three times, and a last shorter one.
+    assert sum(map(len, contents.values())) < 12_000_000
+    assert 16_000_000 <= expanded_bytes(contents) < 16_001_000
+    with pytest.raises((KeyError, ValueError)):
+        expanded_bytes({"x": b"garbage"})
 
 
 def test_to_arrays_is_ordered_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -180,3 +181,47 @@ def test_a_client_that_raises_is_counted_as_failed() -> None:
 
     state = federate(strategy("FedAvg"), [*toys(), Raising("broken", [0, 0, 0])], min_clients=3)
     assert state.history[0]["refused"] == {"broken": "its work failed; its own messages say why"}
+
+
+def test_a_server_that_died_while_handing_out_does_so_when_it_is_resumed() -> None:
+    clients = toys()
+    done = federate(strategy("FedAvg"), clients, rounds=2)
+    again = toys()
+    resumed = federate(strategy("FedAvg"), again, rounds=2, state=done)
+    assert resumed.number == 2
+    assert all(client.final is not None and torch.equal(client.final["w"], done.weights["w"]) for client in again)
+    assert not any(client.configs for client in again)
+
+
+def test_a_key_that_comes_back_under_another_name_is_one_client() -> None:
+    from fedrag_cli.federated.grid import Member
+    from fedrag_cli.federated.roster import Roster
+
+    client = ToyClient("first", [0, 0, 0])
+    grid = LocalGrid({"x": client})  # type: ignore[dict-item]
+    roster = Roster(grid, COMMON, SilentReporter())
+    roster.refresh()
+    assert [participant.name for participant in roster.ready()] == ["x"]
+    member = Member(2, "", "abcdef123456", 2)
+    grid.members = lambda: [member]  # type: ignore[method-assign]
+    roster.refresh()
+    assert [participant.name for participant in roster.ready()] == ["first"]
+    client.name = "second"
+    member = Member(2, "", "abcdef123456", 3)
+    roster.refresh()
+    assert [participant.name for participant in roster.ready()] == ["second"]
+    assert roster.find("first") is None
+
+
+def test_reasons_with_brackets_do_not_break_the_table() -> None:
+    from rich.console import Console
+
+    from fedrag_cli.cli.federation_view import Board
+
+    board = Board()
+    board.apply("client", {"client": "[bold]", "status": "refused", "reason": 'template is "[/INST]"'})
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(board.render())
+    shown = console.export_text()
+    assert "[/INST]" in shown
+    assert "[bold]" in shown

@@ -178,7 +178,7 @@ class Board:
         )  # fmt: skip
         for name, row in sorted(self.clients.items()):
             table.add_row(
-                name,
+                Text(name),
                 Text(row.status, style=STATUS_STYLES.get(row.status, "")),
                 str(row.round or ""),
                 str(row.examples or ""),
@@ -187,7 +187,7 @@ class Board:
                 megabytes(row.sent) if row.sent else "",
                 megabytes(row.received) if row.received else "",
                 str(row.refusals or ""),
-                row.reason,
+                Text(row.reason),
             )
         return table
 

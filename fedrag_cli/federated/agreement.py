@@ -66,15 +66,16 @@ class Agreement:
         """
         try:
             values = json.loads(text)
-            agreement = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
-            manifest = {str(name): [int(size) for size in shape] for name, shape in agreement.manifest.items()}
-            settings, models = dict(agreement.settings), dict(agreement.models)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # Every part is brought to its type: what the other side sends may be anything.
+            manifest = {str(name): [int(size) for size in shape] for name, shape in values["manifest"].items()}
+            models = {str(name): str(value) for name, value in values["models"].items()}
+            settings = {str(name): value for name, value in values["settings"].items()}
+            return cls(int(values["protocol"]), str(values["side"])[:20], manifest, models, settings)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ConnectionFailedError(
                 f"The other side's handshake cannot be read ({type(error).__name__}).",
                 "Use the same version of fedrag everywhere.",
             ) from error
-        return dataclasses.replace(agreement, manifest=manifest, settings=settings, models=models)
 
 
 def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agreement:
@@ -99,9 +100,9 @@ def differences(server: Agreement, client: Agreement) -> list[str]:
         return [f"protocol {client.protocol}, but the server speaks {server.protocol} (use the same version of fedrag)"]
     if client.side != server.side:
         return [f"tunes the {client.side}, but the server the {server.side} (trainer.mode)"]
-    found = [f"another {name} model" for name in _unequal(server.models, client.models)]
+    found = [f"another {name[:40]} model" for name in _unequal(server.models, client.models)]
     found += [
-        f"{key} is {_show(client.settings, key)}, but the server has {_show(server.settings, key)}"
+        f"{key[:80]} is {_show(client.settings, key)}, but the server has {_show(server.settings, key)}"
         for key in _unequal(server.settings, client.settings)
     ]
     tensors = _unequal(server.manifest, client.manifest)
@@ -109,7 +110,7 @@ def differences(server: Agreement, client: Agreement) -> list[str]:
         name = tensors[0]
         more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
         found.append(
-            f"trained tensor {name} is {_shape(client.manifest, name)}, but on the server "
+            f"trained tensor {name[:120]} is {_shape(client.manifest, name)}, but on the server "
             f"{_shape(server.manifest, name)}{more}"
         )
     rest = len(found) - MOST_DIFFERENCES
@@ -194,4 +195,4 @@ def _show(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _shape(manifest: Manifest, name: str) -> str:
-    return f"of shape {tuple(manifest[name])}" if name in manifest else "missing"
+    return f"of shape {tuple(manifest[name][:8])}" if name in manifest else "missing"

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from flwr.client import NumPyClient
-from flwr.common import Scalar, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import EvaluateRes, Scalar, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import Server, SimpleClientManager
+from flwr.server.client_proxy import ClientProxy
 from flwr.server.history import History
 from flwr.server.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
@@ -110,6 +111,22 @@ def named_weights(task: FLTask, parameters: Sequence[NDArray[Any]]) -> Weights:
     return {name: torch.from_numpy(array.copy()) for name, array in zip(manifest, parameters, strict=True)}
 
 
+class MeasuredFedAvg(FedAvg):
+    """FedAvg that leaves clients without validation examples out of the evaluation."""
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Average what was measured; nothing where no client has measured anything."""
+        measured = [(client, result) for client, result in results if result.num_examples]
+        if not measured:
+            return None, {}
+        return super().aggregate_evaluate(server_round, measured, failures)
+
+
 def _fedavg(task: FLTask) -> FedAvg:
     def config(server_round: int) -> dict[str, Scalar]:
         return {"server-round": server_round, MANIFEST: task.digest}
@@ -119,7 +136,7 @@ def _fedavg(task: FLTask) -> FedAvg:
         return {name: _weighted(results, name) for name in names}
 
     clients = task.settings.min_clients
-    return FedAvg(
+    return MeasuredFedAvg(
         min_fit_clients=clients,
         min_evaluate_clients=clients,
         min_available_clients=clients,

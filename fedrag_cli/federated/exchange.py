@@ -11,6 +11,9 @@ from flwr.app import Message, RecordDict
 from fedrag_cli.federated.grid import POLL_SECONDS, FederationGrid
 from fedrag_cli.federated.roster import Participant, Roster
 
+# Beyond the time that clients have, so that time is up by our clock and not by Flower's.
+SPARE_SECONDS = 600.0
+
 OnReply = Callable[[str, Message, float], None]
 OnFailure = Callable[[str, str], None]
 
@@ -23,6 +26,7 @@ class _Outstanding:
     node_id: int
     activation: int
     sent: float
+    ttl: float
     gone_since: float | None = None
 
 
@@ -56,7 +60,8 @@ class Exchange:
         """
         end = time.monotonic() + timeout
         for message in messages:
-            self._send(self._roster.name_of(message.metadata.dst_node_id), message)
+            message.metadata.ttl = timeout + SPARE_SECONDS
+            self._send(self._roster.participant_at(message.metadata.dst_node_id), message)
         while self._outstanding:
             if self._collect(on_reply, on_failure):
                 continue
@@ -69,12 +74,12 @@ class Exchange:
                     self._look_after(name, on_failure)
                 time.sleep(POLL_SECONDS)
 
-    def _send(self, name: str, message: Message) -> None:
-        participant, sent = self._roster.get(name), time.monotonic()
-        kind, content = message.metadata.message_type, message.content
+    def _send(self, participant: Participant, message: Message) -> None:
+        kind, content, ttl = message.metadata.message_type, message.content, message.metadata.ttl
+        sent = time.monotonic()
         (message_id,) = self._grid.push_messages([message])
-        self._outstanding[name] = _Outstanding(
-            content, kind, message_id, participant.node_id, participant.activation, sent
+        self._outstanding[participant.name] = _Outstanding(
+            content, kind, message_id, participant.node_id, participant.activation, sent, ttl
         )
 
     def _collect(self, on_reply: OnReply, on_failure: OnFailure) -> bool:
@@ -91,18 +96,22 @@ class Exchange:
         return bool(replies)
 
     def _look_after(self, name: str, on_failure: OnFailure) -> None:
-        participant, item = self._roster.get(name), self._outstanding[name]
-        if participant.status == "refused":
+        participant, item = self._roster.find(name), self._outstanding[name]
+        if participant is None:
+            self._give_up(name, "it has joined again under another name", on_failure)
+        elif participant.status == "refused":
             self._give_up(name, participant.reason, on_failure)
-        elif participant.status == "offline":
+        elif participant.status in ("offline", "given up"):
             item.gone_since = item.gone_since or time.monotonic()
             if time.monotonic() - item.gone_since > self._rejoin_timeout:
+                self._roster.give_up(name)
                 self._give_up(name, f"it went away and did not come back within {self._rejoin_timeout:g} s", on_failure)
         else:
             item.gone_since = None
             if self._was_restarted(participant, item):
                 self._grid.forget([item.message_id])
-                self._send(name, Message(item.content, participant.node_id, item.message_type))
+                again = Message(item.content, participant.node_id, item.message_type, ttl=item.ttl)
+                self._send(participant, again)
 
     def _was_restarted(self, participant: Participant, item: _Outstanding) -> bool:
         return (participant.node_id, participant.activation) != (item.node_id, item.activation)

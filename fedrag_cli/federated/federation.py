@@ -86,6 +86,7 @@ class Federation:
         self._reporter = reporter
         self._save_round = save_round
         self._evaluate_global = evaluate_global
+        self._has_gathered = False
         self.roster = Roster(grid, agreement, reporter)
 
     def run(self, state: RoundState) -> RoundState:
@@ -117,13 +118,13 @@ class Federation:
 
     def _run_round(self, state: RoundState) -> None:
         number, started = state.number + 1, time.monotonic()
-        chosen = self._gather(first=not state.history)
+        chosen = self._gather()
         record = to_wire(state.weights)
         config = ConfigRecord({ROUNDS: self._settings.rounds, EVALUATE_FIRST: True})
         with _seeded(f"{self._seed}-{number}"):
             grid = ChosenNodes(self._grid, chosen)
             messages = list(self._strategy.configure_train(number, record, config, grid))
-        names = sorted(self.roster.name_of(message.metadata.dst_node_id) for message in messages)
+        names = sorted(self.roster.participant_at(message.metadata.dst_node_id).name for message in messages)
         sent = record_bytes(record)
         self._reporter.event("round_started", round=number, rounds=self._settings.rounds, clients=names, bytes=sent)
         came = self._train(number, messages, state.weights, sent)
@@ -153,6 +154,8 @@ class Federation:
                     metrics=self._settings.metrics,
                     max_norm=self._settings.max_update_norm,
                 )
+                if update.metrics.get("loss", 0.0) < 0:
+                    raise RefusedUpdateError("its loss is negative")
             except RefusedUpdateError as refusal:
                 on_failure(name, str(refusal))
                 return
@@ -181,10 +184,14 @@ class Federation:
     def _exchange(self, messages: list[Message], timeout: float, on_reply: Any, on_failure: Any) -> None:
         Exchange(self._grid, self.roster, self._settings.rejoin_timeout).run(messages, timeout, on_reply, on_failure)
 
-    def _gather(self, *, first: bool) -> list[int]:
+    def _gather(self) -> list[int]:
         """Wait for enough clients and return where messages to them go, in the order of their names."""
         quorum = self._settings.min_clients
-        wanted = max(quorum, self._settings.wait_for_clients or quorum) if first else quorum
+        # A server that was restarted meets its clients for the first time again.
+        wanted = quorum if self._has_gathered else max(quorum, self._settings.wait_for_clients or quorum)
+        if self._has_gathered:
+            self._await_absent()
+        self._has_gathered = True
         end, noted = time.monotonic() + self._settings.gather_timeout, 0.0
         while True:
             self.roster.refresh()
@@ -275,7 +282,11 @@ class Federation:
 
     def _hand_out(self, state: RoundState) -> None:
         """Give every client the final weights, and take its measurement of them."""
-        self._await_absent()
+        try:
+            self._gather()
+        except FederationError as error:
+            # The rounds are done and saved; who is there gets the weights.
+            self._reporter.note(error.message)
         config = ConfigRecord({SERVER_ROUND: state.number, FINAL: True})
         content = RecordDict({"arrays": to_wire(state.weights), "config": config})
         messages = [Message(content, p.node_id, MessageType.EVALUATE) for p in self.roster.ready()]
@@ -297,7 +308,7 @@ class Federation:
         self._note_evaluation(state, state.number, "clients", measured)
 
     def _await_absent(self) -> None:
-        """Wait a while for clients that have taken part and are away just now."""
+        """Wait a while for clients that have taken part and are away just now, but not for those that were given up."""
         end = time.monotonic() + self._settings.rejoin_timeout
         self.roster.refresh()
         while self.roster.with_status("offline") and time.monotonic() < end:

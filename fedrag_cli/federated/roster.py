@@ -13,7 +13,7 @@ from fedrag_cli.federated.client import ACTION, AGREEMENT, HANDSHAKE, NAME
 from fedrag_cli.federated.grid import FederationGrid, Member
 from fedrag_cli.runs.reporting import Reporter
 
-Status = Literal["ready", "refused", "offline", "dismissed"]
+Status = Literal["ready", "refused", "offline", "given up", "dismissed"]
 LONGEST_NAME = 64
 
 
@@ -25,7 +25,8 @@ class Participant:
         name: Its name.
         node_id: Where messages to it go.
         activation: Which of its connections the handshake was on.
-        status: ready, refused (it does not fit), offline, or dismissed (it has the final weights).
+        status: ready, refused (it does not fit), offline, given up (it was offline for too long), or dismissed (it has
+            the final weights).
         reason: Why it was refused, in words.
     """
 
@@ -69,16 +70,16 @@ class Roster:
                 participant.status = "offline"
                 self._tell(participant)
             elif (
-                participant.status == "offline"
+                participant.status in ("offline", "given up")
                 and participant.node_id in members
                 and self._is_current(participant, members)
             ):
                 participant.status = "ready"
                 self._tell(participant)
 
-    def get(self, name: str) -> Participant:
-        """Return the participant of a name."""
-        return self._participants[name]
+    def find(self, name: str) -> Participant | None:
+        """Return the participant of a name; None where it has come back under another one."""
+        return self._participants.get(name)
 
     def ready(self) -> list[Participant]:
         """Return the clients that can be sent work, by name."""
@@ -90,13 +91,18 @@ class Roster:
         found = [participant for participant in self._participants.values() if participant.status == status]
         return sorted(found, key=lambda participant: participant.name)
 
+    def give_up(self, name: str) -> None:
+        """Note that a client was offline for too long to be waited for again."""
+        if self._participants[name].status == "offline":
+            self._participants[name].status = "given up"
+
     def dismiss(self, name: str) -> None:
         """Note that a client has all that it came for, so that its leaving is no news."""
         self._participants[name].status = "dismissed"
 
-    def name_of(self, node_id: int) -> str:
-        """Return the name of the client that messages to a node reach."""
-        return next(p.name for p in self._participants.values() if p.node_id == node_id)
+    def participant_at(self, node_id: int) -> Participant:
+        """Return the client that messages to a node reach."""
+        return next(p for p in self._participants.values() if p.node_id == node_id)
 
     def _is_current(self, participant: Participant, members: dict[int, Member]) -> bool:
         return members[participant.node_id].activation == participant.activation
@@ -117,6 +123,9 @@ class Roster:
         else:
             claimed, reason = self._compare(reply)
         name = member.name or self._free_name(claimed or f"client-{member.key[:6]}", member)
+        for other in [other for other in self._participants.values() if other.node_id == member.node_id]:
+            # The same key under another name is still the same client.
+            del self._participants[other.name]
         status: Status = "refused" if reason else "ready"
         self._participants[name] = Participant(name, member.node_id, member.activation, status, reason)
         self._tell(self._participants[name])
@@ -135,10 +144,11 @@ class Roster:
 
     def _free_name(self, name: str, member: Member) -> str:
         """Return a name that no other connected client has; where keys are not checked, a name is only a claim."""
-        other = self._participants.get(name)
-        if other is None or other.status != "ready" or other.node_id == member.node_id:
-            return name
-        return f"{name}-{member.key[:6]}"
+        for candidate in (name, f"{name}-{member.key[:6]}"):
+            other = self._participants.get(candidate)
+            if other is None or other.status != "ready" or other.node_id == member.node_id:
+                return candidate
+        return f"{name}-{member.key}"
 
     def _tell(self, participant: Participant) -> None:
         self._reporter.event("client", client=participant.name, status=participant.status, reason=participant.reason)

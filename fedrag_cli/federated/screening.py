@@ -16,6 +16,8 @@ VALIDATION_EXAMPLES = "validation-examples"
 # The key under which QFedAvg looks for the loss.
 STRATEGY_LOSS = "train_loss"
 MOST_EXAMPLES = 2**40
+LARGEST_METRIC = 1e12
+NUMPY_FILE = b"\x93NUMPY"
 
 
 class RefusedUpdateError(Exception):
@@ -93,13 +95,18 @@ def read_metrics(content: RecordDict, metrics: Sequence[str]) -> tuple[int, dict
     if isinstance(examples, bool) or not isinstance(examples, int) or not 0 <= examples <= MOST_EXAMPLES:
         raise RefusedUpdateError("its number of examples is no whole number")
     reported: dict[str, float] = {}
-    for name in (*metrics, VALIDATION_EXAMPLES):
+    for name in metrics:
         value = records[0].get(name)
         if value is None:
             continue
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not abs(value) <= LARGEST_METRIC:
             raise RefusedUpdateError(f"its {name} is not finite")
         reported[name] = float(value)
+    measured = records[0].get(VALIDATION_EXAMPLES)
+    if measured is not None:
+        if not isinstance(measured, int) or not 0 < measured <= MOST_EXAMPLES:
+            raise RefusedUpdateError("its number of validation examples is no whole number")
+        reported[VALIDATION_EXAMPLES] = float(measured)
     return examples, reported
 
 
@@ -130,8 +137,11 @@ def _checked_array(name: str, array: Array, shape: list[int]) -> np.ndarray[tupl
     if array.dtype != "float32":
         raise RefusedUpdateError(f"{name} is {array.dtype[:20]}, not float32")
     try:
+        # numpy would also open archives.
+        if bytes(array.data[: len(NUMPY_FILE)]) != NUMPY_FILE:
+            raise ValueError("no numpy file")
         values = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, MemoryError) as error:
+    except Exception as error:  # Whatever hostile bytes make numpy raise, the update is refused.
         raise RefusedUpdateError(f"{name} cannot be read") from error
     if list(values.shape) != shape or values.dtype != np.float32:
         raise RefusedUpdateError(f"{name} is not what its header says")

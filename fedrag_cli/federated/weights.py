@@ -67,8 +67,9 @@ def record_digest(record: Mapping[str, Array]) -> str:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file; the caller sees to atomicity."""
+    """Write tensors to a safetensors file, with its parent folders; the caller sees to atomicity."""
     with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
 
 

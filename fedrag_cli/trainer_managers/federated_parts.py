@@ -108,10 +108,19 @@ def run_federation(
         save_round=lambda reached: save_round(run.checkpoints, reached),
         evaluate_global=_evaluation_of(run, config, data, task, rag_system, settings, reporter),
     )
-    state = federation.run(load_newest_round(run.checkpoints) or RoundState(0, task.weights()))
+    state = load_newest_round(run.checkpoints) or RoundState(0, task.weights())
+    _forget_evaluations(run, settings, state.number)
+    state = federation.run(state)
     task.load(state.weights)
     refresh_stale_store(rag_system)
     return state
+
+
+def _forget_evaluations(run: RunDirectory, settings: FederatedConfig, done: int) -> None:
+    """Remove evaluations of rounds that were not saved any more, because those rounds are run again."""
+    for number in range(done + 1, settings.rounds + 1):
+        stage = "after" if number == settings.rounds else f"round-{number}"
+        (run.path / "evaluation" / f"{stage}.json").unlink(missing_ok=True)
 
 
 def stored_evaluation(run: RunDirectory, stage: str) -> Evaluation | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import asyncio
+from base64 import b64decode
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
@@ -33,22 +38,27 @@ ROUTES = frozenset(
         "confirm-message-received",
     )
 )
+PUSHES = frozenset({PREFIX + "push-object", PREFIX + "push-messages"})
+# Flower cuts arrays into objects of 5 MiB, and each is a request of its own.
+MOST_PUSHED_BYTES = 8 * 2**20
+MOST_BYTES = 64 * 2**10
+READ_SECONDS = 60.0
 SESSION_HEADER = "x-fedrag-session"
 SUPERSEDED = "superseded"
 
 
 class RequestBounds:
-    """Answers 404 to all but the routes that clients need, and 413 to bodies above a size, before they are read.
+    """Refuses, before a body is read, all but what clients need: other routes, unknown keys, bodies above a size.
 
     Args:
         app: The application behind it.
-        max_bytes: Largest body.
+        allowed: Public keys that may speak at all; None for any.
     """
 
-    def __init__(self, app: Application, max_bytes: int) -> None:
+    def __init__(self, app: Application, allowed: Collection[bytes] | None) -> None:
         """Keep both."""
         self._app = app
-        self._max_bytes = max_bytes
+        self._allowed = allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or hand it on with a count of its bytes."""
@@ -58,7 +68,14 @@ class RequestBounds:
         if scope["path"] not in ROUTES or scope["method"] != "POST":
             await PlainTextResponse("Not found", 404)(scope, receive, send)
             return
-        body = await self._read(scope, receive)
+        if self._allowed is not None and not _is_signed(scope, self._allowed):
+            await JSONResponse({"detail": "Invalid SuperNode authentication"}, 401)(scope, receive, send)
+            return
+        most = MOST_PUSHED_BYTES if scope["path"] in PUSHES else MOST_BYTES
+        try:
+            body = await asyncio.wait_for(self._read(scope, receive, most), READ_SECONDS)
+        except TimeoutError:
+            body = None
         if body is None:
             await PlainTextResponse("Request too large", 413)(scope, receive, send)
             return
@@ -73,10 +90,10 @@ class RequestBounds:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive, most: int) -> bytes | None:
         """Return the whole body, or None where it is too large or was cut off."""
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self._max_bytes:
+        if not announced.isdigit() or int(announced) > most:
             return None
         parts: list[bytes] = []
         size = 0
@@ -86,7 +103,7 @@ class RequestBounds:
                 return None
             part = message.get("body", b"")
             size += len(part)
-            if size > self._max_bytes:
+            if size > most:
                 return None
             parts.append(part)
             if not message.get("more_body", False):
@@ -112,6 +129,18 @@ class SpeakerCheck(BaseHTTPMiddleware):
         if isinstance(message, PushMessagesRequest) and not _speaks_for_itself(message):
             return _refusal(403, "A client may reply in its own name only")
         return await call_next(request)
+
+
+def _is_signed(scope: Scope, allowed: Collection[bytes]) -> bool:
+    """Return whether an allowed key has signed the time of a request; Flower checks age and node id afterwards."""
+    headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+    try:
+        public_key = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower()], validate=True)
+        signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.lower()], validate=True)
+        signed = headers[TIMESTAMP_HEADER.lower()]
+    except (KeyError, ValueError):
+        return False
+    return public_key in allowed and verify_signature(bytes_to_public_key(public_key), signed, signature)
 
 
 def _refusal(code: int, reason: str) -> Response:

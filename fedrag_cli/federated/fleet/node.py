@@ -171,6 +171,7 @@ class FleetNode:
                     finally:
                         self._lost.set()
                         self._leave()
+                        silent_since = time.monotonic()
             except LostConnectionError as lost:
                 waited = time.monotonic() - silent_since
                 if waited > self._connect_timeout:
@@ -303,8 +304,9 @@ class FleetNode:
         code = error.response.status_code
         if code == 401:
             raise ConnectionFailedError(
-                f"The server at {self._server.address} does not accept this client's signature.",
-                "Check that both clocks are right, and that the key is the one the server's owner knows.",
+                f"The server at {self._server.address} does not know this client's key, or its signature is too old.",
+                "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys, and check "
+                "that both clocks are right.",
             ) from error
         if code != 412:
             raise LostConnectionError(f"it answered {code}") from error
@@ -334,7 +336,9 @@ class FleetNode:
     def _serve(self, handler: Handler) -> None:
         pause = SHORTEST_POLL
         while not handler.ended:
-            answer = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+            # Not tried again: the server counts a message as delivered once it is fetched, so an answer that was lost
+            # is made up for by connecting anew, upon which the message is sent again.
+            answer = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node), tries=1)
             if not answer.messages_list:
                 if self._lost.wait(pause):
                     raise LostConnectionError("it does not know this client any more")

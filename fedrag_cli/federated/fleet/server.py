@@ -43,8 +43,6 @@ from fedrag_cli.federated.grid import FederationGrid, Member, quiet_flower
 HEARTBEAT_SECONDS = 10.0
 START_SECONDS = 30.0
 MOST_CONNECTIONS = 1000
-# Flower cuts arrays into objects of 5 MiB, and each is a request of its own.
-MOST_REQUEST_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class FleetServer:
             openapi_url=None,
             generate_unique_id_function=generate_unique_route_id,
             middleware=[
-                Middleware(RequestBounds, max_bytes=MOST_REQUEST_BYTES),
+                Middleware(RequestBounds, allowed=frozenset(allowed.values()) if allowed is not None else None),
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
                 Middleware(ProtobufTranslationMiddleware),
                 Middleware(NodeAuthMiddleware),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import Message
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.app import Array, Message, RecordDict
+from flwr.app.error import Error
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NodeStatus
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
@@ -49,7 +56,9 @@ class FleetState(InMemoryLinkState):
         """Start without clients."""
         super().__init__(get_federation_manager(), AtomicObjectStore())
         self._limits = (max_message_bytes, max_message_objects)
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._node_of_session: dict[str, int] = {}
+        self._trees: dict[str, frozenset[str]] = {}
         self._activations: dict[int, int] = {}
         self._sessions: dict[int, str] = {}
         self._guard = threading.Lock()
@@ -116,49 +125,86 @@ class FleetState(InMemoryLinkState):
     def store_message_and_object_tree(
         self, message: Message, object_tree: ObjectTree, session_id: str
     ) -> tuple[bool, list[str]]:
-        """Store a message, unless a client announces more objects than a reply can have."""
-        is_reply = bool(message.metadata.reply_to_message_id)
-        if is_reply and sum(1 for _ in iterate_object_tree(object_tree)) > self._limits[1]:
-            return False, []
+        """Store a message, unless a client announces another reply, or more of it, than it may.
+
+        A client that pushes its reply again, because an object was lost, announces the same objects.
+        """
+        if message.metadata.reply_to_message_id:
+            most = self._limits[1]
+            objects = list(itertools.islice((node.object_id for node in iterate_object_tree(object_tree)), most + 1))
+            known = self._trees.setdefault(message.metadata.message_id, frozenset(objects))
+            fits = len(objects) <= most and object_tree.object_id == message.metadata.message_id
+            if not fits or known != frozenset(objects):
+                return False, []
+            with self._guard:
+                self._node_of_session[session_id] = message.metadata.src_node_id
         return super().store_message_and_object_tree(message, object_tree, session_id)
 
     def store_received(self, run_id: int, session_id: str, object_id: str, content: bytes) -> bool:
         """Store an object of the server's own message, without a limit."""
-        return super().store_object(run_id, session_id, object_id, content)
+        with self.lock:
+            return super().store_object(run_id, session_id, object_id, content)
+
+    def get_object(self, run_id: int, object_id: str) -> bytes | None:
+        """Return an object; all locks are taken in one order, or two threads could wait for each other for ever."""
+        with self.lock:
+            return super().get_object(run_id, object_id)
 
     def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
-        """Store an object of a client's reply, as long as the reply stays below its limit."""
+        """Store an object of a client's reply, as long as what the client has sent stays below its limit."""
         with self._guard:
-            size = self._sizes.get(session_id, 0) + len(object_content)
-            if size > self._limits[0]:
+            node_id = self._node_of_session.get(session_id)
+            if node_id is None:
                 return False
-            self._sizes[session_id] = size
-        return super().store_object(run_id, session_id, object_id, object_content)
+            size = self._sizes.get(node_id, 0) + len(object_content)
+            # Some objects may come twice, where a connection broke.
+            if size > 2 * self._limits[0]:
+                return False
+            self._sizes[node_id] = size
+        with self.lock:
+            return super().store_object(run_id, session_id, object_id, object_content)
 
     def take_reply(self, run_id: int, message_id: str) -> Message | None:
         """Return the reply to a message once all of it is there, and drop both."""
         with self.lock:
             reply_id = self.message_ins_id_to_message_res_id.get(message_id)
             reply = self.message_res_store.get(reply_id) if reply_id is not None else None
-        if reply is None or reply_id is None:
+            asked = self.message_ins_store.get(message_id)
+        if reply is None or reply_id is None or asked is None:
             return None
+        failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no usable reply")
+        answer = Message(failure, reply_to=asked)
         if not reply.has_error():
             contents = self._contents(run_id, reply_id)
             if contents is None:
                 return None
-            inflated = inflate_object_from_contents(reply_id, contents)
-            assert isinstance(inflated, Message)
-            inflated.metadata.__dict__["_message_id"] = reply_id
-            reply = inflated
-            self.object_store.delete(reply_id)
-        self.delete_messages({message_id})
-        return reply
+            content = self._inflated(reply_id, contents)
+            if content is not None:
+                # Who answers what is known from the question; the client's own word on it does not count.
+                answer = Message(content, reply_to=asked)
+        self.drop([message_id])
+        return answer
+
+    def _inflated(self, reply_id: str, contents: dict[str, bytes]) -> RecordDict | None:
+        """Return the content of a reply; None where its bytes are no message, or would become too large."""
+        try:
+            if expanded_bytes(contents) > self._limits[0]:
+                return None
+            message = inflate_object_from_contents(reply_id, contents)
+            return message.content if isinstance(message, Message) and message.has_content() else None
+        except Exception:  # noqa: BLE001  (whatever hostile bytes make Flower raise, there is no usable reply)
+            return None
 
     def drop(self, message_ids: Iterable[str]) -> None:
         """Drop messages, with the replies and the objects that belong to them."""
         for message_id in message_ids:
             with self.lock:
                 reply_id = self.message_ins_id_to_message_res_id.get(message_id)
+                asked = self.message_ins_store.get(message_id)
+            if asked is not None:
+                with self._guard:
+                    self._sizes.pop(asked.metadata.dst_node_id, None)
+            self._trees.pop(reply_id or "", None)
             for object_id in (message_id, reply_id):
                 if object_id is not None:
                     self.object_store.delete(object_id)
@@ -177,6 +223,22 @@ class FleetState(InMemoryLinkState):
                 return None
             contents[node.object_id] = content
         return contents
+
+
+def expanded_bytes(contents: Mapping[str, bytes]) -> int:
+    """Return how many bytes the arrays of a message have once their pieces are joined; a piece may occur repeatedly.
+
+    Raises:
+        ValueError: An object is none of Flower's, or names a piece that is not there.
+    """
+    total = 0
+    for content in contents.values():
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            pieces = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            sizes = [len(contents[child]) for child in children]
+            total += sum(sizes[int(piece)] for piece in pieces)
+    return total
 
 
 def limits_of(sizes: Sequence[int]) -> tuple[int, int]:
