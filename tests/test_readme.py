@@ -158,7 +158,7 @@ def test_the_sources_are_those_of_the_registry() -> None:
     assert listed == set(registry().of_kind("corpus")) | set(registry().of_kind("examples"))
 
 
-def _run(arguments: list[str], folder: Path, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+def _run(arguments: list[str], folder: Path, timeout: int = 2400) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         arguments,
         cwd=folder,
@@ -173,6 +173,7 @@ def _run(arguments: list[str], folder: Path, timeout: int = 900) -> subprocess.C
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_the_quickstart_improves_retriever_and_generator(tmp_path: Path) -> None:
     """The first run, its query and its evaluation, in a clean folder; the README's table has the printed form."""
     copy_configs(tmp_path)
@@ -198,6 +199,7 @@ def test_the_quickstart_improves_retriever_and_generator(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_the_saved_models_load_in_their_own_libraries(tmp_path: Path) -> None:
     """The model card's Python runs in the run directory of a short run."""
     copy_configs(tmp_path)
@@ -220,6 +222,7 @@ def test_the_saved_models_load_in_their_own_libraries(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_the_python_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
     copy_configs(tmp_path)
     (snippet,) = blocks("python")

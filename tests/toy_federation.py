@@ -20,7 +20,8 @@ from fedrag_cli.federated.agreement import Agreement
 from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
 from fedrag_cli.federated.config import FedAvgConfig
 from fedrag_cli.federated.federation import Federation
-from fedrag_cli.federated.fleet.node import FleetNode, ServerAddress
+from fedrag_cli.federated.fleet.failures import ServerAddress
+from fedrag_cli.federated.fleet.node import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.rounds import RoundState

@@ -14,7 +14,8 @@ from fedrag_cli.config.checks import require_training
 from fedrag_cli.errors import FedRAGError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.endpoint import client_authority, parse_address
-from fedrag_cli.federated.fleet.node import FleetNode, ServerAddress
+from fedrag_cli.federated.fleet.failures import ServerAddress
+from fedrag_cli.federated.fleet.node import FleetNode
 from fedrag_cli.federated.keys import load_or_make_key, load_private_key
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights

@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import httpx
@@ -54,6 +53,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
+from fedrag_cli.federated.fleet.failures import LostConnectionError, ServerAddress, raise_if_hopeless
 from fedrag_cli.federated.fleet.guard import SESSION_HEADER, SUPERSEDED
 from fedrag_cli.federated.grid import quiet_flower
 from fedrag_cli.runs.reporting import Reporter
@@ -78,25 +78,6 @@ class Handler(Protocol):
 
     def __call__(self, message: Message) -> Message:
         """Return the reply to a message."""
-
-
-class LostConnectionError(Exception):
-    """The connection or the identity was lost; activating again may help."""
-
-
-@dataclass(frozen=True)
-class ServerAddress:
-    """Where the server is and how to trust it.
-
-    Args:
-        address: `HOST:PORT`.
-        tls: Whether to speak TLS.
-        ca_certificate: The authority to trust, as PEM; the system's authorities where it is None.
-    """
-
-    address: str
-    tls: bool
-    ca_certificate: bytes | None = None
 
 
 class _SessionInterceptor:
@@ -223,7 +204,7 @@ class FleetNode:
             try:
                 return method(request)
             except httpx.TransportError as error:
-                self._raise_if_hopeless(error)
+                raise_if_hopeless(error, self._server, was_connected=self._was_connected)
                 reason = type(error).__name__
             except httpx.HTTPStatusError as error:
                 code = error.response.status_code
@@ -241,28 +222,6 @@ class FleetNode:
                 break
         raise LostConnectionError(reason)
 
-    def _raise_if_hopeless(self, error: httpx.TransportError) -> None:
-        """Raise ConnectionFailedError where trying again cannot help."""
-        text = str(error)
-        if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
-            raise ConnectionFailedError(
-                f"The certificate of the server at {self._server.address} is not trusted: {_verification(text)}.",
-                "Set federated.ca_certificate to the authority that signed it, and use a host name it is made for.",
-            ) from error
-        if self._was_connected:
-            return
-        if "SSL" in text or "ssl" in text:
-            raise ConnectionFailedError(
-                f"The server at {self._server.address} speaks no TLS ({text}).",
-                "Check the port; for a server that was started with --insecure, join with --insecure.",
-            ) from error
-        protocol = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.LocalProtocolError)
-        if protocol and not self._server.tls:
-            raise ConnectionFailedError(
-                f"What listens at {self._server.address} does not answer plain requests ({type(error).__name__}).",
-                "Does the server use TLS? Then set federated.ca_certificate, and leave --insecure out.",
-            ) from error
-
     def _activate(self, tries: int = TRIES) -> None:
         if self._register:
             try:
@@ -271,7 +230,7 @@ class FleetNode:
                 # Known already, or the server has a list of allowed keys; activation tells.
                 self._raise_unless_precondition(error)
             except httpx.TransportError as error:
-                self._raise_if_hopeless(error)
+                raise_if_hopeless(error, self._server, was_connected=self._was_connected)
                 raise LostConnectionError(type(error).__name__) from error
             except ValueError as error:
                 raise LostConnectionError("it answered something else than Flower's protocol") from error
@@ -292,7 +251,7 @@ class FleetNode:
             try:
                 return self._client.ActivateNode(request)
             except httpx.TransportError as error:
-                self._raise_if_hopeless(error)
+                raise_if_hopeless(error, self._server, was_connected=self._was_connected)
                 if attempt == tries - 1:
                     raise LostConnectionError(type(error).__name__) from error
                 time.sleep(min(0.3 * 2**attempt, LONGEST_WAIT))
@@ -419,8 +378,3 @@ class FleetNode:
                     # Another client's reply held the same array and was taken meanwhile; ask what is missing now.
                     continue
         self._reporter.note("The server did not take this update")
-
-
-def _verification(text: str) -> str:
-    reason = text.partition("certificate verify failed:")[2] or text
-    return reason.partition("(_ssl")[0].strip(" :.]")

@@ -1,0 +1,62 @@
+"""Telling failures of a connection that trying again may mend from those that it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx
+
+from fedrag_cli.errors import ConnectionFailedError
+
+
+class LostConnectionError(Exception):
+    """The connection or the identity was lost; activating again may help."""
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where the server is and how to trust it.
+
+    Args:
+        address: `HOST:PORT`.
+        tls: Whether to speak TLS.
+        ca_certificate: The authority to trust, as PEM; the system's authorities where it is None.
+    """
+
+    address: str
+    tls: bool
+    ca_certificate: bytes | None = None
+
+
+def raise_if_hopeless(error: httpx.TransportError, server: ServerAddress, *, was_connected: bool) -> None:
+    """Raise ConnectionFailedError where trying again cannot help: no trust, or another protocol.
+
+    Args:
+        error: What the HTTP client raised.
+        server: Where the server is.
+        was_connected: Whether this client has spoken with the server before, so that protocol errors are passing ones.
+    """
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+        raise ConnectionFailedError(
+            f"The certificate of the server at {server.address} is not trusted: {_verification(text)}.",
+            "Set federated.ca_certificate to the authority that signed it, and use a host name it is made for.",
+        ) from error
+    if was_connected:
+        return
+    if "SSL" in text or "ssl" in text:
+        raise ConnectionFailedError(
+            f"The server at {server.address} speaks no TLS ({text}).",
+            "Check the port; for a server that was started with --insecure, join with --insecure.",
+        ) from error
+    protocol = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.LocalProtocolError)
+    if protocol and not server.tls:
+        raise ConnectionFailedError(
+            f"What listens at {server.address} does not answer plain requests ({type(error).__name__}).",
+            "Does the server use TLS? Then set federated.ca_certificate, and leave --insecure out.",
+        ) from error
+
+
+def _verification(text: str) -> str:
+    reason = text.partition("certificate verify failed:")[2] or text
+    return reason.partition("(_ssl")[0].strip(" :.]")
