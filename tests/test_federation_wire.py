@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,20 +20,35 @@ class Tap:
 
     def __init__(self, target: int) -> None:
         self.target, self.seen, self._lock = target, bytearray(), threading.Lock()
+        self._sockets: list[socket.socket]
+        self._threads: list[threading.Thread]
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets, self._threads = [self._listener], []
         self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._start(self._accept)
 
     def close(self) -> None:
-        self._listener.close()
+        """Close all connections, and wait for the threads that forward them."""
+        for connection in self._sockets:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _start(self, target: Callable[..., None], *arguments: socket.socket) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
                 far = socket.create_connection(("127.0.0.1", self.target))
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+                self._sockets += [near, far]
+                self._start(self._pump, near, far)
+                self._start(self._pump, far, near)
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
@@ -81,8 +96,8 @@ def test_texts_ids_and_paths_stay_at_home(federation: Federation) -> None:
     # Of the metrics only the listed one.
     assert b"num-examples" in seen
     assert b"loss" in seen
-    for name in (b"validation_loss", b"seconds", b"steps", b"mrr"):
-        assert name not in seen.replace(b"validation.", b""), name
+    for name in (b"validation_loss", b"seconds", b"mrr"):
+        assert name not in seen, name
     assert all(set(event["metrics"]) <= {"loss", "validation-examples"} for event in updates)
 
 
