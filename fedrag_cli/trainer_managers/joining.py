@@ -73,6 +73,8 @@ def start_joining(
     side = require_federation(config)
     require_training(config)
     _dialled(config, address, insecure=insecure)
+    if (own_key := settings_of(config).key) is not None:
+        load_private_key(Path(own_key))
     data = load_run_data(config)
     chosen_metrics(config, data)
     run = create_run(source, command, role=CLIENT, side=side, address=address, insecure=insecure)

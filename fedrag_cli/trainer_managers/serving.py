@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ from fedrag_cli.trainer_managers.run_parts import (
 SERVER = "server"
 
 
+@dataclass(frozen=True)
+class Protection:
+    """What protects a server: its certificate, and the public keys by client name; None for what it does without."""
+
+    certificate: ServerCertificate | None
+    allowed: dict[str, bytes] | None
+
+
 def start_serving(
     source: ConfigSource, address: str, *, insecure: bool, command: Sequence[str], reporter: Reporter
 ) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def start_serving(
     config = source.config
     side = require_federation(config)
     where = parse_address(address)
-    check_server_settings(settings_of(config), where, insecure=insecure)
+    protection = _protection(settings_of(config), where, insecure=insecure)
     evaluates = "evaluation" in source.tree.tree
     if evaluates and config.dataset.corpus is None:
         raise ConfigError(
@@ -80,7 +89,7 @@ def start_serving(
         except (FedRAGError, KeyboardInterrupt):
             run.remove()
             raise
-        return _see_through(run, config, data, task, where, insecure=insecure, reporter=reporter)
+        return _see_through(run, config, data, task, where, protection, reporter)
 
 
 def resume_serving(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -93,12 +102,12 @@ def resume_serving(run: RunDirectory, source: ConfigSource, reporter: Reporter) 
     """
     federation, config = run.manifest()["federation"], source.config
     where = parse_address(federation["address"])
-    check_server_settings(settings_of(config), where, insecure=federation["insecure"])
+    protection = _protection(settings_of(config), where, insecure=federation["insecure"])
     data = load_run_data(config) if federation["evaluates"] else None
     with run.locked():
         run.update_manifest(status="running", error=None)
         task = _build_task(config, federation["side"], data, reporter)
-        return _see_through(run, config, data, task, where, insecure=federation["insecure"], reporter=reporter)
+        return _see_through(run, config, data, task, where, protection, reporter)
 
 
 def _build_task(config: Config, side: str, data: RunData | None, reporter: Reporter) -> FLTask:
@@ -116,8 +125,7 @@ def _see_through(
     data: RunData | None,
     task: FLTask,
     where: Address,
-    *,
-    insecure: bool,
+    protection: Protection,
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.monotonic()
@@ -128,15 +136,15 @@ def _see_through(
         if run.manifest().get("fingerprints") is None:
             run.update_manifest(fingerprints=model_fingerprints(rag_system))
         done = load_newest_round(run.checkpoints)
-        with _server(settings, where, task, insecure=insecure) as server:
+        with _server(where, protection, task) as server:
             assert server.grid is not None
             port = server.address[1]
             run.update_manifest(listening=str(Address(where.host, port)))
             reporter.event(
                 "listening",
                 address=str(Address(where.host, port)),
-                tls=settings.certificate is not None and not insecure,
-                keys=settings.allowed_keys is not None,
+                tls=protection.certificate is not None,
+                keys=protection.allowed is not None,
                 rounds=settings.rounds,
                 done=done.number if done is not None else 0,
                 min_clients=settings.min_clients,
@@ -159,18 +167,22 @@ def _see_through(
     return summary
 
 
-def _server(settings: FederatedConfig, where: Address, task: FLTask, *, insecure: bool) -> FleetServer:
-    sizes = [tensor.numel() * 4 for tensor in task.weights().values()]
-    max_bytes, max_objects = limits_of(sizes)
+def _protection(settings: FederatedConfig, where: Address, *, insecure: bool) -> Protection:
+    """Read certificate and keys, before anything is loaded; see `check_server_settings`."""
+    tls, keys = check_server_settings(settings, where, insecure=insecure)
     certificate = None
-    if settings.certificate is not None and settings.certificate_key is not None and not insecure:
-        certificate = ServerCertificate(Path(settings.certificate), Path(settings.certificate_key))
-    allowed = load_allowed_keys(Path(settings.allowed_keys)) if settings.allowed_keys is not None else None
+    if tls:
+        certificate = ServerCertificate(Path(str(settings.certificate)), Path(str(settings.certificate_key)))
+    return Protection(certificate, load_allowed_keys(Path(str(settings.allowed_keys))) if keys else None)
+
+
+def _server(where: Address, protection: Protection, task: FLTask) -> FleetServer:
+    max_bytes, max_objects = limits_of([tensor.numel() * 4 for tensor in task.weights().values()])
     return FleetServer(
         where.host,
         where.port,
-        certificate=certificate,
-        allowed=allowed,
+        certificate=protection.certificate,
+        allowed=protection.allowed,
         max_message_bytes=max_bytes,
         max_message_objects=max_objects,
     )

@@ -65,7 +65,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def federate(name: str, folders: dict[str, Path], work: Path) -> tuple[Path, dict[str, Path], float]:
-    """Run the federation as five processes, and return the run directories and the seconds it took."""
+    """Run the federation as five processes, and return the run directories and the seconds it took.
+
+    What a former call has finished in the same folder is used again.
+    """
+    finished = work / "federation.json"
+    if finished.exists():
+        known = json.loads(finished.read_text(encoding="utf-8"))
+        return Path(known["server"]), {site: Path(run) for site, run in known["clients"].items()}, known["seconds"]
     keys = work / "keys"
     if not keys.exists():
         for arguments in (["ca"], ["server", "localhost"], *(["node", f"site-{site}"] for site in SITES)):
@@ -89,7 +96,10 @@ def federate(name: str, folders: dict[str, Path], work: Path) -> tuple[Path, dic
     }  # fmt: skip
     outcomes = {site: finish(process) for site, process in {"server": server, **clients}.items()}
     runs = {site: Path(summary["run_dir"]) for site, summary in outcomes.items()}
-    return runs.pop("server"), runs, time.monotonic() - started
+    server_run, seconds = runs.pop("server"), time.monotonic() - started
+    known = {"server": str(server_run), "clients": {site: str(run) for site, run in runs.items()}, "seconds": seconds}
+    finished.write_text(json.dumps(known), encoding="utf-8")
+    return server_run, runs, seconds
 
 
 def start(
@@ -120,8 +130,9 @@ def stored_values(run: Path, stage: str) -> dict[str, list[float]]:
 
 def centralised(name: str, folders: dict[str, Path], clients: dict[str, Path], server: Path) -> dict[str, Any]:
     """Train on everything, and on each site's data alone, and measure both over the whole corpus."""
-    found = {"pooled": train(name, folders["all"], folders["all"], server / "federation" / "cache", len(SITES))}
-    alone = [train(name, folders[site], folders["all"], clients[site] / "federation" / "cache", 1) for site in SITES]
+    caches = {site: run / "federation" / "cache" for site, run in clients.items()}
+    found = {"pooled": train(name, folders["all"], folders["all"], joined(list(caches.values()), server), len(SITES))}
+    alone = [train(name, folders[site], folders["all"], caches[site], 1) for site in SITES]
     for site, values in zip(SITES, alone, strict=True):
         found[f"site {site} alone"] = values
     # Each question's mean over the four models.
