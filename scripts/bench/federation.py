@@ -1,6 +1,6 @@
 """Measure federated, pooled and local-only tuning on the English part of XQuAD, and write the figures to RESULTS.md.
 
-    python scripts/bench/federation.py DATA_FOLDER lsr|ralt [--work FOLDER]
+    python scripts/bench/federation.py DATA_FOLDER lsr|ralt [--work FOLDER] [--federated-only]
 
 Four sites hold the articles of their `site` column. A server and four clients run as processes over loopback with TLS
 and node keys. Pooled and local-only training follow with the same settings and as many passes over the examples; all
@@ -34,12 +34,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("name", choices=sorted(METRICS))
     parser.add_argument("--work", type=Path, default=Path("runs/bench-federation"))
+    parser.add_argument("--federated-only", action="store_true", help="leave pooled and local-only training out")
     options = parser.parse_args()
     work = options.work.resolve() / options.name
     folders = split_data(options.data.resolve(), work / "data")
     server, clients, seconds = federate(options.name, folders, work)
     values = {"untuned": stored_values(server, "before"), "federated, 4 sites": stored_values(server, "after")}
-    values |= centralised(options.name, folders, clients, server)
+    if not options.federated_only:
+        values |= centralised(options.name, folders, clients, server)
     text = table(options.name, values, server, seconds)
     print(text)
     write_section(f"XQuAD, federated {options.name.upper()}", text)
@@ -205,20 +207,20 @@ def table(name: str, values: dict[str, dict[str, list[float]]], server: Path, se
             own = by_metric[metric]
             cells = []
             for other in ("untuned", "pooled"):
+                if other == model or other not in values:
+                    cells.append("")
+                    continue
                 difference = paired_difference(values[other][metric], own)
                 cells.append(f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]")
-            if model == "untuned":
-                cells[0] = ""
-            if model == "pooled":
-                cells[1] = ""
             rows.append(f"| {model} | {metric} | {len(own)} | {sum(own) / len(own):.4f} | {cells[0]} | {cells[1]} |")
     summary = json.loads((server / "summary.json").read_text(encoding="utf-8"))
     done = ", ".join(f"{row['seconds']:.0f} s" for row in summary["rounds"])
     config = f"configs/benchmarks/xquad-federated-{name}.yaml"
+    only = "" if "pooled" in values else " --federated-only"
     facts = (
-        f"`python scripts/bench/federation.py DATA_FOLDER {name}`, config `{config}`: a server and four clients over "
-        f"loopback with TLS and node keys, {len(summary['rounds'])} rounds ({done}), {seconds:.0f} s in all. "
-        "Pooled and alone: the same settings and as many passes over the examples, without a federation."
+        f"`python scripts/bench/federation.py DATA_FOLDER {name}{only}`, config `{config}`: a server and four clients "
+        f"over loopback with TLS and node keys, {len(summary['rounds'])} rounds ({done}), {seconds:.0f} s in all. "
+        + ("" if only else "Pooled and alone: the same settings and as many passes over the examples.")
     )
     return "\n".join([facts, "", *rows, "", machine()])
 
