@@ -67,6 +67,7 @@ class Exchange:
                 continue
             if self._outstanding and time.monotonic() >= end:
                 for name in list(self._outstanding):
+                    self._roster.give_up(name)
                     self._give_up(name, f"it did not answer within {timeout:g} s", on_failure)
             if self._outstanding:
                 self._roster.refresh()

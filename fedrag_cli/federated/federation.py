@@ -314,6 +314,8 @@ class Federation:
         while self.roster.with_status("offline") and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
             self.roster.refresh()
+        for participant in self.roster.with_status("offline"):
+            self.roster.give_up(participant.name)
 
     def _stop_clients(self) -> None:
         """Tell the clients that there will be no final model, as far as they can be reached."""

@@ -93,8 +93,9 @@ class Roster:
 
     def give_up(self, name: str) -> None:
         """Note that a client was offline for too long to be waited for again."""
-        if self._participants[name].status == "offline":
-            self._participants[name].status = "given up"
+        participant = self._participants.get(name)
+        if participant is not None and participant.status == "offline":
+            participant.status = "given up"
 
     def dismiss(self, name: str) -> None:
         """Note that a client has all that it came for, so that its leaving is no news."""
