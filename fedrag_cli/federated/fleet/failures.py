@@ -13,6 +13,15 @@ class LostConnectionError(Exception):
     """The connection or the identity was lost; activating again may help."""
 
 
+class AnsweredError(LostConnectionError):
+    """The server answered with an error that trying the same again does not mend."""
+
+    def __init__(self, code: int) -> None:
+        """Keep the HTTP status code."""
+        super().__init__(f"it answered {code}")
+        self.code = code
+
+
 @dataclass(frozen=True)
 class ServerAddress:
     """Where the server is and how to trust it.

@@ -53,7 +53,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
-from fedrag_cli.federated.fleet.failures import LostConnectionError, ServerAddress, raise_if_hopeless
+from fedrag_cli.federated.fleet.failures import AnsweredError, LostConnectionError, ServerAddress, raise_if_hopeless
 from fedrag_cli.federated.fleet.guard import SESSION_HEADER, SUPERSEDED
 from fedrag_cli.federated.grid import quiet_flower
 from fedrag_cli.runs.reporting import Reporter
@@ -99,7 +99,6 @@ class FleetNode:
         key: The client's private key (SECP384R1), which signs every request.
         reporter: Told what happens.
         connect_timeout: Seconds to try to reach a server that does not answer.
-        register: Whether to announce the key; a server with a list of allowed keys knows it already.
     """
 
     def __init__(
@@ -109,7 +108,6 @@ class FleetNode:
         reporter: Reporter,
         *,
         connect_timeout: float = 600.0,
-        register: bool = True,
     ) -> None:
         """Keep the settings; nothing is dialled yet."""
         quiet_flower()
@@ -118,7 +116,6 @@ class FleetNode:
         self._public_key = public_key_to_bytes(key.public_key())
         self._reporter = reporter
         self._connect_timeout = connect_timeout
-        self._register = register
         self._session = _SessionInterceptor()
         self._lost = threading.Event()
         self._node = Node()
@@ -214,7 +211,7 @@ class FleetNode:
                         "Run one process a key, and make a key for each client with 'fedrag keys node'.",
                     ) from error
                 if code not in (502, 503, 504):
-                    raise LostConnectionError(f"it answered {code}") from error
+                    raise AnsweredError(code) from error
                 reason = f"it answered {code}"
             except ValueError as error:
                 raise LostConnectionError("it answered something else than Flower's protocol") from error
@@ -223,21 +220,15 @@ class FleetNode:
         raise LostConnectionError(reason)
 
     def _activate(self, tries: int = TRIES) -> None:
-        if self._register:
-            try:
-                self._client.RegisterNode(RegisterNodeFleetRequest(public_key=self._public_key))
-            except httpx.HTTPStatusError as error:
-                # Known already, or the server has a list of allowed keys; activation tells.
-                self._raise_unless_precondition(error)
-            except httpx.TransportError as error:
-                raise_if_hopeless(error, self._server, was_connected=self._was_connected)
-                raise LostConnectionError(type(error).__name__) from error
-            except ValueError as error:
-                raise LostConnectionError("it answered something else than Flower's protocol") from error
+        try:
+            self._call(self._client.RegisterNode, RegisterNodeFleetRequest(public_key=self._public_key), tries)
+        except AnsweredError as error:
+            # Known already, or the server has a list of allowed keys; activation tells.
+            self._raise_unless_precondition(error)
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_SECONDS)
         try:
-            answer = self._client_call_activation(request, tries)
-        except httpx.HTTPStatusError as error:
+            answer = self._call(self._client.ActivateNode, request, tries)
+        except AnsweredError as error:
             self._raise_unless_precondition(error)
             raise ConnectionFailedError(
                 f"The server at {self._server.address} does not know this client's key.",
@@ -246,29 +237,15 @@ class FleetNode:
         self._node = Node(node_id=answer.node_id)
         threading.Thread(target=self._beat, args=(self._client,), daemon=True).start()
 
-    def _client_call_activation(self, request: ActivateNodeRequest, tries: int) -> Any:
-        for attempt in range(tries):
-            try:
-                return self._client.ActivateNode(request)
-            except httpx.TransportError as error:
-                raise_if_hopeless(error, self._server, was_connected=self._was_connected)
-                if attempt == tries - 1:
-                    raise LostConnectionError(type(error).__name__) from error
-                time.sleep(min(0.3 * 2**attempt, LONGEST_WAIT))
-            except ValueError as error:
-                raise LostConnectionError("it answered something else than Flower's protocol") from error
-        raise LostConnectionError("no answer")
-
-    def _raise_unless_precondition(self, error: httpx.HTTPStatusError) -> None:
-        code = error.response.status_code
-        if code == 401:
+    def _raise_unless_precondition(self, error: AnsweredError) -> None:
+        if error.code == 401:
             raise ConnectionFailedError(
                 f"The server at {self._server.address} does not know this client's key, or its signature is too old.",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys, and check "
                 "that both clocks are right.",
             ) from error
-        if code != 412:
-            raise LostConnectionError(f"it answered {code}") from error
+        if error.code != 412:
+            raise error
 
     def _beat(self, client: FleetHttpClient) -> None:
         """Tell the server now and then that this client lives."""
