@@ -81,8 +81,11 @@ def test_the_classic_api_trains_both_clients_and_the_servers_model(
             stderr=subprocess.STDOUT,
         )
 
-    processes = [start("server", 0), start("client", 0), start("client", 1)]
+    processes = [start("server", 0)]
     try:
+        # A stock client that finds nobody there waits longer and longer before it tries again, up to minutes.
+        wait_for_port(int(address.rpartition(":")[2]))
+        processes += [start("client", 0), start("client", 1)]
         output, _ = processes[0].communicate(timeout=240)
         assert "MOVED True LOSSES True" in output, output
         for client in processes[1:]:
