@@ -18,6 +18,8 @@ class ExampleColumns:
     """The accepted answer, or a list of accepted answers."""
     relevant_ids: str = "relevant_ids"
     """Ids of the passages (or documents) that answer the question; may be absent from the data."""
+    choices: str = "choices"
+    """For multiple choice: the list of answers to choose from; may be absent from the data."""
 
 
 @config_class

@@ -13,6 +13,8 @@ from fedrag_cli.data.beir import read_judgements, read_queries
 from fedrag_cli.data.columns import (
     answers_value,
     checked_id,
+    get_value,
+    has_value,
     ids_value,
     metadata_of,
     require_column,
@@ -47,6 +49,7 @@ class Example:
         responses: The accepted answers, the first one first; none where only passages are judged.
         relevant_ids: Ids of the passages (or documents) that answer the question, where they are known.
         metadata: Further fields of its row.
+        choices: For multiple choice: all answers that the generator chooses from, the accepted ones among them.
     """
 
     id: str
@@ -54,6 +57,7 @@ class Example:
     responses: tuple[str, ...]
     relevant_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
 
     @property
     def response(self) -> str:
@@ -214,21 +218,42 @@ def _examples_of_table(table: Table, columns: ExampleColumns, separator: str | N
     rows = table.readable_rows(problems)
     require_column(table, rows, columns.query, "columns.query")
     require_column(table, rows, columns.response, "columns.response")
-    if columns.relevant_ids not in ("", ExampleColumns().relevant_ids):
-        require_column(table, rows, columns.relevant_ids, "columns.relevant_ids")
+    for name in ("relevant_ids", "choices"):
+        column = getattr(columns, name)
+        if column not in ("", getattr(ExampleColumns(), name)):
+            require_column(table, rows, column, f"columns.{name}")
     own_ids = _own_ids(rows)
-    used = [columns.query, columns.response, columns.relevant_ids, *([ID_COLUMN] if own_ids else [])]
+    used = [columns.query, columns.response, columns.relevant_ids, columns.choices, *([ID_COLUMN] if own_ids else [])]
     examples = []
     for position, row in enumerate(rows):
         place = table.place(row)
         query = problems.collect(place, text_value, row.values, columns.query)
         responses = problems.collect(place, answers_value, row.values, columns.response, separator)
         relevant_ids = problems.collect(place, ids_value, row.values, columns.relevant_ids, separator)
-        if query is not None and responses is not None and relevant_ids is not None:
+        if query is None or responses is None or relevant_ids is None:
+            continue
+        choices = problems.collect(place, _choices, row.values, columns.choices, separator, responses)
+        if choices is not None:
             example_id = own_ids[position] if own_ids else table.numbered_id(row)
-            examples.append(Example(example_id, query, responses, relevant_ids, metadata_of(row.values, used)))
+            metadata = metadata_of(row.values, used)
+            examples.append(Example(example_id, query, responses, relevant_ids, metadata, choices))
     problems.raise_if_any()
     return examples
+
+
+def _choices(
+    values: Mapping[str, Any], column: str, separator: str | None, responses: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the choices of a row, which hold its accepted answers; none where it has no such column."""
+    if not column or not has_value(values, column) or get_value(values, column) is None:
+        return ()
+    choices = answers_value(values, column, separator)
+    if len(choices) < 2:
+        raise BadValueError(f"{column} has fewer than two answers to choose from")
+    foreign = [response for response in responses if response not in choices]
+    if foreign:
+        raise BadValueError(f"the accepted answer '{foreign[0]}' is not among its {column}")
+    return choices
 
 
 def _own_ids(rows: Sequence[Row]) -> list[str]:
