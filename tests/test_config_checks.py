@@ -6,6 +6,7 @@ import pytest
 
 from fedrag_cli.config import load_config
 from fedrag_cli.config.checks import evaluation_split, require_generator, require_training, tuned_sides
+from fedrag_cli.config.metrics import GENERATOR_METRICS
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.errors import ConfigError
 
@@ -29,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 NOT_FOR_RETRIEVER = "does not measure the retriever (metrics: loss, mrr, hit@K, recall@K, ndcg@K)"
-NOT_FOR_GENERATOR = "does not measure the generator (metrics: loss, exact_match, f1)"
+NOT_FOR_GENERATOR = f"does not measure the generator (metrics: loss, {', '.join(GENERATOR_METRICS)})"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ NOT_FOR_GENERATOR = "does not measure the generator (metrics: loss, exact_match,
         (["evaluation.split=validation"], "evaluation.split: is 'validation', but there is no dataset.validation"),
         (
             ["rag_system.generator=null", "evaluation.metrics=[mrr,f1]"],
-            "evaluation.metrics: exact_match and f1 need a rag_system.generator",
+            "evaluation.metrics: f1 needs a rag_system.generator",
         ),
         (
             ["trainer.retriever.top_k=1"],

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from fedrag_cli.config import load_config
+from fedrag_cli.config.metrics import METRIC_HELP
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, Position, suggestion
 
-METRICS = "(metrics: exact_match, f1, mrr, hit@K, recall@K, ndcg@K)"
+METRICS = f"(metrics: {METRIC_HELP})"
 
 
 def config_with(path: str = "", value: Any = None) -> dict[str, Any]:

@@ -31,8 +31,9 @@ def test_verdicts() -> None:
 
 @pytest.mark.parametrize("metric", ["loss", "negative_log_likelihood", "perplexity"])
 def test_lower_is_better_for_losses(metric: str) -> None:
-    assert compare_metrics({metric: HIGH}, {metric: LOW}, SETTINGS)[0].verdict == "better"
-    assert compare_metrics({metric: LOW}, {metric: HIGH}, SETTINGS)[0].verdict == "worse"
+    low, high = [1 + value for value in LOW], [1 + value for value in HIGH]
+    assert compare_metrics({metric: high}, {metric: low}, SETTINGS)[0].verdict == "better"
+    assert compare_metrics({metric: low}, {metric: high}, SETTINGS)[0].verdict == "worse"
 
 
 def test_means_and_interval() -> None:

@@ -13,7 +13,8 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.evaluation.answers import exact_match, f1
-from fedrag_cli.evaluation.evaluator import ANSWER_METRICS, RANKING_METRICS, Evaluation, choose_metrics, evaluate
+from fedrag_cli.evaluation.evaluator import PLAIN_ANSWER_METRICS, RANKING_METRICS, choose_metrics, evaluate
+from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.config import CausalLMConfig, SentenceTransformerConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
@@ -22,7 +23,7 @@ from fedrag_cli.rag.system import RAGSystem
 
 JUDGED = Example("1", "q", ("a",), ("p0",))
 UNJUDGED = Example("2", "q", ("a",))
-ALL = [*RANKING_METRICS, *ANSWER_METRICS]
+ALL = [*RANKING_METRICS, *PLAIN_ANSWER_METRICS]
 QUERY = "what is the colour of the cat ?"
 OTHER = "where is the owl ?"
 
@@ -55,11 +56,11 @@ def asked(id: str, relevant: tuple[str, ...] = (), responses: tuple[str, ...] = 
     ("sides", "examples", "expected"),
     [
         (["retriever"], [JUDGED, UNJUDGED], list(RANKING_METRICS)),
-        (["retriever"], [UNJUDGED], list(ANSWER_METRICS)),
-        (["generator"], [JUDGED], list(ANSWER_METRICS)),
-        (["generator"], [UNJUDGED], list(ANSWER_METRICS)),
+        (["retriever"], [UNJUDGED], list(PLAIN_ANSWER_METRICS)),
+        (["generator"], [JUDGED], list(PLAIN_ANSWER_METRICS)),
+        (["generator"], [UNJUDGED], list(PLAIN_ANSWER_METRICS)),
         (["retriever", "generator"], [JUDGED], ALL),
-        (["retriever", "generator"], [UNJUDGED], list(ANSWER_METRICS)),
+        (["retriever", "generator"], [UNJUDGED], list(PLAIN_ANSWER_METRICS)),
     ],
 )
 def test_the_metrics_of_the_sides_are_chosen(sides: list[str], examples: list[Example], expected: list[str]) -> None:
@@ -96,12 +97,14 @@ def test_ranking_values_equal_those_worked_out_by_hand(system: RAGSystem) -> Non
 
 @pytest.mark.parametrize(("depth", "expected"), [(100, 1 / 8), (8, 1 / 8), (7, 0.0), (1, 0.0)])
 def test_rankings_go_down_to_the_depth(system: RAGSystem, depth: int, expected: float) -> None:
-    assert evaluate(system, [asked("1", ("p7",))], ["mrr"], depth=depth).values["mrr"] == pytest.approx([expected])
+    assert evaluate(system, [asked("1", ("p7",))], ["mrr"], EvaluationConfig(depth=depth)).values[
+        "mrr"
+    ] == pytest.approx([expected])
 
 
 def test_the_depth_is_never_less_than_the_passages_of_a_prompt(system: RAGSystem) -> None:
     system.top_k = 5
-    result = evaluate(system, [asked("1", ("p4",))], ["mrr"], depth=1)
+    result = evaluate(system, [asked("1", ("p4",))], ["mrr"], EvaluationConfig(depth=1))
     assert result.values["mrr"] == pytest.approx([1 / 5])
     assert len(result.predictions[0]["passages"]) == 5
 

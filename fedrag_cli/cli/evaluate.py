@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,19 +24,24 @@ def command(
     ] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option("--predictions", help="Write passages, answer and metrics of each question to this file."),
+        typer.Option("--predictions", help="Write passages, answer and metrics of each question to this file too."),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure a RAG system on the test (or validation) split."""
+    """Measure a RAG system on the test (or validation) split; `fedrag resume` goes on with what was stopped."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.rag.from_run import load_config_or_run
+        from fedrag_cli.runs.atomic import write_bytes_atomically
 
         given = sort_arguments(arguments)
-        config, _ = load_config_or_run(given.path, given.overrides)
-        from fedrag_cli.trainer_managers.evaluation_run import evaluate_config
+        _, source = load_config_or_run(given.path, given.overrides)
+        evaluated_run = given.path if given.path is not None and given.path.is_dir() else None
+        from fedrag_cli.trainer_managers.evaluation_run import start_evaluation
 
-        summary = evaluate_config(config, current.reporter(), predictions)
+        command_line = ["fedrag", *sys.argv[1:]]
+        summary = start_evaluation(source, evaluated_run, command=command_line, reporter=current.reporter())
+        if predictions is not None:
+            write_bytes_atomically(predictions, Path(summary["predictions"]).read_bytes())
         current.result(summary, lambda renderer: renderer.evaluation(summary))

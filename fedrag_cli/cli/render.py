@@ -106,6 +106,16 @@ class Renderer:
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
         self.line(f'Try it: fedrag query {summary["run_dir"]} "your question"')
 
+    def run_summary(self, summary: Mapping[str, Any]) -> None:
+        """Print what a run of any kind ended with."""
+        role = summary.get("role")
+        if role == "evaluation":
+            self.evaluation(summary)
+        elif role is not None:
+            self.federation_summary(summary)
+        else:
+            self.training_summary(summary)
+
     def federation_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a part of a federation ended with."""
         rows = [
@@ -181,12 +191,15 @@ class Renderer:
 
     def evaluation(self, summary: Mapping[str, Any]) -> None:
         """Print the table of an evaluation."""
-        rows = [
-            [name, str(item["n"]), f"{item['mean']:.4f}", f"[{item['low']:.4f}, {item['high']:.4f}]"]
-            for name, item in summary["metrics"].items()
-        ]
+        rows = _evaluation_rows(summary["metrics"])
+        for group, metrics in summary["groups"].items():
+            rows += [[f"  {summary['group_by']} {group}: {row[0]}", *row[1:]] for row in _evaluation_rows(metrics)]
         level = round(100 * summary["confidence"])
         self.table(["metric", "n", "mean", f"{level} % interval"], rows)
+        cut = {name: count for name, count in summary["truncated"].items() if count}
+        if cut:
+            self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
+        self.line(f"Everything is in {summary['run_dir']}, the questions in {summary['predictions']}")
 
 
 class TerminalReporter:
@@ -351,6 +364,13 @@ def _difference_row(item: Mapping[str, Any]) -> list[str | Text]:
         f"{difference['mean']:+.4f}",
         f"[{difference['low']:+.4f}, {difference['high']:+.4f}]",
         Text(item["verdict"], style=VERDICT_STYLES.get(item["verdict"], "")),
+    ]
+
+
+def _evaluation_rows(metrics: Mapping[str, Any]) -> list[list[str | Text]]:
+    return [
+        [name, str(item["n"]), f"{item['mean']:.4f}", f"[{item['low']:.4f}, {item['high']:.4f}]"]
+        for name, item in metrics.items()
     ]
 
 

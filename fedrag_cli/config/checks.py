@@ -6,12 +6,12 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from fedrag_cli.config.metrics import GENERATOR_METRICS, generator_metrics_of, ranking_metrics_of
 from fedrag_cli.config.problems import KeyPath
 from fedrag_cli.config.schema import Config
 from fedrag_cli.errors import ConfigError
 
 Finding = tuple[KeyPath, str]
-ANSWER_METRICS = ("exact_match", "f1")
 
 
 def check_config(config: Config) -> Iterator[Finding]:
@@ -93,8 +93,19 @@ def _check_evaluation(config: Config) -> Iterator[Finding]:
     if split != "auto" and getattr(config.dataset, split) is None:
         yield ("evaluation", "split"), f"is '{split}', but there is no dataset.{split}"
     metrics = config.evaluation.metrics or ()
-    if config.rag_system.generator is None and any(metric in ANSWER_METRICS for metric in metrics):
-        yield ("evaluation", "metrics"), "exact_match and f1 need a rag_system.generator"
+    answering = generator_metrics_of(metrics)
+    if config.rag_system.generator is None and answering:
+        yield ("evaluation", "metrics"), f"{answering[0]} needs a rag_system.generator"
+    generator = config.rag_system.generator
+    if config.rag_system.inference == "concat" and config.rag_system.ensemble_temperature is not None:
+        yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
+    if config.evaluation.choice_score != "sum" and metrics and "accuracy" not in metrics:
+        yield ("evaluation", "choice_score"), "has no effect without the metric accuracy; remove it"
+    if generator is None and config.rag_system.inference == "ensemble":
+        yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
+    ranked = ranking_metrics_of(metrics)
+    if ranked and config.evaluation.context != "retrieved":
+        yield ("evaluation", "metrics"), f"{ranked[0]} needs evaluation.context: retrieved"
 
 
 def _check_federation(config: Config) -> Iterator[Finding]:
@@ -135,7 +146,7 @@ def _check_trainer(config: Config, side: str) -> Iterator[Finding]:
                 yield (*path, "validation", name), "needs a dataset.validation"
     if validation.every == "never" and validation.patience is not None:
         yield (*path, "validation", "patience"), "needs validation.every: epoch or a number of steps"
-    answers = validation.metric in ANSWER_METRICS
+    answers = validation.metric in GENERATOR_METRICS
     if validation.metric not in (None, "loss") and answers != (side == "generator"):
-        known = "loss, exact_match, f1" if side == "generator" else "loss, mrr, hit@K, recall@K, ndcg@K"
+        known = f"loss, {', '.join(GENERATOR_METRICS)}" if side == "generator" else "loss, mrr, hit@K, recall@K, ndcg@K"
         yield (*path, "validation", "metric"), f"'{validation.metric}' does not measure the {side} (metrics: {known})"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, 
 from annotated_types import Ge, Gt, Interval, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
+from fedrag_cli.config.metrics import METRIC_HELP, METRIC_PATTERN
 from fedrag_cli.registry import registry
 
 if TYPE_CHECKING:
@@ -138,9 +139,6 @@ def _check_placeholders(*allowed: str, required: tuple[str, ...]) -> AfterValida
 
 PromptTemplate = Annotated[str, _check_placeholders("context", "query", required=("context", "query"))]
 PassageTemplate = Annotated[str, _check_placeholders(required=("text",))]
-
-METRIC_PATTERN = re.compile(r"exact_match|f1|mrr|(hit|recall|ndcg)@[1-9][0-9]*")
-METRIC_HELP = "exact_match, f1, mrr, hit@K, recall@K, ndcg@K"
 
 
 def _check_metric(name: str) -> str:

@@ -79,6 +79,11 @@ class RAGSystemConfig:
     """How the prompt is written."""
     top_k: PositiveInt = 3
     """Passages that are retrieved for a prompt."""
+    inference: Literal["concat", "ensemble"] = "concat"
+    """concat puts all passages into one prompt; ensemble gives each passage a prompt of its own and sums their
+    next-token probabilities, weighted by the retriever (REPLUG, RA-DIT)."""
+    ensemble_temperature: PositiveFloat | None = None
+    """With inference: ensemble, the temperature of the retriever's weights; 0.05 where nothing is said."""
 
 
 @config_class
@@ -121,6 +126,13 @@ class EvaluationConfig:
     """The split to evaluate on; auto takes test, and validation where there is no test."""
     metrics: tuple[MetricName, ...] | None = None
     """Metrics to compute; by default those of the side that is tuned."""
+    context: Literal["retrieved", "oracle", "none"] = "retrieved"
+    """What answers are given from: the retrieved passages, the relevant ones, or none."""
+    choice_score: Literal["sum", "token", "character", "prior"] = "sum"
+    """How accuracy compares the choices of a question: by their log-likelihood, by it a token or a character, or by
+    how much the question raises it over an empty prompt's."""
+    group_by: NonEmptyStr | None = None
+    """Column of the questions; the metrics are given for each of its values too."""
     depth: PositiveInt = 100
     """Length of the rankings that mrr is computed on."""
     limit: PositiveInt | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrag_cli.config.metrics import GEOMETRIC
 from fedrag_cli.errors import ConfigError, DataError
 
 # Bounds the memory of the resampling to a few megabytes, however many questions and resamples there are.
@@ -104,6 +105,41 @@ def paired_difference(
         )
     differences = _finite_array(after) - _finite_array(before)
     return bootstrap_interval(differences.tolist(), confidence, resamples, seed)
+
+
+def metric_mean(metric: str, values: Sequence[float]) -> float:
+    """Return the mean of a metric over the questions: geometric for perplexity, arithmetic for all others."""
+    sample = _finite_array(values)
+    return float(np.exp(np.log(sample).mean()) if metric in GEOMETRIC else sample.mean())
+
+
+def metric_interval(
+    metric: str, values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Compute the interval of a metric's mean; see `bootstrap_interval` and `metric_mean`."""
+    if metric not in GEOMETRIC:
+        return bootstrap_interval(values, confidence, resamples, seed)
+    logs = bootstrap_interval(np.log(_finite_array(values)).tolist(), confidence, resamples, seed)
+    mean, low, high = (float(np.exp(value)) for value in (logs.mean, logs.low, logs.high))
+    return Interval(mean, low, high, logs.n)
+
+
+def metric_difference(
+    metric: str,
+    before: Sequence[float],
+    after: Sequence[float],
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Compute the interval of a metric's mean after less that before; see `paired_difference` and `metric_mean`."""
+    if metric not in GEOMETRIC or list(before) == list(after):
+        return paired_difference(before, after, confidence, resamples, seed)
+    paired_difference(before, after, confidence, 1, seed)
+    # The same seed draws the same questions on both sides.
+    means = [np.exp(_resampled_means(np.log(_finite_array(side)), resamples, seed)) for side in (before, after)]
+    low, high = np.quantile(means[1] - means[0], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(metric_mean(metric, after) - metric_mean(metric, before), float(low), float(high), len(before))
 
 
 def _finite_array(values: Sequence[float]) -> NDArray[np.float64]:

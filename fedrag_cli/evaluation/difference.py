@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
+from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.config.schema import EvaluationConfig
 from fedrag_cli.errors import DataError
-from fedrag_cli.evaluation.bootstrap import Interval, paired_difference
+from fedrag_cli.evaluation.bootstrap import Interval, metric_difference, metric_mean
 
 Verdict = Literal["better", "worse", "no difference shown"]
-
-LOWER_IS_BETTER = frozenset({"loss", "negative_log_likelihood", "perplexity"})
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,12 @@ def compare_metrics(
 def _compare(
     metric: str, before: Sequence[float], after: Sequence[float], settings: EvaluationConfig, seed: int
 ) -> MetricDifference:
-    difference = paired_difference(before, after, settings.confidence, settings.resamples, seed)
+    difference = metric_difference(metric, before, after, settings.confidence, settings.resamples, seed)
     return MetricDifference(
         metric=metric,
         n=difference.n,
-        before=float(np.mean(before)),
-        after=float(np.mean(after)),
+        before=metric_mean(metric, before),
+        after=metric_mean(metric, after),
         difference=difference,
         verdict=_verdict(metric, difference),
         confidence=settings.confidence,

@@ -13,7 +13,7 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
-from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
@@ -43,7 +43,7 @@ def build_rag_system(
     reporter = reporter or SilentReporter()
     retriever, generator = _load_models(config, reporter, with_generator=with_generator)
     store = _open_store(config, retriever, nodes, reporter)
-    return RAGSystem(retriever, store, generator, config.rag_system.top_k, config)
+    return _assemble(config, retriever, store, generator)
 
 
 def build_rag_system_without_passages(config: Config, reporter: Reporter | None = None) -> RAGSystem:
@@ -59,7 +59,7 @@ def build_rag_system_without_passages(config: Config, reporter: Reporter | None 
     retriever, generator = _load_models(config, reporter or SilentReporter(), with_generator=True)
     store = InMemoryKnowledgeStore(retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
-    return RAGSystem(retriever, store, generator, config.rag_system.top_k, config)
+    return _assemble(config, retriever, store, generator)
 
 
 def build_knowledge_store(
@@ -80,6 +80,17 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
     for node in nodes:
         digest.update(json.dumps([node.id, node.text, node.metadata], sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _assemble(
+    config: Config,
+    retriever: SentenceTransformerRetriever,
+    store: InMemoryKnowledgeStore,
+    generator: CausalLMGenerator | None,
+) -> RAGSystem:
+    settings = config.rag_system
+    temperature = settings.ensemble_temperature or ENSEMBLE_TEMPERATURE
+    return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
 
 
 def _load_models(

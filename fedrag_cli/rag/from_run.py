@@ -42,6 +42,12 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
         raise ConfigError(
             f"The run in '{path}' is not finished (status: {status}).", f"Go on with: fedrag resume {path}"
         )
+    evaluation = run.manifest().get("evaluation")
+    if evaluation is not None:
+        raise ConfigError(
+            f"'{path}' is an evaluation, which has no models of its own.",
+            f"Give what it evaluated: {evaluation['of'] or path / 'config.yaml'}",
+        )
     _refuse_fixed(overrides, path)
     source = load_config_with_source(run.config_file, overrides)
     return with_tuned_models(source.config, run), source

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fedrag_cli.config import Config, PromptConfig
 from fedrag_cli.errors import ConfigError
+from fedrag_cli.losses import passage_log_weights
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.generators.ensemble import generate_ensemble
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 
 Progress = Callable[[int], None]
+OnAnswers = Callable[[list[int], "list[RAGAnswer]"], None]
+ENSEMBLE_TEMPERATURE = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class RAGSystem:
         generator: Writes the answers; None where only retrieval is wanted.
         top_k: Passages of a prompt.
         config: The config that it was built from, if it was; trainers take their settings and data from it.
+        inference: concat puts all passages into one prompt, ensemble weighs an answer from each (REPLUG, RA-DIT).
+        ensemble_temperature: Temperature of the softmax that makes weights of the passages' scores, above 0.
     """
 
     retriever: SentenceTransformerRetriever
@@ -52,6 +60,8 @@ class RAGSystem:
     generator: CausalLMGenerator | None = None
     top_k: int = 3
     config: Config | None = None
+    inference: Literal["concat", "ensemble"] = "concat"
+    ensemble_temperature: float = ENSEMBLE_TEMPERATURE
 
     @property
     def prompt_config(self) -> PromptConfig:
@@ -102,7 +112,7 @@ class RAGSystem:
     def batch_query(
         self, queries: Sequence[str], top_k: int | None = None, progress: Progress | None = None
     ) -> list[RAGAnswer]:
-        """Answer questions from their passages, all of them in one prompt (`concat`).
+        """Answer questions from their passages, the way `inference` says.
 
         Args:
             queries: The questions.
@@ -116,19 +126,61 @@ class RAGSystem:
         return self.answer(queries, self.batch_retrieve(queries, top_k), progress)
 
     def answer(
-        self, queries: Sequence[str], sources: Sequence[list[ScoredNode]], progress: Progress | None = None
+        self,
+        queries: Sequence[str],
+        sources: Sequence[list[ScoredNode]],
+        progress: Progress | None = None,
+        on_answers: OnAnswers | None = None,
     ) -> list[RAGAnswer]:
-        """Answer questions from passages that were retrieved already; see `batch_query`."""
+        """Answer questions from passages that were retrieved already; see `batch_query`.
+
+        Args:
+            queries: The questions.
+            sources: Their passages, best first; a question without any is asked without context.
+            progress: Called with the number of questions answered after each batch.
+            on_answers: Called after each batch with positions in `queries` and their answers.
+        """
         generator = self.require_generator()
+        contexts = [self.contexts(found) for found in sources]
         prompts = [
-            generator.encode_prompt(query, [scored.node for scored in found])
-            for query, found in zip(queries, sources, strict=True)
+            [generator.encode_prompt(query, [scored.node for scored in context]) for context in group]
+            for query, group in zip(queries, contexts, strict=True)
         ]
-        texts = generator.generate_from_ids([prompt.ids for prompt in prompts], progress)
-        return [
-            RAGAnswer(query, text, list(found), prompt.dropped_tokens)
-            for query, text, found, prompt in zip(queries, texts, sources, prompts, strict=True)
-        ]
+        dropped = [sum(prompt.dropped_tokens for prompt in group) for group in prompts]
+        answers: dict[int, RAGAnswer] = {}
+
+        def keep(positions: list[int], texts: list[str]) -> None:
+            batch = [
+                RAGAnswer(queries[position], text, list(sources[position]), dropped[position])
+                for position, text in zip(positions, texts, strict=True)
+            ]
+            answers.update(zip(positions, batch, strict=True))
+            if on_answers is not None:
+                on_answers(positions, batch)
+            if progress is not None:
+                progress(len(positions))
+
+        if self.inference == "ensemble":
+            weights = [self.passage_log_weights(found) for found in sources]
+            ids = [[prompt.ids for prompt in group] for group in prompts]
+            generate_ensemble(generator, ids, weights, keep)
+        else:
+            generator.generate_from_ids([group[0].ids for group in prompts], on_batch=keep)
+        return [answers[position] for position in range(len(queries))]
+
+    def contexts(self, found: Sequence[ScoredNode]) -> list[list[ScoredNode]]:
+        """Return what goes into each prompt of a question: all its passages, or with `ensemble` one each."""
+        if self.inference == "ensemble" and found:
+            return [[scored] for scored in found]
+        return [list(found)]
+
+    def passage_log_weights(self, found: Sequence[ScoredNode]) -> Tensor:
+        """Return the log-weight of each of a question's prompts, of shape (prompts,).
+
+        With `ensemble` they are log softmax(score / ensemble_temperature); a single prompt has the weight 1.
+        """
+        scores = [context[0].score if context else 0.0 for context in self.contexts(found)]
+        return passage_log_weights(torch.tensor(scores), self.ensemble_temperature)
 
     def generate(self, prompt: str) -> str:
         """Continue one prompt, without retrieval."""

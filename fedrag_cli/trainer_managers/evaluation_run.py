@@ -1,56 +1,183 @@
-"""Evaluating a config's RAG system, or a run's tuned one, on a split."""
+"""`fedrag evaluate`: measuring a config's RAG system, or a run's tuned one, in a run directory of its own."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.config import Config
-from fedrag_cli.config.checks import ANSWER_METRICS, evaluation_split, require_generator, tuned_sides
+from fedrag_cli.config import Config, ConfigSource
+from fedrag_cli.config.checks import evaluation_split, require_generator, tuned_sides
+from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
-from fedrag_cli.data.examples import load_examples
+from fedrag_cli.data.examples import Example, load_examples
+from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import resolve_relevant_ids
-from fedrag_cli.errors import ConfigError
-from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
-from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.errors import ConfigError, FedRAGError
+from fedrag_cli.evaluation.evaluator import choose_metrics
+from fedrag_cli.evaluation.result import Evaluation
+from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
+from fedrag_cli.rag.from_run import with_tuned_models
+from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
+from fedrag_cli.runs.evaluation_plot import plot_evaluation
+from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.trainer_managers.run_parts import (
+    RunData,
+    RunReporter,
+    data_fingerprints,
+    evaluate_once,
+    model_fingerprints,
+    recorded_end,
+    require_unchanged,
+)
+
+STAGE = "evaluated"
 
 
-def evaluate_config(config: Config, reporter: Reporter, predictions: Path | None = None) -> dict[str, Any]:
-    """Evaluate the RAG system of a config on its evaluation split.
+def start_evaluation(
+    source: ConfigSource, evaluated_run: Path | None, *, command: Sequence[str], reporter: Reporter
+) -> dict[str, Any]:
+    """Evaluate the RAG system of a config, or the tuned one of a run, on the config's evaluation split.
 
     Args:
-        config: A loaded config; that of a run points at the tuned models.
+        source: A loaded config; that of the run where one is evaluated.
+        evaluated_run: The run directory whose tuned models are measured; None for the config's own.
+        command: The command line, for the manifest.
         reporter: Shows the progress.
-        predictions: File for one JSON line a question, with passages, answer and metrics.
 
     Returns:
-        The split, n, each metric with its interval, and what was truncated.
+        The summary, as `summary.json` has it: the split, each metric with its interval, groups, and what was cut.
 
     Raises:
         ConfigError: There is no split to evaluate on, or a metric needs a generator that is not there.
+        FedRAGError: Data or a model is missing or bad.
     """
+    config = _config_of(source, evaluated_run)
+    data, metrics = _load(config)
+    run = RunDirectory.create(
+        config.run.output_dir, config.run.name, source.to_yaml(), command=command, seed=config.run.seed
+    )
+    of = str(evaluated_run.resolve()) if evaluated_run is not None else None
+    run.update_manifest(evaluation={"of": of})
+    reporter.note(f"Run directory: {run.path}")
+    with run.locked():
+        try:
+            rag_system = _build(config, data, metrics, reporter)
+        except (FedRAGError, KeyboardInterrupt):
+            run.remove()
+            raise
+        return _see_through(run, config, data, metrics, rag_system, reporter)
+
+
+def resume_evaluation(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
+    """Go on with an evaluation after its newest batch; see `start_evaluation`."""
+    of = run.manifest()["evaluation"]["of"]
+    config = _config_of(source, Path(of) if of is not None else None)
+    data, metrics = _load(config)
+    require_unchanged(run, "data", data_fingerprints(data))
+    with run.locked():
+        run.update_manifest(status="running", error=None)
+        rag_system = _build(config, data, metrics, reporter)
+        require_unchanged(run, "models", model_fingerprints(rag_system))
+        return _see_through(run, config, data, metrics, rag_system, reporter)
+
+
+def _config_of(source: ConfigSource, evaluated_run: Path | None) -> Config:
+    return with_tuned_models(source.config, RunDirectory.open(evaluated_run)) if evaluated_run else source.config
+
+
+def _load(config: Config) -> tuple[RunData, list[str]]:
     split = evaluation_split(config)
     if split is None:
         raise ConfigError(
             "The config has neither dataset.test nor dataset.validation to evaluate on.", "Add one of them."
         )
-    nodes = load_corpus(config.dataset.corpus)
-    examples = resolve_relevant_ids(load_examples(getattr(config.dataset, split)), nodes)[: config.evaluation.limit]
-    metrics = choose_metrics(config.evaluation.metrics, tuned_sides(config), examples)
-    answering = any(name in ANSWER_METRICS for name in metrics)
+    nodes = _passages(config)
+    examples = load_examples(getattr(config.dataset, split))
+    # Without a corpus nothing is retrieved, so the ids of passages name nothing.
+    examples = resolve_relevant_ids(examples, nodes) if nodes else _without_relevant_ids(examples)
+    data = RunData(nodes, [], [], examples[: config.evaluation.limit], split)
+    settings = config.evaluation
+    metrics = choose_metrics(settings.metrics, tuned_sides(config), data.evaluation, settings.context)
+    answering = generator_metrics_of(metrics)
     if answering:
-        require_generator(config, "computing exact_match and f1")
-    rag_system = build_rag_system(config, nodes=nodes, with_generator=answering, reporter=reporter)
-    evaluation = evaluate(rag_system, examples, metrics, depth=config.evaluation.depth, reporter=reporter)
-    if predictions is not None:
-        evaluation.write_predictions(predictions)
-    intervals = evaluation.intervals(config.evaluation, config.run.seed)
+        require_generator(config, f"computing {' and '.join(answering)}")
+    return data, metrics
+
+
+def _passages(config: Config) -> list[KnowledgeNode]:
+    if config.dataset.corpus is None and config.evaluation.context == "none":
+        return []
+    return load_corpus(config.dataset.corpus)
+
+
+def _without_relevant_ids(examples: Sequence[Example]) -> list[Example]:
+    return [dataclasses.replace(example, relevant_ids=()) for example in examples]
+
+
+def _build(config: Config, data: RunData, metrics: Sequence[str], reporter: Reporter) -> RAGSystem:
+    if not data.nodes:
+        return build_rag_system_without_passages(config, reporter)
+    answering = bool(generator_metrics_of(metrics))
+    return build_rag_system(config, nodes=data.nodes, with_generator=answering, reporter=reporter)
+
+
+def _see_through(
+    run: RunDirectory,
+    config: Config,
+    data: RunData,
+    metrics: Sequence[str],
+    rag_system: RAGSystem,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    reporter = RunReporter(run.open_log(), reporter)
+    with recorded_end(run), terminable():
+        if run.manifest().get("fingerprints") is None:
+            run.update_manifest(fingerprints=data_fingerprints(data) | model_fingerprints(rag_system))
+        reporter.event("started", mode="evaluation", **data.counts())
+        evaluation = evaluate_once(run, STAGE, config, data, rag_system, metrics, reporter)
+        assert evaluation is not None
+        summary = _summary(run, config, data, evaluation, time.monotonic() - started)
+        plot_evaluation(summary, run.plots / "metrics.png")
+        run.write_json("summary.json", summary)
+        run.update_manifest(status="done", error=None)
+    return summary
+
+
+def _summary(
+    run: RunDirectory, config: Config, data: RunData, evaluation: Evaluation, seconds: float
+) -> dict[str, Any]:
+    settings, seed, manifest = config.evaluation, config.run.seed, run.manifest()
+    groups = {
+        group: {name: dataclasses.asdict(interval) for name, interval in intervals.items()}
+        for group, intervals in evaluation.group_intervals(settings, seed).items()
+    }
     return {
-        "split": split,
+        "schema_version": SCHEMA_VERSION,
+        "run_name": config.run.name,
+        "run_dir": str(run.path),
+        "status": "done",
+        "role": "evaluation",
+        "evaluated": manifest["evaluation"]["of"],
+        "seed": seed,
+        "command": manifest["command"],
+        "data": data.counts(),
+        "fingerprints": manifest["fingerprints"],
+        "split": data.split,
+        "context": settings.context,
+        "inference": config.rag_system.inference,
         "n": evaluation.n,
-        "confidence": config.evaluation.confidence,
-        "metrics": {name: dataclasses.asdict(interval) for name, interval in intervals.items()},
+        "confidence": settings.confidence,
+        "metrics": {name: dataclasses.asdict(item) for name, item in evaluation.intervals(settings, seed).items()},
+        "group_by": settings.group_by,
+        "groups": groups,
         "truncated": evaluation.truncated,
+        "predictions": str(run.path / "evaluation" / f"{STAGE}-predictions.jsonl"),
+        "seconds": seconds,
+        "versions": manifest["versions"],
     }

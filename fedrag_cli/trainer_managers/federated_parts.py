@@ -11,7 +11,7 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_generator, tuned_sides
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.evaluation.evaluator import Evaluation
+from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.federated.federation import EvaluateGlobal, Federation
 from fedrag_cli.federated.grid import FederationGrid
 from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
@@ -120,7 +120,8 @@ def _forget_evaluations(run: RunDirectory, settings: FederatedConfig, done: int)
     """Remove evaluations of rounds that were not saved any more, because those rounds are run again."""
     for number in range(done + 1, settings.rounds + 1):
         stage = "after" if number == settings.rounds else f"round-{number}"
-        (run.path / "evaluation" / f"{stage}.json").unlink(missing_ok=True)
+        for name in (f"{stage}.json", f"{stage}-so-far.jsonl"):
+            (run.path / "evaluation" / name).unlink(missing_ok=True)
 
 
 def stored_evaluation(run: RunDirectory, stage: str) -> Evaluation | None:

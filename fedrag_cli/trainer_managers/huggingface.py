@@ -9,8 +9,8 @@ from typing import Any, get_args
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedrag_cli.config.checks import ANSWER_METRICS
 from fedrag_cli.config.fields import CLIENT_REPORTS
+from fedrag_cli.config.metrics import GENERATOR_METRICS
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import ConfigError, DataError, ModelError
@@ -164,7 +164,7 @@ def _add_metrics(trainer: HuggingFaceTrainer, names: list[str]) -> None:
     if not examples:
         raise DataError(f"The validation metric '{metrics[0]}' needs validation examples.", "Pass validation_dataset.")
     for metric in metrics:
-        if metric not in ANSWER_METRICS and not any(example.relevant_ids for example in examples):
+        if metric not in GENERATOR_METRICS and not any(example.relevant_ids for example in examples):
             raise DataError(
                 f"The validation metric '{metric}' needs relevant ids, but no validation example has any.",
                 "Add a relevant_ids column, or choose the metric loss.",

@@ -42,7 +42,7 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
         "truncated": _truncation(rag_system, data.train or data.evaluation),
     }
     if data.evaluation:
-        report["metrics"] = choose_metrics(config.evaluation.metrics, sides, data.evaluation)
+        report["metrics"] = choose_metrics(config.evaluation.metrics, sides, data.evaluation, config.evaluation.context)
     if data.train:
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation)
         trained = {side: _count(trainable(trainer.model)) for side, trainer in manager.trainers.items() if trainer}

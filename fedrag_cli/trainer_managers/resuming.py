@@ -10,7 +10,7 @@ from fedrag_cli.runs.reporting import Reporter
 
 
 def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
-    """Go on with a run: a training, or a server, a client or a simulation of a federation.
+    """Go on with a run: a training, an evaluation, or a server, a client or a simulation of a federation.
 
     Args:
         run: The run directory.
@@ -23,6 +23,10 @@ def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> d
     if run.manifest().get("status") == "done":
         reporter.note(f"The run in {run.path} is finished already.")
         return run.summary()
+    if run.manifest().get("evaluation") is not None:
+        from fedrag_cli.trainer_managers.evaluation_run import resume_evaluation
+
+        return resume_evaluation(run, source, reporter)
     role = run.federation_role()
     if role == "server":
         from fedrag_cli.trainer_managers.serving import resume_serving

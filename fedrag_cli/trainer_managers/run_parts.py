@@ -13,9 +13,10 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import resolve_relevant_ids
-from fedrag_cli.errors import RunInterruptedError
+from fedrag_cli.errors import FedRAGError, RunInterruptedError
 from fedrag_cli.evaluation.difference import compare_metrics
-from fedrag_cli.evaluation.evaluator import Evaluation, choose_metrics, evaluate
+from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
+from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import corpus_fingerprint
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.atomic import replace_directory_atomically, write_text_atomically
@@ -96,7 +97,8 @@ def chosen_metrics(config: Config, data: RunData) -> list[str]:
     """Return the metrics of the evaluation before and after; none where there is nothing to evaluate on."""
     if data.split is None:
         return []
-    return choose_metrics(config.evaluation.metrics, tuned_sides(config), data.evaluation)
+    settings = config.evaluation
+    return choose_metrics(settings.metrics, tuned_sides(config), data.evaluation, settings.context)
 
 
 def evaluate_once(
@@ -114,11 +116,15 @@ def evaluate_once(
     done = run.read_json_if_there(f"evaluation/{stage}.json")
     if done is not None:
         return Evaluation.from_dict(done)
-    when = f"{stage} training" if stage in ("before", "after") else f"after {stage.replace('-', ' ')}"
-    reporter.note(f"Evaluating {when} on the {data.split} split ({len(data.evaluation)} questions)")
-    evaluation = evaluate(rag_system, data.evaluation, metrics, depth=config.evaluation.depth, reporter=reporter)
+    when = {"before": " before training", "after": " after training", "evaluated": ""}
+    reporter.note(
+        f"Evaluating{when.get(stage, f' after {stage}')} on the {data.split} split ({len(data.evaluation)} questions)"
+    )
+    memory = run.path / "evaluation" / f"{stage}-so-far.jsonl"
+    evaluation = evaluate(rag_system, data.evaluation, metrics, config.evaluation, reporter=reporter, memory=memory)
     evaluation.write_predictions(run.path / "evaluation" / f"{stage}-predictions.jsonl")
     run.write_json(f"evaluation/{stage}.json", evaluation.to_dict())
+    memory.unlink(missing_ok=True)
     reporter.event("evaluation", stage=stage, split=data.split, metrics=evaluation.means())
     return evaluation
 
@@ -167,6 +173,23 @@ def model_fingerprints(rag_system: RAGSystem) -> dict[str, str]:
     generator = rag_system.generator
     models = {"retriever": rag_system.retriever.fingerprint()}
     return models | ({"generator": generator.fingerprint()} if generator is not None else {})
+
+
+def require_unchanged(run: RunDirectory, what: str, fingerprints: dict[str, str]) -> None:
+    """Raise FedRAGError where data or models of a run are others than when it started.
+
+    Args:
+        run: The run that goes on.
+        what: `data` or `models`, for the message.
+        fingerprints: Those of now.
+    """
+    known = run.manifest().get("fingerprints") or {}
+    changed = [name for name, value in fingerprints.items() if known.get(name, value) != value]
+    if changed:
+        raise FedRAGError(
+            f"The {what} of this run changed since it started: {', '.join(changed)}.",
+            f"Put the old {what} back, or start a new run.",
+        )
 
 
 def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import yaml
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
 from fedrag_cli.errors import FedRAGError
-from fedrag_cli.evaluation.evaluator import Evaluation
+from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
@@ -29,6 +29,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     model_fingerprints,
     recorded_end,
     require_room,
+    require_unchanged,
     save_models,
     tuned_models,
     write_results,
@@ -83,10 +84,10 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
     with run.locked():
         config = source.config
         data = load_run_data(config)
-        _require_same_data(run, data)
+        require_unchanged(run, "data", data_fingerprints(data))
         run.update_manifest(status="running", error=None)
         rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
-        _require_same_models(run, rag_system)
+        require_unchanged(run, "models", model_fingerprints(rag_system))
         return _see_through(run, config, data, rag_system, reporter)
 
 
@@ -161,23 +162,3 @@ def _fingerprints(run: RunDirectory, data: RunData, rag_system: RAGSystem) -> di
     if known is not None:
         return known
     return data_fingerprints(data) | model_fingerprints(rag_system)
-
-
-def _require_same_models(run: RunDirectory, rag_system: RAGSystem) -> None:
-    known = run.manifest().get("fingerprints") or {}
-    changed = [name for name, value in model_fingerprints(rag_system).items() if known.get(name, value) != value]
-    if changed:
-        raise FedRAGError(
-            f"The base models of this run are others than when it started: {', '.join(changed)}.",
-            "Put the old models back, or start a new run with 'fedrag train'.",
-        )
-
-
-def _require_same_data(run: RunDirectory, data: RunData) -> None:
-    known = run.manifest().get("fingerprints") or {}
-    changed = [name for name, value in data_fingerprints(data).items() if known.get(name, value) != value]
-    if changed:
-        raise FedRAGError(
-            f"The data of this run has changed since it started: {', '.join(changed)}.",
-            "Put the old files back, or start a new run with 'fedrag train'.",
-        )

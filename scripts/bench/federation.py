@@ -191,7 +191,7 @@ def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> d
     os.environ["FEDRAG_XQUAD"] = str(everything)
     whole = load_run_data(load_config(config_file))
     rag_system.knowledge_store = build_knowledge_store(rag_system.retriever, whole.nodes, SilentReporter())
-    return evaluate(rag_system, whole.evaluation, METRICS[name], depth=config.evaluation.depth).values
+    return evaluate(rag_system, whole.evaluation, METRICS[name], config.evaluation).values
 
 
 def table(name: str, values: dict[str, dict[str, list[float]]], server: Path, seconds: float) -> str:

@@ -8,13 +8,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
 from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
-from fedrag_cli.rag.generators.likelihood import TokenPair, batch_log_probs, length_sorted_batches
+from fedrag_cli.rag.generators.likelihood import TokenPair, batch_log_probs, length_sorted_batches, token_log_probs
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     ModelLocation,
@@ -27,7 +34,7 @@ from fedrag_cli.rag.models import (
 )
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
 
-Progress = Callable[[int], None]
+OnTexts = Callable[[list[int], list[str]], None]
 
 
 class CausalLMGenerator:
@@ -132,12 +139,12 @@ class CausalLMGenerator:
         """
         return self.generate_from_ids([self._prompt_ids(prompt) for prompt in prompts])
 
-    def generate_from_ids(self, prompts: Sequence[list[int]], progress: Progress | None = None) -> list[str]:
+    def generate_from_ids(self, prompts: Sequence[list[int]], on_batch: OnTexts | None = None) -> list[str]:
         """Answer tokenised prompts in length-sorted batches, padded on the left.
 
         Args:
             prompts: Token ids.
-            progress: Called with the number of prompts done after each batch.
+            on_batch: Called after each batch with positions in `prompts` and their answers.
 
         Returns:
             The answers, in the order of the prompts.
@@ -145,6 +152,22 @@ class CausalLMGenerator:
         Raises:
             DataError: A prompt has no tokens, or leaves no room for an answer in the context window.
         """
+        self.require_room(prompts)
+        answers = [""] * len(prompts)
+        lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
+        with torch.random.fork_rng(enabled=self.config.temperature > 0):
+            if self.config.temperature > 0:
+                torch.manual_seed(self.seed)
+            for batch in length_sorted_batches(lengths, self.config.batch_tokens):
+                texts = self.generate_batch([prompts[position] for position in batch])
+                for position, text in zip(batch, texts, strict=True):
+                    answers[position] = text
+                if on_batch is not None:
+                    on_batch(batch, texts)
+        return answers
+
+    def require_room(self, prompts: Sequence[list[int]]) -> None:
+        """Raise DataError where a prompt is empty, or leaves no room for an answer in the context window."""
         for row, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"Prompt {row} has no tokens.", "Remove empty prompts.")
@@ -154,20 +177,15 @@ class CausalLMGenerator:
                     f"but the context window has {self.context_window}.",
                     "Shorten the prompt, or lower rag_system.generator.max_new_tokens.",
                 )
-        answers = [""] * len(prompts)
-        lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
-        with torch.random.fork_rng(enabled=self.config.temperature > 0):
-            if self.config.temperature > 0:
-                torch.manual_seed(self.seed)
-            for batch in length_sorted_batches(lengths, self.config.batch_tokens):
-                for position, answer in zip(batch, self._generate_batch([prompts[i] for i in batch]), strict=True):
-                    answers[position] = answer
-                if progress is not None:
-                    progress(len(batch))
-        return answers
 
     @torch.inference_mode()
-    def _generate_batch(self, prompts: list[list[int]]) -> list[str]:
+    def generate_batch(self, prompts: Sequence[list[int]], chooser: LogitsProcessor | None = None) -> list[str]:
+        """Answer tokenised prompts in one batch.
+
+        Args:
+            prompts: Token ids.
+            chooser: Takes the choice of the next tokens over, by leaving each row one token that is not -inf.
+        """
         self.model.eval()
         width = max(len(prompt) for prompt in prompts)
         rows = [[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
@@ -176,19 +194,20 @@ class CausalLMGenerator:
             output = self.model.generate(
                 input_ids=torch.tensor(rows, device=self.device),
                 attention_mask=torch.tensor(masks, device=self.device),
-                generation_config=self._generation_config(),
+                generation_config=self._generation_config(sampling=chooser is None),
+                logits_processor=LogitsProcessorList([chooser] if chooser is not None else []),
             )
         texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _generation_config(self) -> GenerationConfig:
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
-        if self.config.temperature == 0:
+    def _generation_config(self, *, sampling: bool) -> GenerationConfig:
+        options: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
+        if self.config.temperature == 0 or not sampling:
             # Transformers fills what is left out from the model's own settings, such as a penalty for repetition.
-            sampling = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+            options = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         ends = {self.prompts.end_ids[-1], *_as_list(self.tokenizer.eos_token_id)}
         return GenerationConfig(
-            max_new_tokens=self.config.max_new_tokens, pad_token_id=self.pad_id, eos_token_id=sorted(ends), **sampling
+            max_new_tokens=self.config.max_new_tokens, pad_token_id=self.pad_id, eos_token_id=sorted(ends), **options
         )
 
     def target_log_probs(
@@ -232,6 +251,16 @@ class CausalLMGenerator:
         Returns:
             float32 tensor of shape (len(pairs),).
         """
+        self._require_scorable(pairs)
+        results = torch.zeros(len(pairs))
+        lengths = [len(prompt) + len(target) for prompt, target in pairs]
+        for batch in length_sorted_batches(lengths, self.config.batch_tokens):
+            results[batch] = self.score_batch([pairs[position] for position in batch], padding_side)
+            if on_batch is not None:
+                on_batch(batch, results[batch])
+        return results
+
+    def _require_scorable(self, pairs: Sequence[TokenPair]) -> None:
         for row, (prompt, target) in enumerate(pairs):
             if not prompt or not target:
                 raise DataError(f"Row {row} has no {'prompt' if not prompt else 'target'} tokens to score.")
@@ -240,13 +269,25 @@ class CausalLMGenerator:
                     f"Row {row} has {len(prompt) + len(target)} tokens, "
                     f"but the context window has {self.context_window}."
                 )
-        results = torch.zeros(len(pairs))
+
+    @torch.inference_mode()
+    def token_log_probs_of_ids(
+        self, pairs: Sequence[TokenPair], on_batch: Callable[[list[int], list[Tensor]], None]
+    ) -> None:
+        """Compute log p(token | prompt, tokens before it) of each target, in length-sorted batches of a token budget.
+
+        Args:
+            pairs: (prompt ids, target ids).
+            on_batch: Called after each batch with the positions in `pairs` and, for each, the log-probabilities of its
+                target's tokens.
+        """
+        self._require_scorable(pairs)
+        self.model.eval()
         lengths = [len(prompt) + len(target) for prompt, target in pairs]
         for batch in length_sorted_batches(lengths, self.config.batch_tokens):
-            results[batch] = self.score_batch([pairs[position] for position in batch], padding_side)
-            if on_batch is not None:
-                on_batch(batch, results[batch])
-        return results
+            with self._autocast():
+                rows = token_log_probs(self.model, [pairs[position] for position in batch], pad_id=self.pad_id)
+            on_batch(batch, [row.cpu() for row in rows])
 
     @torch.inference_mode()
     def score_batch(self, pairs: Sequence[TokenPair], padding_side: Literal["left", "right"] = "right") -> Tensor:

@@ -52,6 +52,22 @@ def batch_log_probs(
     Returns:
         float32 tensor of shape (len(pairs),), each at most 0.
     """
+    rows = token_log_probs(model, pairs, pad_id=pad_id, padding_side=padding_side)
+    return torch.stack([row.sum() for row in rows]).cpu()
+
+
+def token_log_probs(
+    model: nn.Module,
+    pairs: Sequence[TokenPair],
+    *,
+    pad_id: int,
+    padding_side: Literal["left", "right"] = "right",
+) -> list[Tensor]:
+    """Return the log-probability of each token of each target; arguments as for `batch_log_probs`.
+
+    Returns:
+        For each pair a float32 tensor of shape (target tokens,) on the model's device, each value at most 0.
+    """
     device = next(model.parameters()).device
     lengths = [len(prompt) + len(target) for prompt, target in pairs]
     width = max(lengths)
@@ -65,12 +81,12 @@ def batch_log_probs(
     first = min(start + len(prompt) for (prompt, _), start in zip(pairs, starts, strict=True)) - 1
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     logits = _tail_logits(model, input_ids.to(device), mask.to(device), positions.to(device), keep=width - first)
-    totals = []
+    found = []
     for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
         begin = start + len(prompt) - 1 - first
         log_probs = torch.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
-        totals.append(log_probs.gather(1, torch.tensor(target, device=device)[:, None]).sum())
-    return torch.stack(totals).cpu()
+        found.append(log_probs.gather(1, torch.tensor(target, device=device)[:, None]).squeeze(1))
+    return found
 
 
 def accepted_arguments(model: nn.Module) -> frozenset[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ModelError, TrainingError
 from fedrag_cli.rag.models import has_fast_bfloat16
 from fedrag_cli.trainers.config import TrainingConfig
@@ -60,7 +61,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=10**9,
         metric_for_best_model=config.validation.metric or "loss",
-        greater_is_better=(config.validation.metric or "loss") != "loss",
+        greater_is_better=(config.validation.metric or "loss") not in LOWER_IS_BETTER,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=list(report_to) or "none",

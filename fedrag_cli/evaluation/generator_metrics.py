@@ -1,0 +1,138 @@
+"""Metrics of the generator: of the answers it writes, and of its likelihoods of given answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.data.examples import Example
+from fedrag_cli.errors import DataError
+from fedrag_cli.evaluation.answers import exact_match, f1
+from fedrag_cli.evaluation.likelihoods import (
+    Candidate,
+    answer_candidate,
+    choice_candidates,
+    choose,
+    prior_candidates,
+    score_candidates,
+)
+from fedrag_cli.evaluation.memory import EvaluationMemory
+from fedrag_cli.evaluation.result import Values
+from fedrag_cli.evaluation.rouge import ROUGE_METRICS, rouge
+from fedrag_cli.rag.knowledge_stores.base import ScoredNode
+from fedrag_cli.rag.system import RAGAnswer, RAGSystem
+from fedrag_cli.runs.reporting import Reporter
+
+ANSWERS = "answers"
+
+
+def answer_values(
+    rag_system: RAGSystem,
+    examples: Sequence[Example],
+    sources: Sequence[list[ScoredNode]],
+    names: Sequence[str],
+    predictions: list[dict[str, Any]],
+    memory: EvaluationMemory,
+    reporter: Reporter,
+) -> tuple[dict[str, Values], int]:
+    """Let the generator answer, and compare its answers with the accepted ones.
+
+    Args:
+        rag_system: What answers.
+        examples: The questions; those without accepted answers are answered, but not counted.
+        sources: The passages of each answer.
+        names: Metrics of answers.
+        predictions: Get the answers.
+        memory: Knows the answers of an evaluation that was stopped.
+        reporter: Shows the progress.
+
+    Returns:
+        The metrics, and the number of prompts that were cut.
+
+    Raises:
+        DataError: No example has accepted answers.
+    """
+    missing = [position for position, example in enumerate(examples) if memory.get(ANSWERS, example.id) is None]
+
+    def keep(positions: list[int], answers: list[RAGAnswer]) -> None:
+        rows = zip(positions, answers, strict=True)
+        memory.put(ANSWERS, {examples[missing[n]].id: [row.text, row.dropped_tokens] for n, row in rows})
+
+    with reporter.task("Answering", len(missing), "question") as advance:
+        queries = [examples[position].query for position in missing]
+        rag_system.answer(queries, [sources[position] for position in missing], advance, keep)
+    values: dict[str, Values] = {name: {} for name in names}
+    cut = 0
+    for position, example in enumerate(examples):
+        answer, dropped = memory.get(ANSWERS, example.id)
+        cut += dropped > 0
+        predictions[position]["answer"] = answer
+        for name in names if example.responses else ():
+            values[name][position] = _answer_metric(name, answer, example.responses)
+    if not next(iter(values.values())):
+        raise DataError(f"{', '.join(names)} need accepted answers, but no example has any.")
+    return values, cut
+
+
+def likelihood_values(
+    rag_system: RAGSystem,
+    examples: Sequence[Example],
+    sources: Sequence[list[ScoredNode]],
+    names: Sequence[str],
+    settings: EvaluationConfig,
+    predictions: list[dict[str, Any]],
+    memory: EvaluationMemory,
+    reporter: Reporter,
+) -> dict[str, Values]:
+    """Score the accepted answers and the choices, and return the metrics of these likelihoods.
+
+    - `negative_log_likelihood`: of the first accepted answer with its end token, mean over its tokens, in nats.
+    - `perplexity`: its exponential.
+    - `accuracy`: 1 where the choice with the best score is an accepted answer, else 0.
+
+    Arguments as for `answer_values`; `settings.choice_score` says how choices are compared.
+
+    Raises:
+        DataError: A metric has no question that it applies to.
+    """
+    answered = [p for p, example in enumerate(examples) if any(text.strip() for text in example.responses[:1])]
+    choosing = [p for p, example in enumerate(examples) if example.choices and example.responses]
+    answers: dict[int, Candidate] = {}
+    if set(names) & {"negative_log_likelihood", "perplexity"}:
+        answers = {p: answer_candidate(rag_system, examples[p], sources[p]) for p in answered}
+    choices: dict[int, list[Candidate]] = {}
+    priors: dict[int, list[Candidate]] = {}
+    if "accuracy" in names:
+        choices = {p: choice_candidates(rag_system, examples[p], sources[p]) for p in choosing}
+    if choices and settings.choice_score == "prior":
+        priors = {p: prior_candidates(rag_system, examples[p]) for p in choosing}
+    candidates = [*answers.values()] + [item for group in (*choices.values(), *priors.values()) for item in group]
+    with reporter.task("Scoring answers", sum(len(item.pairs) for item in candidates), "prompt") as advance:
+        found = score_candidates(rag_system.require_generator(), candidates, memory, advance)
+    values: dict[str, Values] = {name: {} for name in names}
+    for position, candidate in answers.items():
+        loss = -found[candidate.key] / candidate.tokens
+        for name, value in (("negative_log_likelihood", loss), ("perplexity", math.exp(min(loss, 700.0)))):
+            if name in values:
+                values[name][position] = value
+    for position, group in choices.items():
+        example = examples[position]
+        chosen, scores = choose(example, group, found, settings, priors.get(position, ()))
+        predictions[position] |= {"chosen": chosen, "choices": list(example.choices), "choice_scores": scores}
+        values["accuracy"][position] = float(chosen in example.responses)
+    for name, by_position in values.items():
+        if not by_position:
+            raise DataError(f"{name} applies to no example: none has {_needs(name)}.")
+    return values
+
+
+def _answer_metric(name: str, answer: str, golds: Sequence[str]) -> float:
+    if name in ROUGE_METRICS:
+        return rouge(name, answer, golds)
+    return exact_match(answer, golds) if name == "exact_match" else f1(answer, golds)
+
+
+def _needs(name: str) -> str:
+    return "choices and accepted answers" if name == "accuracy" else "an accepted answer with text"

@@ -1,0 +1,150 @@
+"""What the generator believes of given answers: likelihood of the accepted answer, and choice among several.
+
+With several prompts a question (`inference: ensemble`) each token's probability is the weighted sum over the prompts,
+as in decoding; see `losses/marginal.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedrag_cli.config.schema import EvaluationConfig
+from fedrag_cli.data.examples import Example
+from fedrag_cli.evaluation.memory import EvaluationMemory
+from fedrag_cli.losses import token_log_prob
+from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.generators.likelihood import TokenPair
+from fedrag_cli.rag.knowledge_stores.base import ScoredNode
+from fedrag_cli.rag.system import RAGSystem
+
+KIND = "token_log_probs"
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Candidate:
+    """One answer that is scored.
+
+    Args:
+        key: Unique name of the candidate in the evaluation.
+        text: The answer.
+        log_weights: Log-weights of the prompts it is scored under, of shape (prompts,).
+        pairs: (prompt ids, answer ids), one a prompt.
+    """
+
+    key: str
+    text: str
+    log_weights: Tensor
+    pairs: list[TokenPair] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Number of the answer's tokens."""
+        return len(self.pairs[0][1])
+
+
+def answer_candidate(rag_system: RAGSystem, example: Example, found: Sequence[ScoredNode]) -> Candidate:
+    """Return the first accepted answer of a question with its end token, to be scored under the question's prompts."""
+    answer = rag_system.require_generator().prompts.encode_answer(example.response)
+    return _candidate(rag_system, f"{example.id} answer", example.query, found, example.response, answer)
+
+
+def choice_candidates(rag_system: RAGSystem, example: Example, found: Sequence[ScoredNode]) -> list[Candidate]:
+    """Return the choices of a question, without end token, to be scored under the question's prompts."""
+    prompts = rag_system.require_generator().prompts
+    return [
+        _candidate(rag_system, f"{example.id} choice {number}", example.query, found, text, prompts.answer_tokens(text))
+        for number, text in enumerate(example.choices)
+    ]
+
+
+def prior_candidates(rag_system: RAGSystem, example: Example) -> list[Candidate]:
+    """Return the choices of a question, to be scored under a prompt without question and passages.
+
+    Source: Brown et al., "Language Models are Few-Shot Learners" (arXiv 2005.14165, section 2.4), for the comparison
+    of a choice's likelihood with that under an empty prompt.
+    """
+    prompts = rag_system.require_generator().prompts
+    return [
+        _candidate(rag_system, f"prior of {text}", "", (), text, prompts.answer_tokens(text))
+        for text in example.choices
+    ]
+
+
+def score_candidates(
+    generator: CausalLMGenerator,
+    candidates: Sequence[Candidate],
+    memory: EvaluationMemory,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Return the log-likelihood of each candidate by its key, under all its prompts together.
+
+    Args:
+        generator: The language model.
+        candidates: What is scored; those that the memory knows are not computed again.
+        memory: Keeps each prompt's token log-probabilities.
+        progress: Called with the number of (prompt, answer) pairs scored after each batch.
+    """
+    pairs = {
+        f"{candidate.key} under {number}": pair
+        for candidate in candidates
+        for number, pair in enumerate(candidate.pairs)
+    }
+    missing = [key for key in pairs if memory.get(KIND, key) is None]
+
+    def keep(positions: list[int], rows: list[Tensor]) -> None:
+        memory.put(KIND, {missing[position]: row.tolist() for position, row in zip(positions, rows, strict=True)})
+        if progress is not None:
+            progress(len(positions))
+
+    generator.token_log_probs_of_ids([pairs[key] for key in missing], keep)
+    return {candidate.key: _together(candidate, memory) for candidate in candidates}
+
+
+def choose(
+    example: Example,
+    candidates: Sequence[Candidate],
+    log_likelihoods: Mapping[str, float],
+    settings: EvaluationConfig,
+    priors: Sequence[Candidate] = (),
+) -> tuple[str, list[float]]:
+    """Return the choice with the best score, and all scores in the order of the choices.
+
+    Args:
+        example: A question with choices.
+        candidates: Its choices.
+        log_likelihoods: Of candidates and priors, by key.
+        settings: `choice_score` says what is compared.
+        priors: The same choices without the question; needed for `choice_score: prior`.
+    """
+    totals = [log_likelihoods[candidate.key] for candidate in candidates]
+    if settings.choice_score == "token":
+        scores = [total / candidate.tokens for total, candidate in zip(totals, candidates, strict=True)]
+    elif settings.choice_score == "character":
+        scores = [total / len(candidate.text) for total, candidate in zip(totals, candidates, strict=True)]
+    elif settings.choice_score == "prior":
+        scores = [total - log_likelihoods[prior.key] for total, prior in zip(totals, priors, strict=True)]
+    else:
+        scores = totals
+    best = max(range(len(scores)), key=lambda number: (scores[number], -number))
+    return example.choices[best], scores
+
+
+def _candidate(
+    rag_system: RAGSystem, key: str, query: str, found: Sequence[ScoredNode], text: str, answer: list[int]
+) -> Candidate:
+    generator = rag_system.require_generator()
+    pairs = [
+        (generator.encode_prompt(query, [scored.node for scored in context], answer_tokens=len(answer)).ids, answer)
+        for context in rag_system.contexts(found)
+    ]
+    return Candidate(key, text, rag_system.passage_log_weights(found), pairs)
+
+
+def _together(candidate: Candidate, memory: EvaluationMemory) -> float:
+    rows = torch.tensor([memory.get(KIND, f"{candidate.key} under {n}") for n in range(len(candidate.pairs))])
+    return float(token_log_prob(candidate.log_weights, rows))
