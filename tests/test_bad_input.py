@@ -265,7 +265,7 @@ def test_output_that_cannot_be_written(
     arguments = {
         "train": [f"run.output_dir={target}"],
         "index": [f"rag_system.knowledge_store.path={target}"],
-        "evaluate": ["--predictions", target],
+        "evaluate": [f"run.output_dir={target}"],
     }[command]
     before = files(tmp_path)
     code, shown = run(command, config, *arguments)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from fedrag_cli.cli import (
+    compare,
     components,
     doctor,
     evaluate,
@@ -47,7 +48,7 @@ app = typer.Typer(
     # click suggests them already.
     suggest_commands=False,
 )
-for module in (init, validate, schema, components, doctor, index, train, resume, evaluate, query):
+for module in (init, validate, schema, components, doctor, index, train, resume, evaluate, compare, query):
     app.command(name=module.NAME)(module.command)
 for module in (serve_fl, join_fl, simulate, export_flower_app):
     app.command(name=module.NAME)(module.command)

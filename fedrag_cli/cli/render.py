@@ -1,14 +1,8 @@
-"""Everything that is drawn with Rich: tables, messages and progress.
-
-On a terminal there are live bars and colours; elsewhere plain lines, with no bars and a line about progress now and
-then.
-"""
+"""Results and messages for people, drawn with Rich: tables on a terminal, aligned columns elsewhere."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedrag_cli.cli.progress import PlainReporter, TerminalReporter, duration
 from fedrag_cli.errors import FedRAGError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from fedrag_cli.runs.reporting import Reporter
 
-    from fedrag_cli.runs.reporting import Advance, Reporter
-
-SECONDS_BETWEEN_LINES = 10.0
-FEDERATION_EVENTS = frozenset(
-    {
-        "listening",
-        "waiting",
-        "client",
-        "round_started",
-        "client_update",
-        "round",
-        "federated_evaluation",
-        "client_final",
-    }
-)
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
 
 
@@ -102,7 +82,7 @@ class Renderer:
         cut = {name: count for name, count in summary["truncated"].items() if count}
         if cut:
             self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
-        self.line(f"{summary['steps']} steps, mean loss {summary['loss']:.4f}, {_duration(summary['seconds'])}")
+        self.line(f"{summary['steps']} steps, mean loss {summary['loss']:.4f}, {duration(summary['seconds'])}")
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
         self.line(f'Try it: fedrag query {summary["run_dir"]} "your question"')
 
@@ -189,6 +169,33 @@ class Renderer:
         for number, source in enumerate(answer["sources"] if sources else (), start=1):
             self.line(Text(f"  [{number}] {source['id']} ({source['score']:.3f}) {source['text']}", style="dim"))
 
+    def comparison(self, found: Mapping[str, Any]) -> None:
+        """Print what runs have over the first of them."""
+        level = round(100 * found["confidence"])
+        columns = ["metric", "n", "baseline", "run", "difference", f"{level} % interval", "won", "lost", "verdict"]
+        for item in found["comparisons"]:
+            self.line(Text(f"{item['name']} against {item['baseline']}:", style="bold"))
+            self.table(columns, [_comparison_row(difference) for difference in item["differences"]])
+            if item["left_out"]:
+                self.line(f"{item['left_out']} questions that only one of them was asked are left out.")
+            if item["skipped_metrics"]:
+                self.line(f"Measured on one side only: {', '.join(item['skipped_metrics'])}.")
+            self.line(item["verdict"])
+
+    def won_and_lost(
+        self, found: Mapping[str, Any], questions: Mapping[str, Mapping[str, Mapping[str, Any]]], most: int
+    ) -> None:
+        """Print questions that a run answers better and worse than the baseline, by the first metric."""
+        for item in found["comparisons"]:
+            metric = item["differences"][0]["metric"]
+            for outcome in ("won", "lost"):
+                ids = item[outcome][metric]
+                self.line(Text(f"{metric} {outcome}: {len(ids)} questions", style="bold"))
+                for name in ids[:most]:
+                    before, after = questions[item["baseline"]][name], questions[item["name"]][name]
+                    self.line(f"  {before['query']}")
+                    self.line(f"    {_outcome(before, metric)} -> {_outcome(after, metric)}")
+
     def evaluation(self, summary: Mapping[str, Any]) -> None:
         """Print the table of an evaluation."""
         rows = _evaluation_rows(summary["metrics"])
@@ -202,156 +209,9 @@ class Renderer:
         self.line(f"Everything is in {summary['run_dir']}, the questions in {summary['predictions']}")
 
 
-class TerminalReporter:
-    """Live bars with rate and time left, and a line for each event worth one."""
-
-    def __init__(self, console: Console) -> None:
-        """Draw on the given console."""
-        self._console = console
-        self._live: Progress | None = None
-        self._task: TaskID | None = None
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Show the newest loss beside the bar, and other events as lines."""
-        if name == "train_step" and self._live is not None and self._task is not None:
-            self._live.update(self._task, note=f"loss {fields['loss']:.4f}")
-        elif text := _event_line(name, fields):
-            self.note(text)
-
-    def note(self, message: str) -> None:
-        """Print a line above the bars."""
-        (self._live.console if self._live is not None else self._console).print(message, markup=False)
-
-    @contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """Show a bar; a task inside another one is shown below it."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        if self._live is not None:
-            progress, outer = self._live, self._task
-            self._task = progress.add_task(description, total=total, unit=unit, note="", rate="")
-            try:
-                yield _BarAdvance(progress, self._task)
-            finally:
-                progress.remove_task(self._task)
-                self._task = outer
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self._console) as progress:
-            self._live = progress
-            self._task = progress.add_task(description, total=total, unit=unit, note="", rate="")
-            try:
-                yield _BarAdvance(progress, self._task)
-            finally:
-                self._live = self._task = None
-
-
-class _BarAdvance:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
-
-    def __call__(self, done: int) -> None:
-        self._progress.advance(self._task, done)
-        task = next(task for task in self._progress.tasks if task.id == self._task)
-        if task.speed:
-            self._progress.update(self._task, rate=f"{task.speed:.1f} {task.fields['unit']}s/s")
-
-    def total(self, total: int) -> None:
-        self._progress.update(self._task, total=total)
-
-
-class PlainReporter:
-    """Lines only: the start and the end of a task, and now and then how far it is."""
-
-    def __init__(self, console: Console) -> None:
-        """Write to the given console."""
-        self._console = console
-        self._loss = ""
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Keep the newest loss for the next progress line, and print other events."""
-        if name == "train_step":
-            self._loss = f", loss {fields['loss']:.4f}"
-        elif text := _event_line(name, fields):
-            self.note(text)
-
-    def note(self, message: str) -> None:
-        """Print a line."""
-        self._console.print(message, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """Print progress lines, at most one every few seconds."""
-        advance = _LineAdvance(self, description, total, unit)
-        self._loss = ""
-        yield advance
-        advance.finish()
-
-    def progress(self, text: str) -> None:
-        """Print a progress line with the newest loss."""
-        self.note(text + self._loss)
-
-
-class _LineAdvance:
-    def __init__(self, reporter: PlainReporter, description: str, total: int, unit: str) -> None:
-        self._reporter = reporter
-        self._description = description
-        self._total = total
-        self._unit = unit
-        self._done = 0
-        self._started = self._printed = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        self._done += done
-        now = time.monotonic()
-        if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
-            self._printed = now
-            rate = self._done / max(now - self._started, 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
-            self._reporter.progress(f"{self._counts()}, {rate:.1f} {self._unit}s/s, {_duration(left)} left")
-
-    def total(self, total: int) -> None:
-        self._total = total
-
-    def finish(self) -> None:
-        if self._done:
-            self._reporter.progress(f"{self._counts()} in {_duration(time.monotonic() - self._started)}")
-
-    def _counts(self) -> str:
-        return f"{self._description}: {self._done}/{self._total} {self._unit}s"
-
-
-def _event_line(name: str, fields: Mapping[str, Any]) -> str:
-    if name == "validation":
-        return f"{fields['phase']}: validation at step {fields['step']}: {_metrics(fields['metrics'])}"
-    if name == "evaluation" and fields["stage"] in ("before", "after"):
-        return f"{fields['stage'].capitalize()} training, {fields['split']} split: {_metrics(fields['metrics'])}"
-    if name in FEDERATION_EVENTS:
-        from fedrag_cli.cli.federation_view import federation_line
-
-        return federation_line(name, fields)
-    return ""
-
-
-def _metrics(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+def _comparison_row(item: Mapping[str, Any]) -> list[str | Text]:
+    row = _difference_row(item)
+    return [*row[:-1], str(item["won"]), str(item["lost"]), row[-1]]
 
 
 def _difference_row(item: Mapping[str, Any]) -> list[str | Text]:
@@ -374,6 +234,12 @@ def _evaluation_rows(metrics: Mapping[str, Any]) -> list[list[str | Text]]:
     ]
 
 
+def _outcome(prediction: Mapping[str, Any], metric: str) -> str:
+    said = prediction.get("chosen", prediction.get("answer"))
+    value = f"{prediction['metrics'][metric]:.3f}"
+    return f"{value} '{said}'" if said is not None else value
+
+
 def _loaded_value(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {number}" for key, number in value.items())
@@ -384,8 +250,3 @@ def _loaded_value(name: str, value: Any) -> str:
 
 def _default(row: Mapping[str, Any]) -> str:
     return "required" if row["required"] else str(row["default"])
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

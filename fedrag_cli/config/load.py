@@ -92,13 +92,18 @@ def load_config_with_source(path: str | Path | None = None, overrides: Sequence[
 
 
 def _missing_data(values: dict[str, Any], tree: ConfigTree) -> list[ConfigProblem]:
-    """Return what is missing of the data, which only the server of a federation can do without."""
-    dataset = values.get("dataset")
+    """Return what is missing of the data.
+
+    The server of a federation can do without any, and an evaluation without context needs no passages.
+    """
+    dataset, evaluation = values.get("dataset"), values.get("evaluation")
     if values.get("federated") is not None or (dataset is not None and not isinstance(dataset, dict)):
         return []
     path: KeyPath = ("dataset",) if dataset is None else ("dataset", "corpus")
-    present = dataset is not None and dataset.get("corpus") is not None
-    return [] if present else [ConfigProblem(tree.position(path), format_path(path), "is required")]
+    without_context = isinstance(evaluation, dict) and evaluation.get("context") == "none"
+    if dataset is not None and (without_context or dataset.get("corpus") is not None):
+        return []
+    return [ConfigProblem(tree.position(path), format_path(path), "is required")]
 
 
 def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:

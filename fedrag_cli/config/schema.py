@@ -91,7 +91,7 @@ class DatasetConfig:
     """The passages and the question-answer examples."""
 
     corpus: Annotated[Any, ComponentSlot("corpus", default="file")] | None = None
-    """The passages of the knowledge store; only a federation's server can do without."""
+    """The passages of the knowledge store; only a federation's server and an evaluation without context need none."""
     train: Annotated[Any, ComponentSlot("examples", default="file")] | None = None
     """Examples to train on."""
     validation: Annotated[Any, ComponentSlot("examples", default="file")] | None = None

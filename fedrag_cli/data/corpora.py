@@ -46,7 +46,10 @@ def load_corpus(config: Any) -> list[KnowledgeNode]:
         DataError: The data is missing or bad.
     """
     if config is None:
-        raise ConfigError("The config has no dataset.corpus.", "Add the passages there; only 'serve-fl' needs none.")
+        raise ConfigError(
+            "The config has no dataset.corpus.",
+            "Add the passages there; only 'serve-fl' and evaluation.context: none need none.",
+        )
     nodes: list[KnowledgeNode] = registry.build("corpus", config)
     if not nodes:
         raise DataError(f"The corpus of type '{config.type}' is empty.", "Name a source with at least one passage.")

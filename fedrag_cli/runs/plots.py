@@ -25,7 +25,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 REFUSED_COLOUR = _ORANGE
 LINE_COLOURS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 LINE_MARKERS = ("o", "s", "^", "D", "v", "P")
-_VERDICT_COLOURS = {"better": _GREEN, "worse": _ORANGE, "no difference shown": _GREY}
+VERDICT_COLOURS = {"better": _GREEN, "worse": _ORANGE, "no difference shown": _GREY}
 _DOTS_PER_INCH = 150
 # Below this many points a smoothed line would hide more than it shows.
 _FEWEST_POINTS_TO_SMOOTH = 20
@@ -211,7 +211,7 @@ def _draw_before_and_after(axes: Axes, differences: Sequence[Mapping[str, Any]])
 def _draw_differences(axes: Axes, differences: Sequence[Mapping[str, Any]]) -> None:
     axes.axvline(0, color="black", linewidth=1)
     for row, item in enumerate(differences):
-        colour = _VERDICT_COLOURS[item["verdict"]]
+        colour = VERDICT_COLOURS[item["verdict"]]
         mean, low, high = (item["difference"][name] for name in ("mean", "low", "high"))
         axes.hlines(row, low, high, color=colour, linewidth=2.5)
         axes.plot(mean, row, color=colour, marker="o", markersize=7)

@@ -1,0 +1,76 @@
+"""`fedrag compare`: paired differences between runs on the same questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.session import session
+from fedrag_cli.errors import EXIT_FAILED, ConfigError
+
+NAME = "compare"
+
+
+def command(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run directories; the first is compared with. A single run is compared with itself before training. "
+            "RUN:STAGE names another of its evaluations, such as RUN:before.",
+        ),
+    ],
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the differences into this PNG file.")] = None,
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, help="Print so many questions won and lost, for the first metric.")
+    ] = 0,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-under",
+            metavar="METRIC=VALUE",
+            help="End with exit code 1 where a compared run's metric is under the value (above it, for losses).",
+        ),
+    ] = None,
+    fail_if_worse: Annotated[
+        bool, typer.Option("--fail-if-worse", help="End with exit code 1 where a metric is shown to be worse.")
+    ] = False,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=0.999, help="Level of the intervals.")
+    ] = 0.95,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what runs have over each other: differences with intervals, questions won and lost, a verdict in words."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        thresholds = dict(_threshold(text) for text in fail_under or ())
+        from fedrag_cli.config import EvaluationConfig
+        from fedrag_cli.trainer_managers.comparing import compare_runs, questions_of
+
+        settings = EvaluationConfig(confidence=confidence)
+        found = compare_runs(runs, settings, thresholds, fail_if_worse=fail_if_worse)
+        if plot is not None:
+            from fedrag_cli.runs.comparison_plot import plot_comparisons
+
+            plot_comparisons(found["comparisons"], plot)
+        current.result(found, lambda renderer: renderer.comparison(found))
+        if examples and not json and not quiet:
+            current.renderer.won_and_lost(found, questions_of(runs), examples)
+        for failure in found["failures"]:
+            current.renderer.line(f"Failed: {failure}")
+        if found["failures"]:
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"--fail-under takes METRIC=VALUE, such as mrr=0.8, not '{text}'.", "Write a metric and a number."
+        ) from error

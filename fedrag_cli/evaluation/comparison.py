@@ -1,0 +1,154 @@
+"""Comparing evaluations of the same questions: paired differences, questions won and lost, a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.config.metrics import LOWER_IS_BETTER
+from fedrag_cli.errors import DataError
+from fedrag_cli.evaluation.bootstrap import metric_interval
+from fedrag_cli.evaluation.difference import MetricDifference, compare_metrics
+
+Prediction = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation by its records of the questions.
+
+    Args:
+        name: How it is called in tables.
+        predictions: Records as `Evaluation.predictions` has them.
+    """
+
+    name: str
+    predictions: Sequence[Prediction]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one evaluation has over another on the same questions.
+
+    Args:
+        baseline: Name of the evaluation that is compared with.
+        name: Name of the evaluation that is compared.
+        differences: Each metric that both have.
+        won: For each metric the ids of the questions that it answers better.
+        lost: For each metric the ids of those that it answers worse.
+        questions: Number of questions that both were asked.
+        left_out: Number of questions that only one of them was asked.
+    """
+
+    baseline: str
+    name: str
+    differences: list[MetricDifference]
+    won: dict[str, list[str]]
+    lost: dict[str, list[str]]
+    questions: int
+    left_out: int
+    skipped_metrics: list[str] = field(default_factory=list)
+
+    def verdict(self) -> str:
+        """Say in a sentence what the comparison shows."""
+        better = [_gain(item) for item in self.differences if item.verdict == "better"]
+        worse = [_gain(item) for item in self.differences if item.verdict == "worse"]
+        undecided = [item.metric for item in self.differences if item.verdict == "no difference shown"]
+        parts = []
+        if better:
+            parts.append(f"better in {', '.join(better)}")
+        if worse:
+            parts.append(f"worse in {', '.join(worse)}")
+        if undecided:
+            parts.append(f"no difference shown in {', '.join(undecided)}")
+        return f"{self.name} against {self.baseline}: {'; '.join(parts)}."
+
+    def is_worse(self) -> bool:
+        """Return whether a metric is shown to be worse."""
+        return any(item.verdict == "worse" for item in self.differences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain values for JSON."""
+        return {
+            "baseline": self.baseline,
+            "name": self.name,
+            "questions": self.questions,
+            "left_out": self.left_out,
+            "skipped_metrics": self.skipped_metrics,
+            "differences": [
+                {**item.to_dict(), "won": len(self.won[item.metric]), "lost": len(self.lost[item.metric])}
+                for item in self.differences
+            ],
+            "won": self.won,
+            "lost": self.lost,
+            "verdict": self.verdict(),
+        }
+
+
+def compare(baseline: Evaluated, other: Evaluated, settings: EvaluationConfig, seed: int = 0) -> Comparison:
+    """Compare an evaluation with a baseline, question by question.
+
+    Questions are the same where id and text are; others are left out and counted. A metric is compared over the
+    questions that it applies to on both sides.
+
+    Args:
+        baseline: What is compared with.
+        other: What is compared.
+        settings: Confidence and resamples of the bootstrap.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        DataError: They have no question or no metric in common.
+    """
+    known = {_question(row): row for row in baseline.predictions}
+    pairs = [(known[_question(row)], row) for row in other.predictions if _question(row) in known]
+    if not pairs:
+        raise DataError(
+            f"'{baseline.name}' and '{other.name}' have no question in common.",
+            "Evaluate both on the same data, with the same evaluation.split and evaluation.limit.",
+        )
+    first, second = ({name for pair in pairs for name in pair[side]["metrics"]} for side in (0, 1))
+    metrics = list(dict.fromkeys(name for row, _ in pairs for name in row["metrics"] if name in first & second))
+    differences, won, lost = [], {}, {}
+    for metric in metrics:
+        both = [(b, o) for b, o in pairs if metric in b["metrics"] and metric in o["metrics"]]
+        if not both:
+            continue
+        values = ({metric: [pair[side]["metrics"][metric] for pair in both]} for side in (0, 1))
+        differences += compare_metrics(next(values), next(values), settings, seed)
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        gains = {o["id"]: sign * (o["metrics"][metric] - b["metrics"][metric]) for b, o in both}
+        won[metric] = [name for name, gain in gains.items() if gain > 0]
+        lost[metric] = [name for name, gain in gains.items() if gain < 0]
+    if not differences:
+        raise DataError(
+            f"'{baseline.name}' and '{other.name}' have no metric in common.",
+            "Evaluate both with the same evaluation.metrics.",
+        )
+    left_out = len(baseline.predictions) + len(other.predictions) - 2 * len(pairs)
+    skipped = sorted(first ^ second)
+    return Comparison(baseline.name, other.name, differences, won, lost, len(pairs), left_out, skipped)
+
+
+def metric_table(evaluated: Evaluated, settings: EvaluationConfig, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Return each metric of an evaluation with mean, interval and n."""
+    found: dict[str, list[float]] = {}
+    for row in evaluated.predictions:
+        for name, value in row["metrics"].items():
+            found.setdefault(name, []).append(value)
+    table = {}
+    for name, values in found.items():
+        interval = metric_interval(name, values, settings.confidence, settings.resamples, seed)
+        table[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
+    return table
+
+
+def _question(row: Prediction) -> tuple[str, str]:
+    return str(row["id"]), str(row["query"])
+
+
+def _gain(item: MetricDifference) -> str:
+    difference = item.difference
+    return f"{item.metric} ({difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}])"

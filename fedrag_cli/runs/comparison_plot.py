@@ -1,0 +1,82 @@
+"""Draws what runs have over a baseline: each metric's difference with its interval, and the questions behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedrag_cli.runs.plots import VERDICT_COLOURS, new_figure, save_figure, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LONGEST_NAME = 46
+
+
+def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw comparisons as `Comparison.to_dict` gives them.
+
+    Args:
+        comparisons: At least one; each becomes a block of rows, one a metric.
+        path: The PNG file.
+    """
+    rows = [(item, difference) for item in comparisons for difference in item["differences"]]
+    figure = new_figure((10.5, 1.5 + 0.42 * len(rows) + 0.3 * len(comparisons)))
+    changes, questions = figure.subplots(1, 2, sharey=True, width_ratios=(1.5, 1))
+    labels, places, place = [], [], 0.0
+    for item in comparisons:
+        _draw_title(changes, item, place)
+        for difference in item["differences"]:
+            place += 1
+            _draw_difference(changes, difference, place)
+            _draw_questions(questions, difference, place)
+            labels.append(f"{difference['metric']} (n = {difference['n']})")
+            places.append(place)
+        place += 1.3
+    changes.axvline(0, color="black", linewidth=1)
+    changes.set_yticks(places, labels, fontsize=9)
+    changes.set_ylim(place - 0.6, -0.7)
+    level = 100 * comparisons[0]["differences"][0]["confidence"]
+    changes.set_xlabel(f"difference, with {level:g} % interval")
+    changes.margins(x=0.25)
+    questions.axvline(0, color="black", linewidth=1)
+    questions.set_xlabel("questions lost and won")
+    questions.margins(x=0.2)
+    questions.tick_params(axis="y", length=0)
+    for axes in (changes, questions):
+        tidy(axes, grid="x")
+    save_figure(figure, path)
+
+
+def _draw_title(axes: Axes, item: Mapping[str, Any], place: float) -> None:
+    title = f"{_short(item['name'])}  against  {_short(item['baseline'])}"
+    axes.text(0.0, place, title, transform=axes.get_yaxis_transform(), fontsize=9, weight="bold", va="center")
+
+
+def _draw_difference(axes: Axes, difference: Mapping[str, Any], place: float) -> None:
+    colour = VERDICT_COLOURS[difference["verdict"]]
+    mean, low, high = (difference["difference"][name] for name in ("mean", "low", "high"))
+    axes.hlines(place, low, high, color=colour, linewidth=2.5)
+    axes.plot(mean, place, color=colour, marker="o", markersize=6)
+    axes.annotate(
+        f"{mean:+.3f} {difference['verdict']}",
+        (high, place),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color=colour,
+    )
+
+
+def _draw_questions(axes: Axes, difference: Mapping[str, Any], place: float) -> None:
+    for count, name in ((difference["won"], "better"), (-difference["lost"], "worse")):
+        axes.barh(place, count, height=0.55, color=VERDICT_COLOURS[name])
+        if count:
+            side = "left" if count > 0 else "right"
+            axes.text(count, place, f" {abs(count)} ", ha=side, va="center", fontsize=8)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else "..." + name[3 - LONGEST_NAME :]

@@ -1,0 +1,138 @@
+"""`fedrag compare`: what finished runs have over each other, from what they have recorded of each question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.config.metrics import LOWER_IS_BETTER
+from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.evaluation.comparison import Comparison, Evaluated, compare, metric_table
+from fedrag_cli.runs.directory import RunDirectory
+
+SUFFIX = "-predictions.jsonl"
+NEWEST_FIRST = ("evaluated", "after", "before")
+
+
+def compare_runs(
+    names: Sequence[str], settings: EvaluationConfig, thresholds: Mapping[str, float], *, fail_if_worse: bool
+) -> dict[str, Any]:
+    """Compare runs with the first of them; a single run with itself before training.
+
+    Args:
+        names: Run directories, or RUN:STAGE for another evaluation of the run than its last.
+        settings: Confidence and resamples of the bootstrap.
+        thresholds: What each metric of every compared run must reach (or, where lower is better, not exceed).
+        fail_if_worse: Whether a metric that is shown to be worse counts as a failure.
+
+    Returns:
+        The metrics of each run, the comparisons, and in `failures` what did not hold.
+
+    Raises:
+        ConfigError: There is nothing to compare, a folder is no run, or a threshold names no metric of a run.
+        DataError: Records are missing or damaged, or runs have no question in common.
+    """
+    evaluated = [load_evaluated(name) for name in with_baseline(names)]
+    comparisons = [compare(evaluated[0], other, settings) for other in evaluated[1:]]
+    tables = {item.name: metric_table(item, settings) for item in evaluated}
+    compared = {item.name: tables[item.name] for item in evaluated[1:]}
+    failures = [failure for name, table in compared.items() for failure in _missed(name, table, thresholds)]
+    if fail_if_worse:
+        failures += [
+            f"{item.name} is worse than {item.baseline}: {_worse(item)}" for item in comparisons if item.is_worse()
+        ]
+    return {
+        "baseline": evaluated[0].name,
+        "confidence": settings.confidence,
+        "metrics": tables,
+        "comparisons": [item.to_dict() for item in comparisons],
+        "failures": failures,
+    }
+
+
+def load_evaluated(name: str) -> Evaluated:
+    """Read what a run has recorded of each question.
+
+    Args:
+        name: A run directory, or RUN:STAGE.
+
+    Raises:
+        ConfigError: The folder is no run, or it has no such evaluation.
+        DataError: The records are damaged.
+    """
+    path, stage = _split(name)
+    run = RunDirectory.open(path)
+    stages = stages_of(run)
+    if not stages:
+        raise ConfigError(
+            f"The run in '{path}' has evaluated nothing yet.", f"Evaluate it with: fedrag evaluate {path}"
+        )
+    if stage is None:
+        stage = next((known for known in NEWEST_FIRST if known in stages), stages[-1])
+    if stage not in stages:
+        raise ConfigError(f"The run in '{path}' has no evaluation '{stage}'.", f"It has: {', '.join(stages)}.")
+    return Evaluated(name, _read(run.path / "evaluation" / f"{stage}{SUFFIX}"))
+
+
+def questions_of(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the records of each question by the runs' names and the questions' ids."""
+    return {
+        name: {str(row["id"]): dict(row) for row in load_evaluated(name).predictions} for name in with_baseline(names)
+    }
+
+
+def with_baseline(names: Sequence[str]) -> list[str]:
+    """Return what is compared; a single run is compared with itself before training.
+
+    Raises:
+        ConfigError: A single evaluation is named.
+    """
+    if len(names) > 1:
+        return list(names)
+    if _split(names[0])[1] is not None:
+        raise ConfigError(f"There is nothing to compare '{names[0]}' with.", "Name another run.")
+    return [f"{names[0]}:before", names[0]]
+
+
+def stages_of(run: RunDirectory) -> list[str]:
+    """Return the names of a run's evaluations, such as before and after."""
+    return sorted(file.name.removesuffix(SUFFIX) for file in (run.path / "evaluation").glob(f"*{SUFFIX}"))
+
+
+def _split(name: str) -> tuple[Path, str | None]:
+    if Path(name).exists() or ":" not in name:
+        return Path(name), None
+    path, _, stage = name.rpartition(":")
+    return Path(path), stage
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(row["metrics"], dict) and "id" in row and "query" in row for row in rows):
+            raise ValueError("a line has no id, query or metrics")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"'{path}' cannot be read: {error}", "Restore the file, or evaluate the run again.") from error
+    return rows
+
+
+def _missed(name: str, table: Mapping[str, Mapping[str, float]], thresholds: Mapping[str, float]) -> list[str]:
+    missed = []
+    for metric, threshold in thresholds.items():
+        if metric not in table:
+            raise ConfigError(
+                f"'{name}' has no metric '{metric}' that --fail-under could look at.", f"It has: {', '.join(table)}."
+            )
+        mean = table[metric]["mean"]
+        if metric in LOWER_IS_BETTER and mean > threshold:
+            missed.append(f"{metric} of {name} is {mean:.4f}, above {threshold:g}")
+        elif metric not in LOWER_IS_BETTER and mean < threshold:
+            missed.append(f"{metric} of {name} is {mean:.4f}, under {threshold:g}")
+    return missed
+
+
+def _worse(item: Comparison) -> str:
+    return ", ".join(difference.metric for difference in item.differences if difference.verdict == "worse")
