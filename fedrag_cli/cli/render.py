@@ -174,7 +174,7 @@ class Renderer:
         level = round(100 * found["confidence"])
         columns = ["metric", "n", "baseline", "run", "difference", f"{level} % interval", "won", "lost", "verdict"]
         for item in found["comparisons"]:
-            self.line(Text(f"{item['name']} against {item['baseline']}:", style="bold"))
+            self.line(Text(f"{item['label']} against {item['baseline_label']}:", style="bold"))
             self.table(columns, [_comparison_row(difference) for difference in item["differences"]])
             if item["left_out"]:
                 self.line(f"{item['left_out']} questions that only one of them was asked are left out.")

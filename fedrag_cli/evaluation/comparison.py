@@ -20,12 +20,19 @@ class Evaluated:
     """One evaluation by its records of the questions.
 
     Args:
-        name: How it is called in tables.
+        name: What it is asked for by, such as a run directory.
         predictions: Records as `Evaluation.predictions` has them.
+        label: What it is called in tables; the name by default.
     """
 
     name: str
     predictions: Sequence[Prediction]
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """The label, or the name where there is none."""
+        return self.label or self.name
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,18 @@ class Comparison:
     """What one evaluation has over another on the same questions.
 
     Args:
-        baseline: Name of the evaluation that is compared with.
-        name: Name of the evaluation that is compared.
+        baseline: The evaluation that is compared with.
+        other: The evaluation that is compared.
         differences: Each metric that both have.
         won: For each metric the ids of the questions that it answers better.
         lost: For each metric the ids of those that it answers worse.
         questions: Number of questions that both were asked.
         left_out: Number of questions that only one of them was asked.
+        skipped_metrics: Metrics that only one of them has.
     """
 
-    baseline: str
-    name: str
+    baseline: Evaluated
+    other: Evaluated
     differences: list[MetricDifference]
     won: dict[str, list[str]]
     lost: dict[str, list[str]]
@@ -63,7 +71,7 @@ class Comparison:
             parts.append(f"worse in {', '.join(worse)}")
         if undecided:
             parts.append(f"no difference shown in {', '.join(undecided)}")
-        return f"{self.name} against {self.baseline}: {'; '.join(parts)}."
+        return f"{self.other.title} against {self.baseline.title}: {'; '.join(parts)}."
 
     def is_worse(self) -> bool:
         """Return whether a metric is shown to be worse."""
@@ -72,8 +80,10 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON."""
         return {
-            "baseline": self.baseline,
-            "name": self.name,
+            "baseline": self.baseline.name,
+            "name": self.other.name,
+            "baseline_label": self.baseline.title,
+            "label": self.other.title,
             "questions": self.questions,
             "left_out": self.left_out,
             "skipped_metrics": self.skipped_metrics,
@@ -129,7 +139,7 @@ def compare(baseline: Evaluated, other: Evaluated, settings: EvaluationConfig, s
         )
     left_out = len(baseline.predictions) + len(other.predictions) - 2 * len(pairs)
     skipped = sorted(first ^ second)
-    return Comparison(baseline.name, other.name, differences, won, lost, len(pairs), left_out, skipped)
+    return Comparison(baseline, other, differences, won, lost, len(pairs), left_out, skipped)
 
 
 def metric_table(evaluated: Evaluated, settings: EvaluationConfig, seed: int = 0) -> dict[str, dict[str, float]]:

@@ -11,8 +11,6 @@ from fedrag_cli.runs.plots import VERDICT_COLOURS, new_figure, save_figure, tidy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LONGEST_NAME = 46
-
 
 def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw comparisons as `Comparison.to_dict` gives them.
@@ -44,14 +42,26 @@ def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> No
     questions.set_xlabel("questions lost and won")
     questions.margins(x=0.2)
     questions.tick_params(axis="y", length=0)
+    # Titles may reach into the second panel.
+    changes.set_zorder(questions.get_zorder() + 1)
+    changes.patch.set_visible(False)
     for axes in (changes, questions):
         tidy(axes, grid="x")
     save_figure(figure, path)
 
 
 def _draw_title(axes: Axes, item: Mapping[str, Any], place: float) -> None:
-    title = f"{_short(item['name'])}  against  {_short(item['baseline'])}"
-    axes.text(0.0, place, title, transform=axes.get_yaxis_transform(), fontsize=9, weight="bold", va="center")
+    title = axes.text(
+        0.01,
+        place,
+        f"{item['label']}  against  {item['baseline_label']}",
+        transform=axes.get_yaxis_transform(),
+        fontsize=9,
+        weight="bold",
+        va="center",
+    )
+    # A long title may run into the next panel rather than push it away.
+    title.set_in_layout(False)
 
 
 def _draw_difference(axes: Axes, difference: Mapping[str, Any], place: float) -> None:
@@ -76,7 +86,3 @@ def _draw_questions(axes: Axes, difference: Mapping[str, Any], place: float) -> 
         if count:
             side = "left" if count > 0 else "right"
             axes.text(count, place, f" {abs(count)} ", ha=side, va="center", fontsize=8)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else "..." + name[3 - LONGEST_NAME :]

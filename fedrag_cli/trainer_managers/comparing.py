@@ -42,7 +42,9 @@ def compare_runs(
     failures = [failure for name, table in compared.items() for failure in _missed(name, table, thresholds)]
     if fail_if_worse:
         failures += [
-            f"{item.name} is worse than {item.baseline}: {_worse(item)}" for item in comparisons if item.is_worse()
+            f"{item.other.title} is worse than {item.baseline.title}: {_worse(item)}"
+            for item in comparisons
+            if item.is_worse()
         ]
     return {
         "baseline": evaluated[0].name,
@@ -74,7 +76,8 @@ def load_evaluated(name: str) -> Evaluated:
         stage = next((known for known in NEWEST_FIRST if known in stages), stages[-1])
     if stage not in stages:
         raise ConfigError(f"The run in '{path}' has no evaluation '{stage}'.", f"It has: {', '.join(stages)}.")
-    return Evaluated(name, _read(run.path / "evaluation" / f"{stage}{SUFFIX}"))
+    rows = _read(run.path / "evaluation" / f"{stage}{SUFFIX}")
+    return Evaluated(name, rows, f"{run.manifest().get('run', path.parent.name)} {path.resolve().name[-6:]} ({stage})")
 
 
 def questions_of(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -90,8 +93,9 @@ def with_baseline(names: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: A single evaluation is named.
     """
+    names = [name.rstrip("/") for name in names]
     if len(names) > 1:
-        return list(names)
+        return names
     if _split(names[0])[1] is not None:
         raise ConfigError(f"There is nothing to compare '{names[0]}' with.", "Name another run.")
     return [f"{names[0]}:before", names[0]]
