@@ -21,6 +21,7 @@ from fedrag_cli.errors import ConfigError, FedRAGError
 ENTRY_POINT_GROUP = "fedrag.components"
 BUILT_IN_MODULES = (
     "fedrag_cli.data.config",
+    "fedrag_cli.data.benchmarks.config",
     "fedrag_cli.rag.config",
     "fedrag_cli.trainers.config",
     "fedrag_cli.federated.config",

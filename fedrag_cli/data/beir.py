@@ -1,4 +1,4 @@
-"""Reading of BEIR folders: corpus.jsonl, queries.jsonl and qrels/<split>.tsv."""
+"""Reading of BEIR data: corpus.jsonl, queries.jsonl and qrels/<split>.tsv, or the same tables from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fedrag_cli.data.columns import checked_id, checked_text, get_value, id_value, require_column, text_value
 from fedrag_cli.data.files import check_folder
 from fedrag_cli.data.problems import BadValueError, Problems
-from fedrag_cli.data.readers import read_table
+from fedrag_cli.data.readers import Table, read_table
 from fedrag_cli.errors import DataError
 
 JUDGEMENT_COLUMNS = ("query-id", "corpus-id", "score")
@@ -31,7 +31,21 @@ def read_judgements(folder: Path, split: str) -> dict[str, tuple[str, ...]]:
     """
     check_folder(folder)
     check_folder(folder / "qrels")
-    table = read_table(folder / "qrels" / f"{split}.tsv", "tsv")
+    return judgements_of_table(read_table(folder / "qrels" / f"{split}.tsv", "tsv"))
+
+
+def judgements_of_table(table: Table) -> dict[str, tuple[str, ...]]:
+    """Return the ids of the relevant documents by query id.
+
+    Args:
+        table: Rows of query-id, corpus-id and score.
+
+    Returns:
+        Documents whose score is above 0; queries without any are left out, as no metric can count them.
+
+    Raises:
+        DataError: A column is missing, or rows are bad.
+    """
     problems = Problems(table.name)
     rows = table.readable_rows(problems)
     for column in JUDGEMENT_COLUMNS:
@@ -59,7 +73,18 @@ def read_queries(folder: Path) -> dict[str, str]:
         DataError: The file is missing or has bad rows.
     """
     check_folder(folder)
-    table = read_table(folder / "queries.jsonl")
+    return queries_of_table(read_table(folder / "queries.jsonl"))
+
+
+def queries_of_table(table: Table) -> dict[str, str]:
+    """Return the queries of a BEIR data set by id.
+
+    Args:
+        table: Rows of _id and text.
+
+    Raises:
+        DataError: A column is missing, or rows are bad.
+    """
     problems = Problems(table.name)
     rows = table.readable_rows(problems)
     require_column(table, rows, "_id", "_id")
@@ -98,7 +123,7 @@ def _judgement(values: Mapping[str, Any]) -> tuple[str, str, float]:
     query, document = (checked_id(values[column], column) for column in JUDGEMENT_COLUMNS[:2])
     try:
         score = float(values["score"])
-    except ValueError:
+    except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
         raise BadValueError(f"score is no number: '{values['score']}'")

@@ -76,7 +76,7 @@ def load_file_corpus(config: FileCorpusConfig) -> list[KnowledgeNode]:
         DataError: The file is missing or bad.
     """
     table = read_table(Path(config.path), config.format, config.limit)
-    return _split(_nodes_of_table(table, config.columns), config.split)
+    return split_nodes(_nodes_of_table(table, config.columns), config.split)
 
 
 def load_huggingface_corpus(config: HuggingFaceCorpusConfig) -> list[KnowledgeNode]:
@@ -90,7 +90,7 @@ def load_huggingface_corpus(config: HuggingFaceCorpusConfig) -> list[KnowledgeNo
         DataError: The data set is missing or bad.
     """
     table = read_dataset(config.path, config.name, config.data_split, config.revision, config.limit)
-    return _split(_nodes_of_table(table, config.columns), config.split)
+    return split_nodes(_nodes_of_table(table, config.columns), config.split)
 
 
 def load_squad_corpus(config: SquadCorpusConfig) -> list[KnowledgeNode]:
@@ -113,7 +113,7 @@ def load_squad_corpus(config: SquadCorpusConfig) -> list[KnowledgeNode]:
         if count == config.limit:
             break
     problems.raise_if_any()
-    return _split(nodes, config.split)
+    return split_nodes(nodes, config.split)
 
 
 def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
@@ -128,7 +128,18 @@ def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
     """
     folder = Path(config.path)
     check_folder(folder)
-    table = read_table(folder / "corpus.jsonl", limit=config.limit)
+    return split_nodes(nodes_of_beir_table(read_table(folder / "corpus.jsonl", limit=config.limit)), config.split)
+
+
+def nodes_of_beir_table(table: Table) -> list[KnowledgeNode]:
+    """Make passages of the corpus of a BEIR data set; title and text are joined.
+
+    Args:
+        table: Rows of _id, title and text.
+
+    Raises:
+        DataError: A column is missing, or rows are bad.
+    """
     problems = Problems(table.name)
     rows = table.readable_rows(problems)
     require_column(table, rows, "_id", "_id")
@@ -140,7 +151,7 @@ def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
         if text is not None and node_id is not None:
             nodes.append(KnowledgeNode(node_id, text, metadata_of(row.values, ["_id", "text"])))
     problems.raise_if_any()
-    return _split(nodes, config.split)
+    return nodes
 
 
 def load_text_corpus(config: TextCorpusConfig) -> list[KnowledgeNode]:
@@ -208,7 +219,16 @@ def _ids_of_rows(table: Table, rows: Sequence[Row], column: str, problems: Probl
     return ids
 
 
-def _split(nodes: list[KnowledgeNode], split: SplitConfig | None) -> list[KnowledgeNode]:
+def split_nodes(nodes: list[KnowledgeNode], split: SplitConfig | None) -> list[KnowledgeNode]:
+    """Split long documents into passages that name their document in `document_id`.
+
+    Args:
+        nodes: The documents.
+        split: The sizes; with None, the documents are returned as they are.
+
+    Raises:
+        ConfigError: The sizes do not fit each other.
+    """
     if split is None:
         return nodes
     return [passage for node in nodes for passage in _passages_of_node(node, split)]

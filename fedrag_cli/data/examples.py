@@ -201,16 +201,32 @@ def load_beir_examples(config: BeirExamplesConfig) -> list[Example]:
     """
     folder = Path(config.path)
     relevant = read_judgements(folder, config.split)
-    queries = read_queries(folder)
-    problems = Problems(f"{config.split}.tsv")
+    return judged_examples(read_queries(folder), relevant, f"{config.split}.tsv", "queries.jsonl")[: config.limit]
+
+
+def judged_examples(
+    queries: Mapping[str, str], relevant: Mapping[str, tuple[str, ...]], judgements: str, source: str
+) -> list[Example]:
+    """Make examples of the judged queries of a BEIR data set.
+
+    Args:
+        queries: The queries by id.
+        relevant: The ids of the relevant documents by query id.
+        judgements: Name of the judgements in messages.
+        source: Name of the queries in messages.
+
+    Raises:
+        DataError: A judged query is missing, or nothing is relevant.
+    """
+    problems = Problems(judgements)
     for query_id in relevant:
         if query_id not in queries:
-            problems.add(f"query-id '{query_id}'", "is not in queries.jsonl")
+            problems.add(f"query-id '{query_id}'", f"is not in {source}")
     problems.raise_if_any()
     examples = [Example(key, query, (), relevant[key]) for key, query in queries.items() if key in relevant]
     if not examples:
-        raise DataError(f"{config.split}.tsv judges no document as relevant.", "Check its scores.")
-    return examples[: config.limit]
+        raise DataError(f"{judgements} judges no document as relevant.", "Check its scores.")
+    return examples
 
 
 def _examples_of_table(table: Table, columns: ExampleColumns, separator: str | None = None) -> list[Example]:

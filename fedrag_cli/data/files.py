@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,18 +50,20 @@ def decoded_lines(path: Path) -> Iterator[str]:
     Lines end at a line feed only: JSON strings may hold the other characters that `str.splitlines` splits at.
 
     Args:
-        path: The file; a byte order mark at its start is left out.
+        path: The file, compressed where its name ends in .gz; a byte order mark at its start is left out.
 
     Raises:
         DataError: The file cannot be read or is not UTF-8.
     """
     offset = 0
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for line in file:
                 content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
                 yield _decode(path, content, offset + len(line) - len(content))
                 offset += len(line)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path} is no complete gzip file: {error}.", "Copy or download it again.") from error
     except OSError as error:
         raise unreadable(path, error) from error
 

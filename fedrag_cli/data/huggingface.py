@@ -46,7 +46,7 @@ def read_dataset(path: str, name: str | None, split: str | None, revision: str |
             f"{path} is a file, but a directory or a hub id is expected.", "For a file, use the type 'file'."
         )
     else:
-        dataset = _one_split(path, _load_from_hub(path, name, split, revision), None)
+        dataset = _one_split(path, load_from_hub(path, name, split, revision), None)
     stem = folder.name or path
     return table_of_dataset(dataset, stem, limit)
 
@@ -76,6 +76,42 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
     return table_of_mappings(name, rows)
 
 
+def load_from_hub(
+    path: str,
+    name: str | None,
+    split: str | None,
+    revision: str | None,
+    *,
+    data_files: dict[str, str] | None = None,
+    way_without_network: str = "save the data set with `save_to_disk` and name that",
+) -> Any:
+    """Load a data set from the hub.
+
+    Args:
+        path: Hub id.
+        name: Configuration of the data set.
+        split: Split; with None, all of them.
+        revision: Branch, tag or commit.
+        data_files: File pattern by split, where the repository's own description is not to be followed.
+        way_without_network: What else to do where the hub cannot be reached, for the error's hint.
+
+    Returns:
+        A `datasets.Dataset`, or a `datasets.DatasetDict` where no split is named.
+
+    Raises:
+        DataError: It cannot be loaded.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, name, split=split, revision=revision, data_files=data_files)
+    except Exception as error:
+        # The library raises its own errors, those of the hub's client and those of the network.
+        raise DataError(
+            f"The data set '{path}' cannot be loaded: {_first_line(error)}", _hint(path, error, way_without_network)
+        ) from error
+
+
 def _load_saved(path: str) -> Any:
     import datasets
 
@@ -87,21 +123,11 @@ def _load_saved(path: str) -> Any:
         ) from error
 
 
-def _load_from_hub(path: str, name: str | None, split: str | None, revision: str | None) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, name, split=split, revision=revision)
-    except Exception as error:
-        # The library raises its own errors, those of the hub's client and those of the network.
-        raise DataError(f"The data set '{path}' cannot be loaded: {_first_line(error)}", _hint(path, error)) from error
-
-
-def _hint(path: str, error: Exception) -> str:
+def _hint(path: str, error: Exception, way_without_network: str) -> str:
     if Path(path).is_dir():
         return "The directory was not written by `save_to_disk`, and has no data files that `datasets` can load."
     if isinstance(error, ConnectionError):
-        return "The hub cannot be reached: check the network, or save the data set with `save_to_disk` and name that."
+        return f"The hub cannot be reached: check the network, or {way_without_network}."
     if isinstance(error, FileNotFoundError):
         return "Check the spelling of `path`; for a private data set, log in with `hf auth login`."
     return "Check `path`, `name`, `split` and `revision`."
