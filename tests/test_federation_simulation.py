@@ -105,3 +105,58 @@ def test_a_federation_of_failing_clients_ends_with_5(simulate: Callable[..., Any
 def test_alternating_is_refused(simulate: Callable[..., Any]) -> None:
     _, document = simulate("trainer.mode=alternating", code=2)
     assert "A federation tunes one side" in document["error"]["message"]
+
+
+@pytest.mark.parametrize("mode", ["retriever", "generator"])
+def test_the_federation_beside_pooled_and_single_sites(simulate: Callable[..., Any], mode: str) -> None:
+    evaluation = {"resamples": 100, "metrics": ["mrr", "negative_log_likelihood"]}
+    run, summary = simulate("--compare", f"trainer.mode={mode}", evaluation=evaluation)
+    rows = {row["name"]: row for row in summary["comparison"]["rows"]}
+    alone = ["site-0 alone", "site-1 alone"]
+    assert list(rows) == ["untuned", "federated", "pooled", *alone, "each site alone, mean"]
+    assert (run / "plots" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    metric = "mrr" if mode == "retriever" else "negative_log_likelihood"
+    means = {name: row["metrics"][metric]["mean"] for name, row in rows.items()}
+    before = next(item for item in summary["differences"] if item["metric"] == metric)
+    assert (means["untuned"], means["federated"]) == pytest.approx((before["before"], before["after"]))
+    assert means["each site alone, mean"] == pytest.approx(sum(means[name] for name in alone) / 2)
+    for name in ("federated", "pooled", *alone):
+        change = rows[name]["to_untuned"][metric]["difference"]["mean"]
+        assert change == pytest.approx(means[name] - means["untuned"])
+    assert "to_pooled" not in rows["pooled"]
+    assert len(summary["comparison"]["verdicts"]) == 4
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "## What federating is worth" in card
+
+    # As many steps as all clients took in all rounds.
+    pooled = json.loads((run / "checkpoints" / "pooled" / f"1-{mode}" / "finished" / "result.json").read_text())
+    assert pooled["steps"] == 8
+
+
+def test_a_comparison_is_resumed_where_it_stopped(
+    simulate: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedrag_cli.trainer_managers import federation_baselines
+
+    _, whole = simulate("--compare")
+    original, calls = federation_baselines._train, []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments[2].name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    monkeypatch.setattr(federation_baselines, "_train", interrupted)
+    _, stopped = simulate("--compare", folder="b", code=130)
+    run = stopped["error"]["hint"].removeprefix("Go on with: fedrag resume ")
+    assert main(["resume", run, "--json", "--quiet"]) == 0
+    resumed = json.loads(capsys.readouterr().out)
+    assert calls == ["pooled", "site-0 alone", "site-0 alone", "site-1 alone"]
+    assert resumed["comparison"] == whole["comparison"]
+
+
+def test_a_comparison_needs_questions(simulate: Callable[..., Any]) -> None:
+    data = {"validation": None, "test": None}
+    _, wrong = simulate("--compare", dataset=data, code=2)
+    assert "--compare needs questions" in wrong["error"]["message"]

@@ -115,7 +115,23 @@ class Renderer:
             self.table([columns[number] for number in shown], [[row[number] for number in shown] for row in rows])
         if summary["differences"]:
             self.differences(summary)
+        if summary.get("comparison"):
+            self.baselines(summary["comparison"])
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
+
+    def baselines(self, comparison: Mapping[str, Any]) -> None:
+        """Print ways of tuning beside each other, with their differences to the untuned and the pooled model."""
+        self.line("Ways of tuning, on the same questions over the whole corpus:")
+        rows = [
+            [row["name"], metric, str(found["n"]), f"{found['mean']:.4f}", *_changes(row, metric)]
+            for row in comparison["rows"]
+            for metric, found in row["metrics"].items()
+        ]
+        level = round(100 * comparison["confidence"])
+        columns = ["model", "metric", "n", "mean", f"to untuned, {level} %", f"to pooled, {level} %"]
+        self.table(columns, rows)
+        for verdict in comparison["verdicts"]:
+            self.line(verdict)
 
     def written(self, paths: Sequence[Path], next_step: str) -> None:
         """Print which files were written, and what to do with them."""
@@ -232,6 +248,16 @@ def _evaluation_rows(metrics: Mapping[str, Any]) -> list[list[str | Text]]:
         [name, str(item["n"]), f"{item['mean']:.4f}", f"[{item['low']:.4f}, {item['high']:.4f}]"]
         for name, item in metrics.items()
     ]
+
+
+def _changes(row: Mapping[str, Any], metric: str) -> list[str]:
+    """Return a way's differences to the untuned and to the pooled model; empty where it is that model."""
+    cells = []
+    for other in ("to_untuned", "to_pooled"):
+        change = row.get(other, {}).get(metric)
+        interval = change["difference"] if change else None
+        cells.append(f"{interval['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]" if interval else "")
+    return cells
 
 
 def _outcome(prediction: Mapping[str, Any], metric: str) -> str:

@@ -19,6 +19,12 @@ def command(
         int | None,
         typer.Option("--clients", "-c", min=1, help="How many clients; by default that of the owners in the data."),
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Train on the pooled data and on each site's alone too, and compare all of them."
+        ),
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -32,5 +38,6 @@ def command(
         with current.federation_reporter() as reporter:
             from fedrag_cli.trainer_managers.simulation import start_simulation
 
-            summary = start_simulation(source, clients, command=["fedrag", *sys.argv[1:]], reporter=reporter)
+            command_line = ["fedrag", *sys.argv[1:]]
+            summary = start_simulation(source, clients, command=command_line, reporter=reporter, with_baselines=compare)
         current.result(summary, lambda renderer: renderer.federation_summary(summary))

@@ -64,6 +64,8 @@ class RunSummary(TypedDict):
     """Which part of a federation the run was: server, client or simulation."""
     rounds: NotRequired[Sequence[Mapping[str, Any]]]
     """What happened in each round of a federation."""
+    comparison: NotRequired[Mapping[str, Any] | None]
+    """The federation beside pooled data and single sites, where they were compared."""
     differences: NotRequired[Sequence[Mapping[str, Any]]]
     """The metrics before and after, as `MetricDifference.to_dict` gives them."""
     loss: NotRequired[float | None]
@@ -99,6 +101,7 @@ def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
         _tuned(summary["tuned"]),
         _results(summary),
         _federation(summary),
+        _comparison(summary),
         _plots(summary.get("plots") or ()),
         _loading(summary["tuned"]),
         _data(summary["data"], summary.get("fingerprints") or {}),
@@ -180,6 +183,25 @@ def _federation(summary: Mapping[str, Any]) -> str:
         "simulation": "This is the global model of a federation that was simulated in one process.",
     }
     return f"## Federation\n\n{parts.get(summary.get('role', ''), '')}\n\n{table}"
+
+
+def _comparison(summary: Mapping[str, Any]) -> str:
+    comparison = summary.get("comparison")
+    if not comparison:
+        return ""
+    rows = []
+    for row in comparison["rows"]:
+        for metric, found in row["metrics"].items():
+            change = row.get("to_untuned", {}).get(metric, {}).get("difference")
+            cell = f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]" if change else ""
+            rows.append([row["name"], metric, str(found["n"]), f"{found['mean']:.4f}", cell])
+    level = f"{100 * comparison['confidence']:g} %"
+    table = _table(["Model", "Metric", "n", "Mean", f"Difference to untuned, {level}"], rows, numbers=(2, 3))
+    verdicts = "\n".join(f"- {verdict}" for verdict in comparison["verdicts"])
+    return (
+        "## What federating is worth\n\nPooled and alone: the same settings and as many passes over the examples. All "
+        f"answered the same questions over the whole corpus.\n\n{table}\n\n{verdicts}"
+    )
 
 
 def _plots(names: Sequence[str]) -> str:

@@ -197,6 +197,8 @@ def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     plots = plot_curves(run.events(), run.plots)
     if plot_federation(run.events(), run.plots / "federation.png"):
         plots.append(run.plots / "federation.png")
+    if summary.get("comparison"):
+        plots.append(run.plots / "comparison.png")
     if summary["differences"]:
         plot_difference(summary["differences"], run.plots / "difference.png")
         plots.append(run.plots / "difference.png")

@@ -24,6 +24,7 @@ from fedrag_cli.federated.local import LocalGrid
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
 from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.baselines_plot import plot_baselines
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
@@ -36,6 +37,7 @@ from fedrag_cli.trainer_managers.federated_parts import (
     settings_of,
     stored_evaluation,
 )
+from fedrag_cli.trainer_managers.federation_baselines import require_questions, run_baselines
 from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
@@ -62,7 +64,12 @@ class Site:
 
 
 def start_simulation(
-    source: ConfigSource, clients: int | None, *, command: Sequence[str], reporter: Reporter
+    source: ConfigSource,
+    clients: int | None,
+    *,
+    command: Sequence[str],
+    reporter: Reporter,
+    with_baselines: bool = False,
 ) -> dict[str, Any]:
     """Simulate a new federation and see it through.
 
@@ -71,6 +78,7 @@ def start_simulation(
         clients: Number of clients; with owners, that of the owners by default.
         command: The command line, for the manifest.
         reporter: Shows what happens.
+        with_baselines: Whether to train on the pooled data and on each site's alone too, and to compare.
 
     Returns:
         The summary, as `summary.json` has it.
@@ -83,9 +91,11 @@ def start_simulation(
     require_training(config)
     data = load_run_data(config)
     chosen_metrics(config, data)
+    if with_baselines:
+        require_questions(data)
     sites = split_sites(config, data, clients)
     _require_quorum(config, sites)
-    run = create_run(source, command, role=SIMULATION, side=side, clients=clients)
+    run = create_run(source, command, role=SIMULATION, side=side, clients=clients, compare=with_baselines)
     reporter.note(f"Run directory: {run.path}")
     with run.locked():
         try:
@@ -186,6 +196,7 @@ def _see_through(
             for name, site in sites.items()
         }
         task = next(iter(handlers.values())).task
+        initial = task.weights()
         state = run_federation(run, config, data, LocalGrid(handlers, reporter), task, rag_system, settings, reporter)
         save_models(run, rag_system, config)
         summary = federation_summary(
@@ -200,6 +211,11 @@ def _see_through(
             evaluations=state.evaluations,
             seconds=time.monotonic() - started,
         )
+        if run.manifest()["federation"].get("compare"):
+            tasks = {name: handler.task for name, handler in handlers.items()}
+            summary["comparison"] = run_baselines(run, config, data, tasks, rag_system, initial, reporter)
+            plot_baselines(summary["comparison"], run.plots / "comparison.png")
+        summary["seconds"] = time.monotonic() - started
         write_results(run, summary)
     return summary
 
