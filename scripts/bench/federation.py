@@ -10,7 +10,6 @@ are measured on the same 490 questions of validation and test over the whole cor
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import socket
@@ -132,8 +131,11 @@ def stored_values(run: Path, stage: str) -> dict[str, list[float]]:
 
 def centralised(name: str, folders: dict[str, Path], clients: dict[str, Path], server: Path) -> dict[str, Any]:
     """Train on everything, and on each site's data alone, and measure both over the whole corpus."""
+    from fedrag_cli.trainer_managers.federation_baselines import joined_caches
+
     caches = {site: run / "federation" / "cache" for site, run in clients.items()}
-    found = {"pooled": train(name, folders["all"], folders["all"], joined(list(caches.values()), server), len(SITES))}
+    pooled = joined_caches([server / "federation" / "cache", *caches.values()])
+    found = {"pooled": train(name, folders["all"], folders["all"], pooled, len(SITES))}
     alone = [train(name, folders[site], folders["all"], caches[site], 1) for site in SITES]
     for site, values in zip(SITES, alone, strict=True):
         found[f"site {site} alone"] = values
@@ -143,17 +145,6 @@ def centralised(name: str, folders: dict[str, Path], clients: dict[str, Path], s
         for metric in METRICS[name]
     }
     return found
-
-
-def joined(caches: list[Path], server: Path) -> Path:
-    """Put the clients' likelihoods into one folder: those of the same question and passage are the same."""
-    target = server / "federation" / "cache"
-    target.mkdir(parents=True, exist_ok=True)
-    for cache in caches:
-        for file in cache.glob("*.jsonl"):
-            with (target / file.name).open("a", encoding="utf-8") as out:
-                out.write(file.read_text(encoding="utf-8"))
-    return target
 
 
 def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> dict[str, list[float]]:
@@ -171,17 +162,13 @@ def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> d
     from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
     from fedrag_cli.runs.reporting import SilentReporter
     from fedrag_cli.trainer_managers.build import build_trainers
+    from fedrag_cli.trainer_managers.federation_baselines import with_all_passes
     from fedrag_cli.trainer_managers.run_parts import load_run_data
 
     config_file = ROOT / "configs" / "benchmarks" / f"xquad-federated-{name}.yaml"
     os.environ["FEDRAG_XQUAD"] = str(data)
     side = "retriever" if name == "lsr" else "generator"
-    config = load_config(config_file)
-    trainer_config = getattr(config.trainer, side)
-    rounds = config.federated.rounds  # type: ignore[union-attr]
-    steps = trainer_config.max_steps * rounds * sites if trainer_config.max_steps else None
-    trainer_config = dataclasses.replace(trainer_config, epochs=trainer_config.epochs * rounds, max_steps=steps)
-    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **{side: trainer_config}))
+    config = with_all_passes(load_config(config_file), sites)
     own = load_run_data(config)
     rag_system = build_rag_system(config, nodes=own.nodes)
     trainer = build_trainers(config, rag_system, train=own.train, validation=[])[side]
