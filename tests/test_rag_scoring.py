@@ -20,15 +20,19 @@ from fedrag_cli.trainers.huggingface.scoring import LikelihoodCache, LikelihoodS
 
 
 class Counted:
-    """A generator with the rows of each of its forward passes."""
+    """A generator with the number of pairs of each batch that it has scored."""
 
     def __init__(self, folder: Path, prompt: PromptConfig | None = None, **settings: Any) -> None:
         config = CausalLMConfig(model=str(folder), **{"batch_tokens": 400, **settings})
         self.generator = CausalLMGenerator.from_config(config, prompt=prompt or PromptConfig(), device="cpu")
         self.rows: list[int] = []
-        self.generator.model.register_forward_hook(
-            lambda _module, _args, output: self.rows.append(output.logits.shape[0])
-        )
+        score = self.generator._score
+
+        def counted(pairs: Any, shared: int) -> Any:
+            self.rows.append(len(pairs))
+            return score(pairs, shared)
+
+        self.generator._score = counted  # type: ignore[method-assign]
 
 
 def pairs_of_data(count: int = 20) -> list[Pair]:

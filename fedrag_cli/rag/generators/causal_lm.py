@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
-from fedrag_cli.rag.generators.likelihood import TokenPair, batch_log_probs, length_sorted_batches, token_log_probs
+from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches, token_log_probs
+from fedrag_cli.rag.generators.shared_prefix import scoring_batches, shared_prefix_log_probs
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     ModelLocation,
@@ -210,9 +211,7 @@ class CausalLMGenerator:
             max_new_tokens=self.config.max_new_tokens, pad_token_id=self.pad_id, eos_token_id=sorted(ends), **options
         )
 
-    def target_log_probs(
-        self, prompts: Sequence[str], targets: Sequence[str], *, padding_side: Literal["left", "right"] = "right"
-    ) -> Tensor:
+    def target_log_probs(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """Return log p(target | prompt), summed over the target's tokens, for each row.
 
         Prompt and target are tokenised apart, so the target's tokens do not depend on the prompt.
@@ -220,7 +219,6 @@ class CausalLMGenerator:
         Args:
             prompts: Texts used as they are, without template.
             targets: Texts to score, used as they are.
-            padding_side: Where shorter rows of a batch are padded.
 
         Returns:
             float32 tensor of shape (len(prompts),).
@@ -232,32 +230,28 @@ class CausalLMGenerator:
             raise DataError(f"There are {len(prompts)} prompts but {len(targets)} targets.")
         ids = [self.tokenizer(target, add_special_tokens=False)["input_ids"] for target in targets]
         pairs = [(self._prompt_ids(prompt), target) for prompt, target in zip(prompts, ids, strict=True)]
-        return self.log_probs_of_ids(pairs, padding_side=padding_side)
+        return self.log_probs_of_ids(pairs)
 
     def log_probs_of_ids(
-        self,
-        pairs: Sequence[TokenPair],
-        *,
-        padding_side: Literal["left", "right"] = "right",
-        on_batch: Callable[[list[int], Tensor], None] | None = None,
+        self, pairs: Sequence[TokenPair], on_batch: Callable[[list[int], Tensor], None] | None = None
     ) -> Tensor:
-        """Return log p(target ids | prompt ids) for each pair, in length-sorted batches of a token budget.
+        """Return log p(target ids | prompt ids) for each pair; see `token_log_probs_of_ids`.
 
         Args:
             pairs: (prompt ids, target ids).
-            padding_side: Where shorter rows of a batch are padded.
             on_batch: Called after each batch with the positions in `pairs` and their results.
 
         Returns:
             float32 tensor of shape (len(pairs),).
         """
-        self._require_scorable(pairs)
         results = torch.zeros(len(pairs))
-        lengths = [len(prompt) + len(target) for prompt, target in pairs]
-        for batch in length_sorted_batches(lengths, self.config.batch_tokens):
-            results[batch] = self.score_batch([pairs[position] for position in batch], padding_side)
+
+        def keep(positions: list[int], rows: list[Tensor]) -> None:
+            results[positions] = torch.stack([row.sum() for row in rows])
             if on_batch is not None:
-                on_batch(batch, results[batch])
+                on_batch(positions, results[positions])
+
+        self.token_log_probs_of_ids(pairs, keep)
         return results
 
     def _require_scorable(self, pairs: Sequence[TokenPair]) -> None:
@@ -270,33 +264,36 @@ class CausalLMGenerator:
                     f"but the context window has {self.context_window}."
                 )
 
-    @torch.inference_mode()
     def token_log_probs_of_ids(
         self, pairs: Sequence[TokenPair], on_batch: Callable[[list[int], list[Tensor]], None]
     ) -> None:
-        """Compute log p(token | prompt, tokens before it) of each target, in length-sorted batches of a token budget.
+        """Compute log p(token | prompt, tokens before it) of each target, in eval mode, in batches of a token budget.
+
+        What prompts of a batch have in common at their beginning is computed once.
 
         Args:
             pairs: (prompt ids, target ids).
             on_batch: Called after each batch with the positions in `pairs` and, for each, the log-probabilities of its
                 target's tokens.
+
+        Raises:
+            DataError: A prompt or a target has no tokens, or together they exceed the context window.
         """
         self._require_scorable(pairs)
-        self.model.eval()
-        lengths = [len(prompt) + len(target) for prompt, target in pairs]
-        for batch in length_sorted_batches(lengths, self.config.batch_tokens):
-            with self._autocast():
-                rows = token_log_probs(self.model, [pairs[position] for position in batch], pad_id=self.pad_id)
-            on_batch(batch, [row.cpu() for row in rows])
+        for batch in scoring_batches(pairs, self.config.batch_tokens):
+            rows = self._score(([pairs[position] for position in batch.positions]), batch.shared)
+            on_batch(batch.positions, [row.cpu() for row in rows])
 
     @torch.inference_mode()
-    def score_batch(self, pairs: Sequence[TokenPair], padding_side: Literal["left", "right"] = "right") -> Tensor:
-        """Score one batch in one forward pass, in eval mode; see `log_probs_of_ids`."""
+    def _score(self, pairs: Sequence[TokenPair], shared: int) -> list[Tensor]:
         was_training = self.model.training
         self.model.eval()
         try:
             with self._autocast():
-                return batch_log_probs(self.model, pairs, pad_id=self.pad_id, padding_side=padding_side)
+                rows = None
+                if shared:
+                    rows = shared_prefix_log_probs(self.model, pairs, shared=shared, pad_id=self.pad_id)
+                return rows if rows is not None else token_log_probs(self.model, pairs, pad_id=self.pad_id)
         finally:
             self.model.train(was_training)
 

@@ -34,14 +34,14 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> Iterator
         yield batch
 
 
-def batch_log_probs(
+def token_log_probs(
     model: nn.Module,
     pairs: Sequence[TokenPair],
     *,
     pad_id: int,
     padding_side: Literal["left", "right"] = "right",
-) -> Tensor:
-    """Return the sum of log-probabilities of each target after its prompt, in one forward pass.
+) -> list[Tensor]:
+    """Return the log-probability of each token of each target after its prompt, in one forward pass.
 
     Args:
         model: A causal language model of transformers, in eval mode.
@@ -50,25 +50,31 @@ def batch_log_probs(
         padding_side: Where the padding goes. The results agree but for rounding.
 
     Returns:
-        float32 tensor of shape (len(pairs),), each at most 0.
-    """
-    rows = token_log_probs(model, pairs, pad_id=pad_id, padding_side=padding_side)
-    return torch.stack([row.sum() for row in rows]).cpu()
-
-
-def token_log_probs(
-    model: nn.Module,
-    pairs: Sequence[TokenPair],
-    *,
-    pad_id: int,
-    padding_side: Literal["left", "right"] = "right",
-) -> list[Tensor]:
-    """Return the log-probability of each token of each target; arguments as for `batch_log_probs`.
-
-    Returns:
         For each pair a float32 tensor of shape (target tokens,) on the model's device, each value at most 0.
     """
     device = next(model.parameters()).device
+    input_ids, mask, starts = padded(pairs, pad_id, padding_side)
+    # The logits at a position predict the token after it.
+    first = min(start + len(prompt) for (prompt, _), start in zip(pairs, starts, strict=True)) - 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    keep = input_ids.shape[1] - first
+    logits = tail_logits(model, input_ids.to(device), mask.to(device), positions.to(device), keep=keep)
+    return target_log_probs_of_logits(logits, pairs, starts, first)
+
+
+def padded(
+    pairs: Sequence[TokenPair], pad_id: int, padding_side: Literal["left", "right"]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Put prompts with their targets into the rows of one tensor.
+
+    Args:
+        pairs: (prompt ids, target ids).
+        pad_id: Fills the shorter rows.
+        padding_side: Where it does.
+
+    Returns:
+        Token ids and mask, of shape (len(pairs), tokens), and the column in which each row starts.
+    """
     lengths = [len(prompt) + len(target) for prompt, target in pairs]
     width = max(lengths)
     input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.long)
@@ -77,15 +83,25 @@ def token_log_probs(
     for row, ((prompt, target), start, length) in enumerate(zip(pairs, starts, lengths, strict=True)):
         input_ids[row, start : start + length] = torch.tensor(prompt + target)
         mask[row, start : start + length] = 1
-    # The logits at a position predict the token after it.
-    first = min(start + len(prompt) for (prompt, _), start in zip(pairs, starts, strict=True)) - 1
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits = _tail_logits(model, input_ids.to(device), mask.to(device), positions.to(device), keep=width - first)
+    return input_ids, mask, starts
+
+
+def target_log_probs_of_logits(
+    logits: Tensor, pairs: Sequence[TokenPair], starts: Sequence[int], first: int
+) -> list[Tensor]:
+    """Return the log-probability of each token of each target.
+
+    Args:
+        logits: Of the columns from `first` on, of shape (len(pairs), columns, vocabulary).
+        pairs: (prompt ids, target ids).
+        starts: The column in which each row starts.
+        first: The first column that there are logits of.
+    """
     found = []
     for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
         begin = start + len(prompt) - 1 - first
         log_probs = torch.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
-        found.append(log_probs.gather(1, torch.tensor(target, device=device)[:, None]).squeeze(1))
+        found.append(log_probs.gather(1, torch.tensor(target, device=logits.device)[:, None]).squeeze(1))
     return found
 
 
@@ -95,10 +111,24 @@ def accepted_arguments(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(base.forward).parameters)
 
 
-def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
-    """Run the model and return the logits of the last `keep` positions, computing no others where it can."""
+def tail_logits(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int, past_key_values: Any = None
+) -> Tensor:
+    """Run the model and return the logits of the last `keep` columns, computing no others where it can.
+
+    Args:
+        model: A causal language model of transformers.
+        input_ids: Token ids, of shape (rows, tokens).
+        mask: Attention mask over the earlier tokens and these.
+        positions: Position of each token, of shape (rows, tokens).
+        keep: Number of columns.
+        past_key_values: What the model remembers of earlier tokens.
+    """
     accepted = accepted_arguments(model)
-    options: dict[str, object] = {"use_cache": False}
+    options: dict[str, object] = {"use_cache": past_key_values is not None}
+    if past_key_values is not None:
+        # transformers 5.24 gave the argument its new name.
+        options["cache" if "cache" in accepted else "past_key_values"] = past_key_values
     if "position_ids" in accepted:
         options["position_ids"] = positions
     if "logits_to_keep" in accepted:

@@ -19,7 +19,7 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, TrainingError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches
+from fedrag_cli.rag.generators.likelihood import TokenPair
 from fedrag_cli.rag.prompts import EncodedPrompt, TruncationCount
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
@@ -112,8 +112,8 @@ class LikelihoodScorer:
     def score(self, pairs: Sequence[Pair], reporter: Reporter | None = None) -> tuple[Tensor, Tensor]:
         """Return log p(response | passage, query) and the response's length for each pair.
 
-        Pairs that are not cached are put into length-sorted batches, longest first. A run that was killed between two
-        batches forms the same batches of the rest, so a resumed run gets bit-identical numbers.
+        Pairs that are not cached are scored in batches of prompts that begin alike, and of equal length. A run that was
+        killed between two batches forms the same batches of the rest, so a resumed run gets bit-identical numbers.
 
         Args:
             pairs: Examples and single passages.
@@ -134,17 +134,18 @@ class LikelihoodScorer:
 
     def _score_missing(self, missing: dict[str, TokenPair], reporter: Reporter) -> None:
         keys, pairs = list(missing), list(missing.values())
-        lengths = [len(prompt) + len(target) for prompt, target in pairs]
+
+        def keep(positions: list[int], totals: Tensor) -> None:
+            if not bool(torch.isfinite(totals).all()):
+                raise TrainingError(
+                    "The generator's likelihoods are not finite, so they cannot teach the retriever.",
+                    "Look for broken weights in the generator's model, or set its dtype and precision to float32.",
+                )
+            self.cache.put([keys[position] for position in positions], totals.tolist())
+            advance(len(positions))
+
         with reporter.task("Scoring answers", len(pairs), "pair") as advance:
-            for batch in length_sorted_batches(lengths, self.generator.config.batch_tokens):
-                totals = self.generator.score_batch([pairs[position] for position in batch])
-                if not bool(torch.isfinite(totals).all()):
-                    raise TrainingError(
-                        "The generator's likelihoods are not finite, so they cannot teach the retriever.",
-                        "Look for broken weights in the generator's model, or set its dtype and precision to float32.",
-                    )
-                self.cache.put([keys[position] for position in batch], totals.tolist())
-                advance(len(batch))
+            self.generator.log_probs_of_ids(pairs, keep)
 
     def _identify(self, example: Example, node: KnowledgeNode) -> tuple[str, int]:
         """Return a pair's key in the cache and its number of answer tokens, tokenised only once."""
