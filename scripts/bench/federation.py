@@ -108,7 +108,9 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a process of the federation."""
     output.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "FEDRAG_XQUAD": str(data), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # The server measures while the clients wait, and the clients train while it waits.
+    threads = str(os.cpu_count()) if command == "serve-fl" else "1"
+    environment = {**os.environ, "FEDRAG_XQUAD": str(data), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     arguments = [*FEDRAG, command, str(config), "--address", address, "--json", f"run.output_dir={output}", *overrides]
     log = (output / "log.txt").open("w", encoding="utf-8")
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
