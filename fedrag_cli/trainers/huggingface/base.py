@@ -32,8 +32,9 @@ from fedrag_cli.trainers.huggingface.checks import (
     require_trainable,
     trainable,
 )
-from fedrag_cli.trainers.huggingface.loop import LossFunction, TrainingLoop
+from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
+from fedrag_cli.trainers.huggingface.training_loop import Batches, LossFunction, TrainingLoop
 
 START_FILE = "start.json"
 ExtraMetrics = Callable[[], Mapping[str, float]]
@@ -78,7 +79,9 @@ class HuggingFaceTrainer(BaseTrainer):
         self.proximal_mu = 0.0
         self.cache_directory: Path | None = None
         """Folder for what stays valid from one call of `train` to the next; that of the checkpoints by default."""
-        self._require_responses()
+        self.diagnostics = StepDiagnostics()
+        if self.config.needs_responses:
+            self._require_responses()
 
     @classmethod
     def from_config(cls, config: TrainingConfig, rag_system: RAGSystem, **options: Any) -> HuggingFaceTrainer:
@@ -106,6 +109,9 @@ class HuggingFaceTrainer(BaseTrainer):
 
     def _finish(self) -> None:
         """Do what comes after the last step, with the final weights."""
+
+    def _on_batches(self, batches: Batches) -> None:
+        """Look at, or add to, the batches of one optimizer step before they are computed."""
 
     def _on_checkpoint(self, directory: Path) -> None:
         """Add what is ours to a checkpoint."""
@@ -173,6 +179,7 @@ class HuggingFaceTrainer(BaseTrainer):
                 advance=advance,
                 on_checkpoint=self._on_checkpoint,
                 on_step=self._on_step,
+                diagnostics=self.diagnostics.take,
             )
             loop = self._loop(directory, instances, callback)
             try:
@@ -202,9 +209,10 @@ class HuggingFaceTrainer(BaseTrainer):
             train_dataset=_Instances(instances),
             data_collator=self._collate,
             validate=self.validate,
+            on_batches=self._on_batches,
+            loss_function=self._loss_function(),
             penalty=self._penalty if self.proximal_mu else None,
             callbacks=[callback],
-            compute_loss_func=self._loss_function(),
         )
         loop.remove_callback(_printer())
         return loop
