@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from abc import abstractmethod
@@ -18,7 +17,7 @@ from fedrag_cli.errors import ConfigError, DataError, RunInterruptedError
 from fedrag_cli.losses import proximal_penalty
 from fedrag_cli.rag.models import tensors_fingerprint
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.atomic import os_errors, write_json_atomically
+from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.checkpoints import latest_checkpoint
 from fedrag_cli.runs.interrupt import deferred_interrupts
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
@@ -33,10 +32,10 @@ from fedrag_cli.trainers.huggingface.checks import (
     trainable,
 )
 from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
+from fedrag_cli.trainers.huggingface.movement import PhaseStart
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
 from fedrag_cli.trainers.huggingface.training_loop import Batches, LossFunction, TrainingLoop
 
-START_FILE = "start.json"
 ExtraMetrics = Callable[[], Mapping[str, float]]
 
 
@@ -165,7 +164,7 @@ class HuggingFaceTrainer(BaseTrainer):
         with os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         resuming = latest_checkpoint(directory)
-        before = self._fingerprint_at_start(directory)
+        start = PhaseStart(self.model, directory)
         instances = self._prepare(self.cache_directory or (directory if lasting else None), resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
@@ -189,13 +188,16 @@ class HuggingFaceTrainer(BaseTrainer):
                 # Mixed precision wraps the model's forward; what comes after training computes as before it.
                 loop.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if guard.requested:
+                start.keep()
                 saved = "a checkpoint is saved" if lasting else "no folder for checkpoints was given"
                 raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; {saved}.")
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()
         self.model.eval()
-        require_moved(before, self._fingerprint(), self.what, loop.state.log_history)
+        require_moved(start.fingerprint, tensors_fingerprint(trainable(self.model)), self.what, loop.state.log_history)
         require_finite(self.model, self.what)
+        if modules := start.movement(self.model):
+            self.reporter.event("moved", phase=phase, modules=modules)
         self._finish()
         return self._result(loop, time.monotonic() - started)
 
@@ -232,18 +234,6 @@ class HuggingFaceTrainer(BaseTrainer):
     def _penalty(self, model: nn.Module) -> Tensor:
         reference = {name: tensor.to(self._device()) for name, tensor in (self.reference_weights or {}).items()}
         return proximal_penalty(trainable(model).items(), reference, self.proximal_mu)
-
-    def _fingerprint(self) -> str:
-        return tensors_fingerprint(trainable(self.model))
-
-    def _fingerprint_at_start(self, directory: Path) -> str:
-        """Return the fingerprint from before the first step, also where the run was resumed since."""
-        file = directory / START_FILE
-        if file.is_file():
-            return str(json.loads(file.read_text(encoding="utf-8"))["trained_weights"])
-        fingerprint = self._fingerprint()
-        write_json_atomically(file, {"trained_weights": fingerprint})
-        return fingerprint
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
