@@ -27,6 +27,8 @@ from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.atomic import replace_directory_atomically, write_text_atomically
+from fedrag_cli.runs.diagnostics import summarise
+from fedrag_cli.runs.diagnostics_plot import plot_diagnostics, plot_movement
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.federation_plot import plot_federation
 from fedrag_cli.runs.metrics_log import MetricsLog
@@ -208,12 +210,19 @@ def model_fingerprints(rag_system: RAGSystem) -> dict[str, str]:
 
 def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     """Draw the plots, write model card and summary, and mark the run as done."""
-    plots = plot_curves(run.events(), run.plots)
-    if plot_federation(run.events(), run.plots / "federation.png"):
-        plots.append(run.plots / "federation.png")
+    events = run.events()
+    plots = plot_curves(events, run.plots)
+    for name, plot in (
+        ("diagnostics.png", plot_diagnostics),
+        ("movement.png", plot_movement),
+        ("federation.png", plot_federation),
+    ):
+        if plot(events, run.plots / name):
+            plots.append(run.plots / name)
     if summary["differences"]:
         plot_difference(summary["differences"], run.plots / "difference.png")
         plots.append(run.plots / "difference.png")
+    summary["diagnostics"] = summarise(events)
     summary["plots"] = [path.name for path in plots]
     write_text_atomically(run.path / "README.md", model_card(summary))
     run.write_json("summary.json", summary)
