@@ -68,6 +68,53 @@ NOT_FOR_GENERATOR = f"does not measure the generator (metrics: loss, {', '.join(
             ["trainer.retriever.refresh_every=5"],
             "trainer.retriever.refresh_every: has no effect with train: query, whose index never goes stale; remove it",
         ),
+        *[
+            (
+                [f"trainer.retriever.type={objective}", "trainer.retriever.top_k=1"],
+                "trainer.retriever.top_k: must be at least 2: among one passage there is no ranking to learn",
+            )
+            for objective in ("pdist", "emdr2", "loop")
+        ],
+        (
+            ["trainer.retriever.type=loop", "trainer.retriever.refresh_every=5"],
+            "trainer.retriever.refresh_every: has no effect with train: query, whose index never goes stale; remove it",
+        ),
+        (
+            [
+                "trainer.retriever.type=contrastive",
+                "trainer.retriever.batch_size=1",
+                "trainer.retriever.hard_negatives=0",
+            ],
+            "trainer.retriever.hard_negatives: must be at least 1 where a step has one example: it has no other "
+            "negative",
+        ),
+        (
+            [GENERATOR, "trainer.generator.retriever_temperature=0.1"],
+            "trainer.generator.retriever_temperature: has no effect with passage_weights: uniform; remove it",
+        ),
+        (
+            [GENERATOR, "trainer.generator.passage_weights=retriever", "trainer.generator.passages=together"],
+            "trainer.generator.passage_weights: retriever needs passages: separate; together makes one instance of "
+            "them all",
+        ),
+        (
+            [GENERATOR, "trainer.generator.passage_weights=retriever", "trainer.generator.top_k=1"],
+            "trainer.generator.passage_weights: retriever needs a top_k of at least 2; one passage always has the "
+            "weight 1",
+        ),
+        *[
+            (
+                [
+                    GENERATOR,
+                    f"trainer.generator.type={objective}",
+                    "trainer.generator.lora=null",
+                    "rag_system.generator.adapter=folder",
+                ],
+                "trainer.generator.lora: null tunes all weights, but rag_system.generator has an adapter; remove one "
+                "of the two",
+            )
+            for objective in ("ralt", "raft")
+        ],
         (
             ["trainer.retriever.validation.metric=mrr"],
             "trainer.retriever.validation.metric: needs a dataset.validation",
@@ -112,6 +159,10 @@ def test_findings(path: Path, overrides: list[str], finding: str) -> None:
         ],
         ["trainer.retriever.train=both", "trainer.retriever.refresh_every=5"],
         [GENERATOR, "trainer.retriever.top_k=1"],
+        [GENERATOR, "trainer.generator.passage_weights=retriever", "trainer.generator.retriever_temperature=0.1"],
+        [GENERATOR, "trainer.generator.type=raft", "trainer.generator.top_k=1"],
+        ["trainer.retriever.type=contrastive", "rag_system.generator=null"],
+        ["trainer.retriever.type=emdr2", "trainer.retriever.train=both", "trainer.retriever.refresh_every=5"],
         [GENERATOR, "trainer.generator.top_k=1"],
         [VALIDATION, "evaluation.split=validation"],
         [VALIDATION, "trainer.retriever.validation.metric=loss", "trainer.retriever.validation.patience=1"],
@@ -155,3 +206,7 @@ def test_what_training_needs(path: Path) -> None:
         require_training(without)
     with pytest.raises(ConfigError, match=r"has no rag_system\.generator, which answering needs"):
         require_generator(without, "answering")
+    contrastive = ["trainer.retriever.type=contrastive", "rag_system.generator=null"]
+    require_training(load_config(path, contrastive))
+    with pytest.raises(ConfigError, match=r"has no rag_system\.generator, which training needs"):
+        require_training(load_config(path, [*contrastive, "trainer.mode=alternating"]))

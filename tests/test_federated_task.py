@@ -66,6 +66,31 @@ def test_one_round_equals_training(write_config: Callable[..., Path], side: str)
     )
 
 
+@pytest.mark.parametrize(("side", "objective"), [("retriever", "contrastive"), ("generator", "raft")])
+def test_one_round_of_an_objective_that_needs_relevant_ids_equals_training(
+    write_config: Callable[..., Path], side: str, objective: str
+) -> None:
+    settings = {"type": objective, "batch_size": 4, "learning_rate": 1e-3, "epochs": 1, "validation": NEVER}
+
+    def manager(folder: str) -> Any:
+        config = load_config(write_config(folder, trainer={"mode": side, side: settings}))
+        data = load_run_data(config)
+        rag_system = build_rag_system(config, nodes=data.nodes, with_generator=side == "generator")
+        return build_manager(config, rag_system, train=data.train, validation=data.validation)
+
+    alone = manager("alone")
+    alone.train()
+    task = manager("federated").get_federated_task()
+    start = task.weights()
+    assert ("generator" in task.agreement.models) == (side == "generator")
+    assert any(name.startswith("rag_system.prompt") for name in task.agreement.settings) == (side == "generator")
+    result = task.fit(start, {"server-round": 1})
+    assert largest_difference(result.weights, alone.trainers[side].trained_weights()) <= 1e-6
+    assert largest_difference(result.weights, start) > 1e-5
+    assert task.evaluate(result.weights).metrics["validation_loss"] != task.evaluate(start).metrics["validation_loss"]
+    assert result.examples == 14
+
+
 def test_every_round_draws_its_own_order(write_config: Callable[..., Path]) -> None:
     task = make_task(write_config)
     start = task.weights()

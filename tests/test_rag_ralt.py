@@ -20,7 +20,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.reporting import SilentReporter
 from fedrag_cli.trainers.config import RALTConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForRALT
-from fedrag_cli.trainers.huggingface.ralt import answer_loss
+from fedrag_cli.trainers.huggingface.generator import answer_loss
 
 ROWS = [
     {"query": "what is the colour of the cat ?", "response": "red"},

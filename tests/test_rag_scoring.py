@@ -40,7 +40,8 @@ def pairs_of_data(count: int = 20) -> list[Pair]:
     nodes = [KnowledgeNode(row["id"], row["text"] + " and the tree" * (n % 5)) for n, row in enumerate(rows["corpus"])]
     answers = ("red", "the blue house", "in the barn of the owl")
     return [
-        (Example(str(n), rows["train"][n % 14]["query"], (answers[n % 3],)), nodes[(7 * n) % 24]) for n in range(count)
+        (Example(str(n), rows["train"][n % 14]["query"], (answers[n % 3],)), [nodes[(7 * n) % 24]])
+        for n in range(count)
     ]
 
 
@@ -54,9 +55,9 @@ def test_totals_and_lengths_equal_those_of_the_generator(models: dict[str, Path]
     totals, lengths = LikelihoodScorer(counted.generator).score(pairs)
     generator = counted.generator
     encoded = []
-    for example, node in pairs:
+    for example, nodes in pairs:
         target = generator.prompts.answer_tokens(example.response)
-        encoded.append((generator.encode_prompt(example.query, [node], len(target)).ids, target))
+        encoded.append((generator.encode_prompt(example.query, nodes, len(target)).ids, target))
     assert torch.allclose(totals, generator.log_probs_of_ids(encoded), atol=1e-5)
     assert lengths.tolist() == [len(target) for _, target in encoded]
     assert (totals.dtype, lengths.dtype) == (torch.float32, torch.int64)
@@ -173,7 +174,7 @@ def test_metadata_that_the_prompt_shows_makes_another_pair(models: dict[str, Pat
     counted = Counted(models["generator"], PromptConfig(passage_template="{title} : {text}"))
     example = Example("1", "where ?", ("red",))
     first, second = (KnowledgeNode("p", "the barn", {"title": title}) for title in ("cat", "the blue house"))
-    totals = LikelihoodScorer(counted.generator).score([(example, first), (example, second)])[0]
+    totals = LikelihoodScorer(counted.generator).score([(example, [first]), (example, [second])])[0]
     assert abs(float(totals[0] - totals[1])) > 1e-4
 
 
@@ -181,13 +182,27 @@ def test_cut_prompts_are_counted_once(models: dict[str, Path]) -> None:
     counted, pairs = Counted(models["generator"], context_window=120), pairs_of_data(6)
     scorer = LikelihoodScorer(counted.generator)
     long = KnowledgeNode("long", " ".join(["the cat"] * 60))
-    scorer.score([*pairs, (Example("x", "where ?", ("red",)), long)])
+    scorer.score([*pairs, (Example("x", "where ?", ("red",)), [long])])
     first = scorer.truncation.to_dict()
-    scorer.score([*pairs, (Example("x", "where ?", ("red",)), long)])
+    scorer.score([*pairs, (Example("x", "where ?", ("red",)), [long])])
     assert scorer.truncation.to_dict() == first
     assert first["truncated"] >= 1
     assert first["prompts"] == 7
     assert first["dropped_tokens"] > 60
+
+
+def test_several_passages_make_one_prompt_and_their_order_counts(models: dict[str, Path]) -> None:
+    counted = Counted(models["generator"])
+    example = Example("1", "where ?", ("red",))
+    first, second = KnowledgeNode("a", "the barn of the cat"), KnowledgeNode("b", "the blue house")
+    scorer = LikelihoodScorer(counted.generator)
+    totals, lengths = scorer.score([(example, [first, second]), (example, [second, first]), (example, [first])])
+    generator = counted.generator
+    prompt = generator.encode_prompt("where ?", [first, second]).ids
+    expected = generator.log_probs_of_ids([(prompt, generator.prompts.answer_tokens("red"))])
+    assert totals[0].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert len({round(value, 5) for value in totals.tolist()}) == 3
+    assert len(set(lengths.tolist())) == 1
 
 
 def test_the_cache_holds_no_text(models: dict[str, Path], tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_builder_that_cannot_be_imported(builder: str) -> None:
 def test_unknown_component() -> None:
     with pytest.raises(ConfigError, match=r"There is no retriever_trainer of type 'x'") as caught:
         registry().get("retriever_trainer", "x")
-    assert caught.value.hint == "Known types: lsr."
+    assert caught.value.hint == "Known types: contrastive, emdr2, loop, lsr, pdist."
     with pytest.raises(ConfigError, match=r"There is no corpus of type 'mine'"):
         build("corpus", MineConfig())
 

@@ -112,7 +112,7 @@ def test_likelihoods_follow_the_tuned_generator(write_config: Callable[..., Path
     manager = _manager(rag_system.config, rag_system)
     trainer = manager.trainers["retriever"]
     assert isinstance(trainer, HuggingFaceTrainerForLSR)
-    pair = [(trainer.train_examples[0], rag_system.knowledge_store.nodes[0])]
+    pair = [(trainer.train_examples[0], [rag_system.knowledge_store.nodes[0]])]
     old, loss = trainer._scoring().score(pair)[0], trainer.validate()["loss"]
     manager.train()
     assert not torch.equal(trainer._scoring().score(pair)[0], old)

@@ -134,7 +134,7 @@ def test_likelihoods_are_computed_once(rag_system: RAGSystem) -> None:
     # All 24 passages are candidates, so each pair is scored in the first pass and never again.
     assert result.metrics["scored_pairs"] == 14 * 24
     scored = len(calls)
-    trainer._scoring().score([(trainer.train_examples[0], rag_system.knowledge_store.nodes[0])])
+    trainer._scoring().score([(trainer.train_examples[0], [rag_system.knowledge_store.nodes[0]])])
     assert len(calls) == scored
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import LoRAConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForRALT
+from fedrag_cli.trainers.huggingface.generator import answer_loss
 
 NEVER = ValidationConfig(every="never")
 
@@ -115,6 +118,60 @@ def test_accumulated_batches_equal_one_large_batch(write_config: Callable[..., P
     for name, tensor in large.items():
         torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
     assert max(tensor.abs().max().item() for name, tensor in large.items() if "lora_B" in name) > 1e-4
+
+
+def test_weighted_loss_by_hand() -> None:
+    """Two answers of two tokens and of one; probabilities 1/2, 1/4 and 1/8, weights 1.5 and 0.5."""
+    logits = torch.full((2, 3, 2), 0.0)
+    for row, column, probability in ((0, 0, 1 / 2), (0, 1, 1 / 4), (1, 1, 1 / 8)):
+        logits[row, column] = torch.tensor([probability, 1 - probability]).log()
+    labels = torch.tensor([[-100, 0, 0], [-100, -100, 0]])
+    outputs, weights = SimpleNamespace(logits=logits), torch.tensor([1.5, 0.5])
+    log2 = math.log(2)
+    assert answer_loss(outputs, labels).item() == pytest.approx((1 + 2 + 3) * log2 / 3)
+    assert answer_loss(outputs, labels, None, weights).item() == pytest.approx((1.5 * (1 + 2) + 0.5 * 3) * log2 / 3)
+    # Normalised by the tokens of the whole optimizer step.
+    assert answer_loss(outputs, labels, 12, weights).item() == pytest.approx(6 * log2 / 12)
+    assert answer_loss(outputs, labels, 12, torch.ones(2)).item() == pytest.approx(answer_loss(outputs, labels, 12))
+
+
+def test_instances_are_weighted_by_the_retriever(rag_system: RAGSystem) -> None:
+    """The weights are top_k times the retriever's probabilities, and the reported loss is the weighted one."""
+    generator = rag_system.require_generator()
+    config = RALTConfig(
+        top_k=3,
+        passage_weights="retriever",
+        retriever_temperature=0.005,
+        batch_size=64,
+        max_steps=1,
+        learning_rate=1e-3,
+        validation=NEVER,
+    )
+    trainer = HuggingFaceTrainerForRALT(rag_system, config=config)
+    instances = trainer.instances(trainer.train_examples)
+    expected = []
+    for example in trainer.train_examples:
+        scores = [scored.score for scored in rag_system.retrieve(example.query, 3)]
+        exponentials = [math.exp((score - scores[0]) / 0.005) for score in scores]
+        expected += [3 * value / sum(exponentials) for value in exponentials]
+    assert [item.weight for item in instances] == pytest.approx(expected, rel=1e-4)
+    assert sum(expected) == pytest.approx(len(expected))
+    assert max(expected) > 1.1
+    totals = generator.log_probs_of_ids([(item.prompt, item.answer) for item in instances]).tolist()
+    tokens = sum(len(item.answer) for item in instances)
+    weighted = -sum(weight * total for weight, total in zip(expected, totals, strict=True)) / tokens
+    assert weighted != pytest.approx(-sum(totals) / tokens, rel=1e-4)
+    assert trainer.train().loss == pytest.approx(weighted, rel=1e-4)
+
+
+def test_weighted_accumulated_batches_equal_one_large_batch(write_config: Callable[..., Path]) -> None:
+    settings: dict[str, Any] = {"optimizer": "sgd", "passage_weights": "retriever"}
+    large = _train(write_config, "large", batch_size=8, **settings)
+    small = _train(write_config, "small", batch_size=1, gradient_accumulation_steps=8, **settings)
+    uniform = _train(write_config, "uniform", batch_size=8, optimizer="sgd")
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    assert max(float((large[name] - uniform[name]).abs().max()) for name in large) > 1e-5
 
 
 def test_a_model_without_gradient_is_named(rag_system: RAGSystem) -> None:

@@ -12,6 +12,8 @@ from fedrag_cli.config.schema import Config
 from fedrag_cli.errors import ConfigError
 
 Finding = tuple[KeyPath, str]
+# Retriever objectives that compare the passages of one query with each other.
+_RANKING_OBJECTIVES = ("lsr", "pdist", "emdr2", "loop")
 
 
 def check_config(config: Config) -> Iterator[Finding]:
@@ -33,11 +35,27 @@ def tuned_sides(config: Config) -> tuple[str, ...]:
 
 def require_training(config: Config) -> None:
     """Raise ConfigError where something is missing that `train` needs."""
-    require_generator(config, "training")
+    require_generator_for_training(config)
     if config.dataset.train is None:
         raise ConfigError(
             "The config has no dataset.train, which training needs.", "Add a file of questions and answers there."
         )
+
+
+def trains_with_generator(config: Config) -> bool:
+    """Return whether an objective that is trained uses the generator; all do that do not say otherwise."""
+    return any(getattr(getattr(config.trainer, side), "needs_generator", True) for side in tuned_sides(config))
+
+
+def trains_on_relevant_ids(config: Config) -> bool:
+    """Return whether an objective that is trained needs examples with relevant ids."""
+    return any(getattr(getattr(config.trainer, side), "needs_relevant_ids", False) for side in tuned_sides(config))
+
+
+def require_generator_for_training(config: Config) -> None:
+    """Raise ConfigError where the config has no generator but an objective that is trained needs one."""
+    if trains_with_generator(config):
+        require_generator(config, "training")
 
 
 def require_generator(config: Config, purpose: str) -> None:
@@ -129,12 +147,8 @@ def _check_federation(config: Config) -> Iterator[Finding]:
 def _check_trainer(config: Config, side: str) -> Iterator[Finding]:
     trainer: Any = getattr(config.trainer, side)
     path = ("trainer", side)
-    if trainer.type == "lsr" and trainer.top_k < 2:
-        yield (*path, "top_k"), "must be at least 2: among one passage there is no ranking to learn"
-    if trainer.type == "lsr" and trainer.train == "query" and trainer.refresh_every is not None:
-        yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
-    if trainer.type == "ralt" and getattr(config.rag_system.generator, "adapter", None) and trainer.lora is None:
-        yield (*path, "lora"), "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
+    yield from _check_retriever_objective(trainer, path)
+    yield from _check_generator_objective(config, trainer, path)
     if getattr(trainer, "warmup", 0) and getattr(trainer, "scheduler", "") == "constant":
         yield (*path, "warmup"), "has no effect with scheduler: constant; use constant_with_warmup"
     validation = getattr(trainer, "validation", None)
@@ -150,3 +164,31 @@ def _check_trainer(config: Config, side: str) -> Iterator[Finding]:
     if validation.metric not in (None, "loss") and answers != (side == "generator"):
         known = f"loss, {', '.join(GENERATOR_METRICS)}" if side == "generator" else "loss, mrr, hit@K, recall@K, ndcg@K"
         yield (*path, "validation", "metric"), f"'{validation.metric}' does not measure the {side} (metrics: {known})"
+
+
+def _check_retriever_objective(trainer: Any, path: KeyPath) -> Iterator[Finding]:
+    if trainer.type in _RANKING_OBJECTIVES:
+        if trainer.top_k < 2:
+            yield (*path, "top_k"), "must be at least 2: among one passage there is no ranking to learn"
+        if trainer.train == "query" and trainer.refresh_every is not None:
+            yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
+    if trainer.type == "contrastive":
+        alone = trainer.batch_size * trainer.gradient_accumulation_steps == 1
+        if alone and not trainer.hard_negatives:
+            yield (*path, "hard_negatives"), "must be at least 1 where a step has one example: it has no other negative"
+
+
+def _check_generator_objective(config: Config, trainer: Any, path: KeyPath) -> Iterator[Finding]:
+    if trainer.type not in ("ralt", "raft"):
+        return
+    if getattr(config.rag_system.generator, "adapter", None) and trainer.lora is None:
+        yield (*path, "lora"), "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
+    if trainer.type == "raft":
+        return
+    if trainer.passage_weights == "uniform":
+        if trainer.retriever_temperature != type(trainer)().retriever_temperature:
+            yield (*path, "retriever_temperature"), "has no effect with passage_weights: uniform; remove it"
+    elif trainer.passages == "together":
+        yield (*path, "passage_weights"), "retriever needs passages: separate; together makes one instance of them all"
+    elif trainer.top_k < 2:
+        yield (*path, "passage_weights"), "retriever needs a top_k of at least 2; one passage always has the weight 1"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.problems import Problems
+from fedrag_cli.errors import DataError
 
 
 def resolve_relevant_ids(examples: Sequence[Example], nodes: Iterable[KnowledgeNode]) -> list[Example]:
@@ -43,6 +44,27 @@ def resolve_relevant_ids(examples: Sequence[Example], nodes: Iterable[KnowledgeN
         resolved.append(dataclasses.replace(example, relevant_ids=tuple(ids)))
     problems.raise_if_any("Check that examples and corpus belong together, and that no `limit` cuts the corpus short.")
     return resolved
+
+
+def judged_examples(examples: Sequence[Example], nodes: Iterable[KnowledgeNode], split: str) -> list[Example]:
+    """Return the examples whose relevant passages are known, with ids that all name passages.
+
+    Args:
+        examples: The examples; none stay none.
+        nodes: The passages of the corpus.
+        split: Where the examples come from, for the message.
+
+    Raises:
+        DataError: No example has relevant ids, or ids name neither a passage nor a document.
+    """
+    judged = [example for example in resolve_relevant_ids(examples, nodes) if example.relevant_ids]
+    if examples and not judged:
+        raise DataError(
+            f"None of the {len(examples)} examples of {split} has relevant ids, which this objective needs.",
+            "Add a relevant_ids column (columns.relevant_ids names it), or choose an objective that learns from the "
+            "answers alone.",
+        )
+    return judged
 
 
 def _passages_with_answer(example: Example, passages: Sequence[KnowledgeNode]) -> list[str]:

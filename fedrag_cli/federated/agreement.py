@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.weights import Manifest, manifest_of
-from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 
 PROTOCOL = 1
@@ -89,7 +88,7 @@ def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agre
         PROTOCOL,
         trainer.side,
         manifest_of(trainer.trained_weights()),
-        _fingerprints(trainer.rag_system),
+        _fingerprints(trainer),
         dict(_settings(trainer, settings)),
     )
 
@@ -150,13 +149,15 @@ def _canonical(tensor: Tensor) -> bytes:
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _fingerprints(rag_system: RAGSystem) -> dict[str, str]:
+def _fingerprints(trainer: HuggingFaceTrainer) -> dict[str, str]:
+    rag_system = trainer.rag_system
     retriever = rag_system.retriever
     found = {
         "passage encoder": base_fingerprint(retriever.passage_encoder),
         "query encoder": base_fingerprint(retriever.query_encoder),
     }
-    if rag_system.generator is not None:
+    # A site may have a generator for its own evaluation that no objective sees.
+    if trainer.config.needs_generator and rag_system.generator is not None:
         generator = rag_system.generator
         found["generator"] = base_fingerprint(generator.model, generator.tokenizer.get_vocab())
     return found
@@ -167,7 +168,7 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
         if field.name not in SITE_SETTINGS:
             yield f"trainer.{trainer.side}.{field.name}", _plain(getattr(trainer.config, field.name))
     prompt = trainer.rag_system.prompt_config
-    for field in dataclasses.fields(prompt):
+    for field in dataclasses.fields(prompt) if trainer.config.needs_generator else ():
         yield f"rag_system.prompt.{field.name}", _plain(getattr(prompt, field.name))
     retriever = trainer.rag_system.retriever
     for name in ("similarity", "query_prompt", "passage_prompt"):

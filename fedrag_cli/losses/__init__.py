@@ -2,6 +2,7 @@
 
 from fedrag_cli.losses.contrastive import contrastive_loss
 from fedrag_cli.losses.emdr2 import emdr2_loss
+from fedrag_cli.losses.loop import loop_loss
 from fedrag_cli.losses.lsr import LSRLoss, lsr_loss
 from fedrag_cli.losses.marginal import ensemble_log_probs, passage_log_weights, sequence_log_prob, token_log_prob
 from fedrag_cli.losses.proximal import proximal_penalty
@@ -11,6 +12,7 @@ __all__ = [
     "contrastive_loss",
     "emdr2_loss",
     "ensemble_log_probs",
+    "loop_loss",
     "lsr_loss",
     "passage_log_weights",
     "proximal_penalty",

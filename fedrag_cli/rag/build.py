@@ -46,17 +46,20 @@ def build_rag_system(
     return _assemble(config, retriever, store, generator)
 
 
-def build_rag_system_without_passages(config: Config, reporter: Reporter | None = None) -> RAGSystem:
+def build_rag_system_without_passages(
+    config: Config, *, with_generator: bool = True, reporter: Reporter | None = None
+) -> RAGSystem:
     """Load the models alone, for the server of a federation, which has no data.
 
     Args:
         config: A loaded config.
+        with_generator: Whether to load the generator.
         reporter: Told what is being loaded.
 
     Raises:
         ModelError: A model is missing or broken.
     """
-    retriever, generator = _load_models(config, reporter or SilentReporter(), with_generator=True)
+    retriever, generator = _load_models(config, reporter or SilentReporter(), with_generator=with_generator)
     store = InMemoryKnowledgeStore(retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
     return _assemble(config, retriever, store, generator)

@@ -9,6 +9,9 @@ from typing import Any, NotRequired, TypedDict
 
 import yaml
 
+from fedrag_cli.runs.diagnostics import diagnostics_section
+from fedrag_cli.runs.markdown import table
+
 
 class TunedRetriever(TypedDict):
     """What became of the retriever."""
@@ -80,6 +83,8 @@ class RunSummary(TypedDict):
     """How many texts were cut to the models' lengths, by kind."""
     versions: NotRequired[Mapping[str, str]]
     """Versions of Python and of the libraries."""
+    diagnostics: NotRequired[Mapping[str, Mapping[str, Any]]]
+    """What the log tells beside the loss, as `diagnostics.summarise` gives it."""
     plots: NotRequired[Sequence[str]]
     """Names of the files in `plots/`."""
 
@@ -102,6 +107,7 @@ def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
         _results(summary),
         _federation(summary),
         _comparison(summary),
+        diagnostics_section(summary.get("diagnostics") or {}),
         _plots(summary.get("plots") or ()),
         _loading(summary["tuned"]),
         _data(summary["data"], summary.get("fingerprints") or {}),
@@ -157,9 +163,9 @@ def _results(summary: Mapping[str, Any]) -> str:
             ]
         )
     split = f" on the {summary['split']} split" if summary.get("split") else ""
-    table = _table(["Metric", "n", "Before", "After", "Difference", "Interval", "Verdict"], rows, numbers=range(1, 5))
+    compared = table(["Metric", "n", "Before", "After", "Difference", "Interval", "Verdict"], rows, numbers=range(1, 5))
     return (
-        f"## Before and after{split}\n\n{table}\n\n"
+        f"## Before and after{split}\n\n{compared}\n\n"
         "Both were measured on the same n questions; the interval is that of a paired bootstrap over them. "
         "A verdict needs an interval without 0. It speaks for questions like these, and for this one run."
     )
@@ -176,13 +182,13 @@ def _federation(summary: Mapping[str, Any]) -> str:
         refused = "; ".join(f"{name}: {reason}" for name, reason in row.get("refused", {}).items())
         cells = [str(row["round"]), clients, refused, str(row["examples"])]
         rows.append([*cells, f"{loss:.4f}" if loss is not None else ""])
-    table = _table(["Round", "Clients", "Refused", "Examples", "Loss"], rows, numbers=(0, 3, 4))
+    listed = table(["Round", "Clients", "Refused", "Examples", "Loss"], rows, numbers=(0, 3, 4))
     parts = {
         "server": "This is the global model, as the server of a federation keeps it.",
         "client": "This is the global model, as a client of a federation keeps it; the loss is its own.",
         "simulation": "This is the global model of a federation that was simulated in one process.",
     }
-    return f"## Federation\n\n{parts.get(summary.get('role', ''), '')}\n\n{table}"
+    return f"## Federation\n\n{parts.get(summary.get('role', ''), '')}\n\n{listed}"
 
 
 def _comparison(summary: Mapping[str, Any]) -> str:
@@ -196,11 +202,11 @@ def _comparison(summary: Mapping[str, Any]) -> str:
             cell = f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]" if change else ""
             rows.append([row["name"], metric, str(found["n"]), f"{found['mean']:.4f}", cell])
     level = f"{100 * comparison['confidence']:g} %"
-    table = _table(["Model", "Metric", "n", "Mean", f"Difference to untuned, {level}"], rows, numbers=(2, 3))
+    listed = table(["Model", "Metric", "n", "Mean", f"Difference to untuned, {level}"], rows, numbers=(2, 3))
     verdicts = "\n".join(f"- {verdict}" for verdict in comparison["verdicts"])
     return (
         "## What federating is worth\n\nPooled and alone: the same settings and as many passes over the examples. All "
-        f"answered the same questions over the whole corpus.\n\n{table}\n\n{verdicts}"
+        f"answered the same questions over the whole corpus.\n\n{listed}\n\n{verdicts}"
     )
 
 
@@ -245,7 +251,7 @@ def _data(counts: Mapping[str, int], fingerprints: Mapping[str, str]) -> str:
     rows = [
         [name, str(counts.get(name, "")), f"`{fingerprints[name]}`" if name in fingerprints else ""] for name in names
     ]
-    return "## Data\n\n" + _table(["Part", "Count", "Fingerprint"], rows, numbers=[1])
+    return "## Data\n\n" + table(["Part", "Count", "Fingerprint"], rows, numbers=[1])
 
 
 def _base_model(reference: str) -> str:
@@ -288,20 +294,14 @@ def _truncation(truncated: Mapping[str, int]) -> str:
     if not truncated:
         return ""
     rows = [[kind, str(count)] for kind, count in truncated.items()]
-    return "## Truncation\n\nTexts that were cut to a model's length:\n\n" + _table(["Kind", "Cut"], rows, numbers=[1])
+    return "## Truncation\n\nTexts that were cut to a model's length:\n\n" + table(["Kind", "Cut"], rows, numbers=[1])
 
 
 def _versions(versions: Mapping[str, str]) -> str:
     if not versions:
         return ""
     rows = [[name, version] for name, version in versions.items()]
-    return "## Versions\n\n" + _table(["Package", "Version"], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    rule = ["---:" if column in numbers else "---" for column in range(len(header))]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *escaped])
+    return "## Versions\n\n" + table(["Package", "Version"], rows)
 
 
 def _portable_argument(argument: str) -> str:

@@ -28,7 +28,7 @@ LINE_MARKERS = ("o", "s", "^", "D", "v", "P")
 VERDICT_COLOURS = {"better": _GREEN, "worse": _ORANGE, "no difference shown": _GREY}
 _DOTS_PER_INCH = 150
 # Below this many points a smoothed line would hide more than it shows.
-_FEWEST_POINTS_TO_SMOOTH = 20
+FEWEST_POINTS_TO_SMOOTH = 20
 
 Points = list[tuple[float, float]]
 
@@ -149,11 +149,11 @@ def _panels(
 def _draw_loss(axes: Axes, curves: dict[str, Points]) -> None:
     if training := curves.get("training"):
         steps, losses = zip(*training, strict=True)
-        if len(training) < _FEWEST_POINTS_TO_SMOOTH:
+        if len(training) < FEWEST_POINTS_TO_SMOOTH:
             axes.plot(steps, losses, color=_BLUE, linewidth=1.8, marker="o", markersize=4, label="training")
         else:
             axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
-            smooth = _running_mean(losses, window=max(5, len(losses) // 20))
+            smooth = running_mean(losses, window=max(5, len(losses) // 20))
             axes.plot(steps, smooth, color=_BLUE, linewidth=2, label="training, running mean")
     if validation := curves.get("validation"):
         steps, losses = zip(*validation, strict=True)
@@ -182,13 +182,13 @@ def _draw_learning_rate(axes: Axes, curves: dict[str, Points]) -> None:
     from matplotlib.ticker import FuncFormatter
 
     steps, rates = zip(*curves["learning rate"], strict=True)
-    marker = "o" if len(steps) < _FEWEST_POINTS_TO_SMOOTH else ""
+    marker = "o" if len(steps) < FEWEST_POINTS_TO_SMOOTH else ""
     axes.plot(steps, rates, color=_BLUE, linewidth=1.8, marker=marker, markersize=4)
     axes.set_ylim(0, max(*rates, 1e-12) * 1.08)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Average each value with its neighbours; at the ends, with those that there are."""
     half = window // 2
     neighbours = (values[max(0, position - half) : position + half + 1] for position in range(len(values)))

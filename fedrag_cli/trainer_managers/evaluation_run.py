@@ -120,9 +120,9 @@ def _without_relevant_ids(examples: Sequence[Example]) -> list[Example]:
 
 
 def _build(config: Config, data: RunData, metrics: Sequence[str], reporter: Reporter) -> RAGSystem:
-    if not data.nodes:
-        return build_rag_system_without_passages(config, reporter)
     answering = bool(generator_metrics_of(metrics))
+    if not data.nodes:
+        return build_rag_system_without_passages(config, with_generator=answering, reporter=reporter)
     return build_rag_system(config, nodes=data.nodes, with_generator=answering, reporter=reporter)
 
 

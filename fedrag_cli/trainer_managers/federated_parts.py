@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fedrag_cli.config import Config, ConfigSource
-from fedrag_cli.config.checks import require_generator, tuned_sides
+from fedrag_cli.config.checks import require_generator_for_training, tuned_sides
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
@@ -39,9 +39,9 @@ def require_federation(config: Config) -> str:
     """Return the side that is tuned.
 
     Raises:
-        ConfigError: The mode tunes both sides, or there is no generator.
+        ConfigError: The mode tunes both sides, or there is no generator but the objective needs one.
     """
-    require_generator(config, "training")
+    require_generator_for_training(config)
     sides = tuned_sides(config)
     if len(sides) > 1:
         raise ConfigError(

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedrag_cli.config import Config, ConfigSource, load_config
-from fedrag_cli.config.checks import require_training
+from fedrag_cli.config.checks import require_training, trains_with_generator
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.federated.apps import client_app, server_app
 from fedrag_cli.federated.task import FLTask
@@ -133,7 +133,7 @@ def exported_client_app() -> ClientApp:
 
 def _task_without_data(config: Config) -> FLTask:
     side = require_federation(config)
-    rag_system = build_rag_system_without_passages(config)
+    rag_system = build_rag_system_without_passages(config, with_generator=trains_with_generator(config))
     return FLTask(build_trainers(config, rag_system, train=[], validation=[])[side], settings_of(config))
 
 
@@ -147,6 +147,6 @@ def _task_of(config_file: str) -> FLTask:
     config = load_config(config_file)
     require_training(config)
     data = load_run_data(config)
-    rag_system = build_rag_system(config, nodes=data.nodes)
+    rag_system = build_rag_system(config, nodes=data.nodes, with_generator=trains_with_generator(config))
     manager = build_manager(config, rag_system, train=data.train, validation=data.validation)
     return manager.get_federated_task(settings_of(config))

@@ -16,7 +16,7 @@ from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import load_run_data
+from fedrag_cli.trainer_managers.run_parts import load_run_data, uses_generator
 from fedrag_cli.trainers.huggingface.checks import trainable
 
 
@@ -36,7 +36,9 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
         FedRAGError: Whatever `train` would fail with before its first step.
     """
     data = load_run_data(config)
-    rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+    rag_system = build_rag_system(
+        config, nodes=data.nodes, with_generator=uses_generator(config, data), reporter=reporter
+    )
     report: dict[str, Any] = {
         "rows": data.counts(),
         "truncated": _truncation(rag_system, data.train or data.evaluation),

@@ -19,7 +19,6 @@ from fedrag_cli.federated.fleet.node import FleetNode
 from fedrag_cli.federated.keys import load_or_make_key, load_private_key
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights
-from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
@@ -35,10 +34,10 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunReporter,
     chosen_metrics,
     evaluate_once,
+    load_rag_system,
     load_run_data,
     model_fingerprints,
     recorded_end,
-    require_room,
     save_models,
     write_results,
 )
@@ -116,8 +115,7 @@ def _see_through(
     done = run.read_json_if_there(FINAL_FILE) is not None
     if not done and not node.check():
         reporter.note(f"The server at {address} does not answer yet; loading meanwhile")
-    rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
-    require_room(rag_system, [*data.train, *data.validation])
+    rag_system = load_rag_system(config, data, reporter)
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), terminable():
         if run.manifest().get("fingerprints") is None:

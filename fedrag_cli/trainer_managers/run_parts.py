@@ -8,18 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedrag_cli.config import Config
-from fedrag_cli.config.checks import evaluation_split, tuned_sides
+from fedrag_cli.config.checks import (
+    evaluation_split,
+    require_generator,
+    trains_on_relevant_ids,
+    trains_with_generator,
+    tuned_sides,
+)
+from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.relevance import resolve_relevant_ids
+from fedrag_cli.data.relevance import judged_examples, resolve_relevant_ids
 from fedrag_cli.errors import FedRAGError, RunInterruptedError
 from fedrag_cli.evaluation.difference import compare_metrics
 from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
 from fedrag_cli.evaluation.result import Evaluation
-from fedrag_cli.rag.build import corpus_fingerprint
+from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
+from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.atomic import replace_directory_atomically, write_text_atomically
+from fedrag_cli.runs.diagnostics import summarise
+from fedrag_cli.runs.diagnostics_plot import plot_diagnostics, plot_movement
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.federation_plot import plot_federation
 from fedrag_cli.runs.metrics_log import MetricsLog
@@ -82,23 +92,53 @@ def load_run_data(config: Config) -> RunData:
         source = getattr(dataset, split)
         questions = validation if split == "validation" else resolve_relevant_ids(load_examples(source), nodes)
     train = load_examples(dataset.train) if dataset.train is not None else []
+    if trains_on_relevant_ids(config):
+        for name, examples in (("dataset.train", train), ("dataset.validation", validation)):
+            judged_examples(examples, nodes, name)
     return RunData(nodes, train, validation, questions[: config.evaluation.limit], split)
 
 
-def require_room(rag_system: RAGSystem, examples: Sequence[Example]) -> None:
-    """Raise DataError where a question and its answer do not fit into the context window even without passages."""
-    generator = rag_system.require_generator()
+def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSystem:
+    """Build the RAG system of a run, with the generator where training or evaluation uses it.
+
+    Raises:
+        DataError: A question and its answer do not fit into the generator's context window even without passages.
+        FedRAGError: As `build_rag_system`.
+    """
+    rag_system = build_rag_system(
+        config, nodes=data.nodes, with_generator=uses_generator(config, data), reporter=reporter
+    )
+    if trains_with_generator(config):
+        _require_room(rag_system.require_generator(), [*data.train, *data.validation])
+    return rag_system
+
+
+def uses_generator(config: Config, data: RunData) -> bool:
+    """Return whether training or evaluation uses the generator; raises as `chosen_metrics`."""
+    return trains_with_generator(config) or bool(generator_metrics_of(chosen_metrics(config, data)))
+
+
+def _require_room(generator: CausalLMGenerator, examples: Sequence[Example]) -> None:
     for example in examples:
         answer = generator.prompts.encode_answer(example.response)
         generator.encode_prompt(example.query, [], answer_tokens=len(answer))
 
 
 def chosen_metrics(config: Config, data: RunData) -> list[str]:
-    """Return the metrics of the evaluation before and after; none where there is nothing to evaluate on."""
+    """Return the metrics of the evaluation before and after; none where there is nothing to evaluate on.
+
+    Raises:
+        ConfigError: A metric needs a generator that is not there.
+        DataError: A metric needs relevant ids that are not there.
+    """
     if data.split is None:
         return []
     settings = config.evaluation
-    return choose_metrics(settings.metrics, tuned_sides(config), data.evaluation, settings.context)
+    metrics = choose_metrics(settings.metrics, tuned_sides(config), data.evaluation, settings.context)
+    answering = generator_metrics_of(metrics)
+    if answering:
+        require_generator(config, f"computing {' and '.join(answering)}")
+    return metrics
 
 
 def evaluate_once(
@@ -194,14 +234,21 @@ def require_unchanged(run: RunDirectory, what: str, fingerprints: dict[str, str]
 
 def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     """Draw the plots, write model card and summary, and mark the run as done."""
-    plots = plot_curves(run.events(), run.plots)
-    if plot_federation(run.events(), run.plots / "federation.png"):
-        plots.append(run.plots / "federation.png")
+    events = run.events()
+    plots = plot_curves(events, run.plots)
+    for name, plot in (
+        ("diagnostics.png", plot_diagnostics),
+        ("movement.png", plot_movement),
+        ("federation.png", plot_federation),
+    ):
+        if plot(events, run.plots / name):
+            plots.append(run.plots / name)
     if summary.get("comparison"):
         plots.append(run.plots / "comparison.png")
     if summary["differences"]:
         plot_difference(summary["differences"], run.plots / "difference.png")
         plots.append(run.plots / "difference.png")
+    summary["diagnostics"] = summarise(events)
     summary["plots"] = [path.name for path in plots]
     write_text_atomically(run.path / "README.md", model_card(summary))
     run.write_json("summary.json", summary)

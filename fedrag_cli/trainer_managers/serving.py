@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
+from fedrag_cli.config.checks import trains_with_generator
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, FedRAGError
 from fedrag_cli.federated.endpoint import Address, check_server_settings, parse_address
@@ -37,6 +38,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     model_fingerprints,
     recorded_end,
     save_models,
+    uses_generator,
     write_results,
 )
 
@@ -112,9 +114,9 @@ def resume_serving(run: RunDirectory, source: ConfigSource, reporter: Reporter) 
 
 def _build_task(config: Config, side: str, data: RunData | None, reporter: Reporter) -> FLTask:
     rag_system = (
-        build_rag_system(config, nodes=data.nodes, reporter=reporter)
+        build_rag_system(config, nodes=data.nodes, with_generator=uses_generator(config, data), reporter=reporter)
         if data is not None
-        else build_rag_system_without_passages(config, reporter)
+        else build_rag_system_without_passages(config, with_generator=trains_with_generator(config), reporter=reporter)
     )
     return FLTask(build_trainers(config, rag_system, train=[], validation=[])[side], settings_of(config))
 

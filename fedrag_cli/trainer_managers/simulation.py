@@ -22,7 +22,7 @@ from fedrag_cli.errors import ConfigError, FedRAGError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.local import LocalGrid
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
+from fedrag_cli.rag.build import build_knowledge_store
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.baselines_plot import plot_baselines
 from fedrag_cli.runs.directory import RunDirectory
@@ -43,10 +43,10 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunReporter,
     chosen_metrics,
     data_fingerprints,
+    load_rag_system,
     load_run_data,
     model_fingerprints,
     recorded_end,
-    require_room,
     save_models,
     write_results,
 )
@@ -99,8 +99,7 @@ def start_simulation(
     reporter.note(f"Run directory: {run.path}")
     with run.locked():
         try:
-            rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
-            require_room(rag_system, [*data.train, *data.validation])
+            rag_system = load_rag_system(config, data, reporter)
         except (FedRAGError, KeyboardInterrupt):
             run.remove()
             raise
@@ -114,7 +113,7 @@ def resume_simulation(run: RunDirectory, source: ConfigSource, reporter: Reporte
     sites = split_sites(config, data, run.manifest()["federation"]["clients"])
     with run.locked():
         run.update_manifest(status="running", error=None)
-        rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+        rag_system = load_rag_system(config, data, reporter)
         return _see_through(run, config, data, sites, rag_system, reporter)
 
 

@@ -12,7 +12,6 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
 from fedrag_cli.errors import FedRAGError
 from fedrag_cli.evaluation.result import Evaluation
-from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
 from fedrag_cli.runs.reporting import Reporter
@@ -25,10 +24,10 @@ from fedrag_cli.trainer_managers.run_parts import (
     data_fingerprints,
     differences_of,
     evaluate_once,
+    load_rag_system,
     load_run_data,
     model_fingerprints,
     recorded_end,
-    require_room,
     require_unchanged,
     save_models,
     tuned_models,
@@ -61,8 +60,7 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     reporter.note(f"Run directory: {run.path}")
     with run.locked():
         try:
-            rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
-            require_room(rag_system, [*data.train, *data.validation])
+            rag_system = load_rag_system(config, data, reporter)
         except (FedRAGError, KeyboardInterrupt):
             # Nothing was computed that is worth keeping.
             run.remove()
@@ -86,7 +84,7 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
         data = load_run_data(config)
         require_unchanged(run, "data", data_fingerprints(data))
         run.update_manifest(status="running", error=None)
-        rag_system = build_rag_system(config, nodes=data.nodes, reporter=reporter)
+        rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "models", model_fingerprints(rag_system))
         return _see_through(run, config, data, rag_system, reporter)
 

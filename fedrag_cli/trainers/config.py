@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
 from fedrag_cli.config.fields import (
     Fraction,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationMetricName,
@@ -36,6 +37,11 @@ class ValidationConfig:
 @config_class
 class TrainingConfig:
     """What all trainers share."""
+
+    # What an objective cannot do without; `config/checks.py` asks for these by name.
+    needs_generator: ClassVar[bool] = True
+    needs_responses: ClassVar[bool] = True
+    needs_relevant_ids: ClassVar[bool] = False
 
     learning_rate: PositiveFloat = 2e-5
     """Peak learning rate."""
@@ -73,27 +79,99 @@ class TrainingConfig:
 
 
 @config_class
-class LSRConfig(TrainingConfig):
-    """LM-supervised retrieval: the language model's likelihood of the answer teaches the retriever its ranking."""
+class RetrieverTrainingConfig(TrainingConfig):
+    """What all trainers of the retriever share."""
 
-    type: Literal["lsr"] = "lsr"
-    """Names this trainer."""
     train: Literal["query", "both"] = "query"
     """Tune the query encoder alone (the index stays valid), or queries and passages."""
+    dropout: bool = False
+    """Use the encoder's dropout while training; what is retrieved while training then jitters, and each new passage
+    must be scored."""
+
+
+@config_class
+class LMSupervisedConfig(RetrieverTrainingConfig):
+    """What the trainers share in which the language model teaches the retriever."""
+
     top_k: PositiveInt = 8
     """Passages retrieved for each training query."""
     retriever_temperature: PositiveFloat = 0.05
     """Temperature of the retriever's distribution over the passages."""
+    refresh_every: PositiveInt | None = None
+    """With train: both, re-encode all passages every so many steps; once an epoch by default."""
+
+
+@config_class
+class LSRConfig(LMSupervisedConfig):
+    """LM-supervised retrieval: the language model's likelihood of the answer teaches the retriever its ranking."""
+
+    type: Literal["lsr"] = "lsr"
+    """Names this trainer."""
     lm_temperature: PositiveFloat = 0.1
     """Temperature of the language model's distribution over the passages."""
     likelihood: Literal["mean", "sum"] = "mean"
     """Log-likelihood of the answer: mean over its tokens, or sum."""
     divergence: Literal["forward", "reverse"] = "forward"
     """forward is KL(LM || retriever), reverse is KL(retriever || LM)."""
+
+
+@config_class
+class PDistConfig(LMSupervisedConfig):
+    """Perplexity distillation (Atlas): KL(LM || retriever) with the mean log-likelihood of the answer's tokens."""
+
+    type: Literal["pdist"] = "pdist"
+    """Names this trainer."""
+    lm_temperature: PositiveFloat = 0.01
+    """Temperature of the language model's distribution over the passages; 0.01 is Atlas's own."""
+
+
+@config_class
+class EMDR2Config(LMSupervisedConfig):
+    """EMDR2: the retriever learns to make the answer likely, summed over the passages."""
+
+    type: Literal["emdr2"] = "emdr2"
+    """Names this trainer."""
+    likelihood: Literal["mean", "sum"] = "sum"
+    """Log-likelihood of the answer: sum over its tokens, as the marginal likelihood has it, or mean."""
+
+
+@config_class
+class LOOPConfig(LMSupervisedConfig):
+    """Leave one out (Atlas): a passage is worth what the answer loses without it.
+
+    Each of the top_k scores of a query needs a prompt of top_k - 1 passages, so the language model reads
+    top_k * (top_k - 1) passages a query, where LSR's reads top_k.
+    """
+
+    type: Literal["loop"] = "loop"
+    """Names this trainer."""
+    top_k: PositiveInt = 4
+    """Passages retrieved for each training query, at least 2; the cost of scoring grows with its square."""
+    lm_temperature: PositiveFloat = 0.01
+    """Temperature of the language model's distribution over the passages; 0.01 is Atlas's own."""
+    likelihood: Literal["mean", "sum"] = "mean"
+    """Log-likelihood of the answer: mean over its tokens, or sum."""
+
+
+@config_class
+class ContrastiveConfig(RetrieverTrainingConfig):
+    """Multiple negatives ranking: a query's relevant passage against those of the other queries and mined ones.
+
+    It needs examples with relevant ids, and neither answers nor a generator.
+    """
+
+    needs_generator: ClassVar[bool] = False
+    needs_responses: ClassVar[bool] = False
+    needs_relevant_ids: ClassVar[bool] = True
+
+    type: Literal["contrastive"] = "contrastive"
+    """Names this trainer."""
+    scale: PositiveFloat = 20.0
+    """Factor of the similarities before the softmax; the inverse of a temperature."""
+    hard_negatives: NonNegativeInt = 1
+    """Mined for each query: the best passages that the untuned retriever finds and that are not relevant."""
     dropout: bool = False
-    """Use the encoder's dropout while training; the retrieved passages then jitter, and each new one must be scored."""
-    refresh_every: PositiveInt | None = None
-    """With train: both, re-encode all passages every so many steps; once an epoch by default."""
+    """Use the encoder's dropout while training."""
 
 
 @config_class
@@ -111,15 +189,9 @@ class LoRAConfig:
 
 
 @config_class
-class RALTConfig(TrainingConfig):
-    """Retrieval-augmented tuning: the generator learns to answer from the retrieved passages."""
+class GeneratorTrainingConfig(TrainingConfig):
+    """What all trainers of the generator share."""
 
-    type: Literal["ralt"] = "ralt"
-    """Names this trainer."""
-    top_k: PositiveInt = 3
-    """Passages retrieved for each training example."""
-    passages: Literal["separate", "together"] = "separate"
-    """separate makes one instance a passage (as in RA-DIT), together puts all in one prompt (as at inference)."""
     lora: LoRAConfig | None = LoRAConfig()
     """Tune low-rank adapters; null tunes all weights."""
     learning_rate: PositiveFloat = 2e-4
@@ -128,19 +200,63 @@ class RALTConfig(TrainingConfig):
     """Instances of a batch on one device."""
 
 
+@config_class
+class RALTConfig(GeneratorTrainingConfig):
+    """Retrieval-augmented tuning: the generator learns to answer from the retrieved passages."""
+
+    type: Literal["ralt"] = "ralt"
+    """Names this trainer."""
+    top_k: PositiveInt = 3
+    """Passages retrieved for each training example."""
+    passages: Literal["separate", "together"] = "separate"
+    """separate makes one instance a passage (as in RA-DIT), together puts all in one prompt (as at inference)."""
+    passage_weights: Literal["uniform", "retriever"] = "uniform"
+    """With passages: separate, count all instances alike, or each by its probability under the retriever times top_k,
+    so that the mean weight is 1."""
+    retriever_temperature: PositiveFloat = 0.05
+    """Temperature of the retriever's distribution with passage_weights: retriever."""
+
+
+@config_class
+class RAFTConfig(GeneratorTrainingConfig):
+    """RAFT: the generator learns to answer among distractors, and now and then from distractors alone.
+
+    It needs examples with relevant ids.
+    """
+
+    needs_relevant_ids: ClassVar[bool] = True
+
+    type: Literal["raft"] = "raft"
+    """Names this trainer."""
+    top_k: PositiveInt = 5
+    """Passages of a prompt: the relevant ones, where they are in it, and distractors; the paper has one and four."""
+    gold_share: Fraction = 0.8
+    """Probability that an example's prompt has its relevant passages; the others have distractors only."""
+
+
 def register(registry: Registry) -> None:
     """Register the trainers."""
-    registry.register(
-        "retriever_trainer",
-        "lsr",
-        LSRConfig,
-        "fedrag_cli.trainers.huggingface.lsr:HuggingFaceTrainerForLSR.from_config",
-        "LM-supervised retrieval (REPLUG, RA-DIT)",
+    components: tuple[tuple[str, str, type, str, str], ...] = (
+        ("retriever", "lsr", LSRConfig, "HuggingFaceTrainerForLSR", "LM-supervised retrieval (REPLUG, RA-DIT)"),
+        ("retriever", "pdist", PDistConfig, "HuggingFaceTrainerForPDist", "perplexity distillation (Atlas)"),
+        ("retriever", "emdr2", EMDR2Config, "HuggingFaceTrainerForEMDR2", "the answer's likelihood over all passages"),
+        ("retriever", "loop", LOOPConfig, "HuggingFaceTrainerForLOOP", "leaving one passage out (Atlas)"),
+        (
+            "retriever",
+            "contrastive",
+            ContrastiveConfig,
+            "HuggingFaceTrainerForContrastive",
+            "relevant passages against in-batch and mined negatives; needs no generator",
+        ),
+        (
+            "generator",
+            "ralt",
+            RALTConfig,
+            "HuggingFaceTrainerForRALT",
+            "retrieval-augmented tuning of the generator (RA-DIT)",
+        ),
+        ("generator", "raft", RAFTConfig, "HuggingFaceTrainerForRAFT", "tuning of the generator among distractors"),
     )
-    registry.register(
-        "generator_trainer",
-        "ralt",
-        RALTConfig,
-        "fedrag_cli.trainers.huggingface.ralt:HuggingFaceTrainerForRALT.from_config",
-        "retrieval-augmented tuning of the generator (RA-DIT)",
-    )
+    for side, name, settings, trainer, help in components:
+        builder = f"fedrag_cli.trainers.huggingface.{name}:{trainer}.from_config"
+        registry.register(f"{side}_trainer", name, settings, builder, help)

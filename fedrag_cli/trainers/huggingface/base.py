@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from abc import abstractmethod
@@ -18,7 +17,7 @@ from fedrag_cli.errors import ConfigError, DataError, RunInterruptedError
 from fedrag_cli.losses import proximal_penalty
 from fedrag_cli.rag.models import tensors_fingerprint
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.atomic import os_errors, write_json_atomically
+from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.checkpoints import latest_checkpoint
 from fedrag_cli.runs.interrupt import deferred_interrupts
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
@@ -32,10 +31,11 @@ from fedrag_cli.trainers.huggingface.checks import (
     require_trainable,
     trainable,
 )
-from fedrag_cli.trainers.huggingface.loop import LossFunction, TrainingLoop
+from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
+from fedrag_cli.trainers.huggingface.movement import PhaseStart
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
+from fedrag_cli.trainers.huggingface.training_loop import Batches, LossFunction, TrainingLoop
 
-START_FILE = "start.json"
 ExtraMetrics = Callable[[], Mapping[str, float]]
 
 
@@ -78,7 +78,9 @@ class HuggingFaceTrainer(BaseTrainer):
         self.proximal_mu = 0.0
         self.cache_directory: Path | None = None
         """Folder for what stays valid from one call of `train` to the next; that of the checkpoints by default."""
-        self._require_responses()
+        self.diagnostics = StepDiagnostics()
+        if self.config.needs_responses:
+            self._require_responses()
 
     @classmethod
     def from_config(cls, config: TrainingConfig, rag_system: RAGSystem, **options: Any) -> HuggingFaceTrainer:
@@ -106,6 +108,9 @@ class HuggingFaceTrainer(BaseTrainer):
 
     def _finish(self) -> None:
         """Do what comes after the last step, with the final weights."""
+
+    def _on_batches(self, batches: Batches) -> None:
+        """Look at, or add to, the batches of one optimizer step before they are computed."""
 
     def _on_checkpoint(self, directory: Path) -> None:
         """Add what is ours to a checkpoint."""
@@ -159,7 +164,7 @@ class HuggingFaceTrainer(BaseTrainer):
         with os_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         resuming = latest_checkpoint(directory)
-        before = self._fingerprint_at_start(directory)
+        start = PhaseStart(self.model, directory)
         instances = self._prepare(self.cache_directory or (directory if lasting else None), resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
@@ -173,6 +178,7 @@ class HuggingFaceTrainer(BaseTrainer):
                 advance=advance,
                 on_checkpoint=self._on_checkpoint,
                 on_step=self._on_step,
+                diagnostics=self.diagnostics.take,
             )
             loop = self._loop(directory, instances, callback)
             try:
@@ -182,13 +188,16 @@ class HuggingFaceTrainer(BaseTrainer):
                 # Mixed precision wraps the model's forward; what comes after training computes as before it.
                 loop.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if guard.requested:
+                start.keep()
                 saved = "a checkpoint is saved" if lasting else "no folder for checkpoints was given"
                 raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; {saved}.")
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()
         self.model.eval()
-        require_moved(before, self._fingerprint(), self.what, loop.state.log_history)
+        require_moved(start.fingerprint, tensors_fingerprint(trainable(self.model)), self.what, loop.state.log_history)
         require_finite(self.model, self.what)
+        if modules := start.movement(self.model):
+            self.reporter.event("moved", phase=phase, modules=modules)
         self._finish()
         return self._result(loop, time.monotonic() - started)
 
@@ -202,9 +211,10 @@ class HuggingFaceTrainer(BaseTrainer):
             train_dataset=_Instances(instances),
             data_collator=self._collate,
             validate=self.validate,
+            on_batches=self._on_batches,
+            loss_function=self._loss_function(),
             penalty=self._penalty if self.proximal_mu else None,
             callbacks=[callback],
-            compute_loss_func=self._loss_function(),
         )
         loop.remove_callback(_printer())
         return loop
@@ -224,18 +234,6 @@ class HuggingFaceTrainer(BaseTrainer):
     def _penalty(self, model: nn.Module) -> Tensor:
         reference = {name: tensor.to(self._device()) for name, tensor in (self.reference_weights or {}).items()}
         return proximal_penalty(trainable(model).items(), reference, self.proximal_mu)
-
-    def _fingerprint(self) -> str:
-        return tensors_fingerprint(trainable(self.model))
-
-    def _fingerprint_at_start(self, directory: Path) -> str:
-        """Return the fingerprint from before the first step, also where the run was resumed since."""
-        file = directory / START_FILE
-        if file.is_file():
-            return str(json.loads(file.read_text(encoding="utf-8"))["trained_weights"])
-        fingerprint = self._fingerprint()
-        write_json_atomically(file, {"trained_weights": fingerprint})
-        return fingerprint
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device

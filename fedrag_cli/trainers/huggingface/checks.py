@@ -67,21 +67,23 @@ def require_finite(model: nn.Module, what: str) -> None:
         )
 
 
-def require_peaked_targets(targets: Tensor, lm_temperature: float) -> None:
+def require_peaked_targets(targets: Tensor, lm_temperature: float | None) -> None:
     """Raise TrainingError where the language model prefers no passage for any example.
 
     Args:
         targets: Probabilities of shape (examples, top_k).
-        lm_temperature: The temperature that made them, for the message.
+        lm_temperature: The temperature that made them, for the message; None where the objective has none.
     """
     spread = (targets.max(dim=1).values - targets.min(dim=1).values).max().item()
     if spread < FLAT:
+        at = f" at lm_temperature {lm_temperature}" if lm_temperature is not None else ""
+        lower = "; or lower lm_temperature" if lm_temperature is not None else ""
         raise TrainingError(
             "The language model's targets are flat: for no training example does it prefer one passage over another "
-            f"(largest difference of probability {spread:.1e} at lm_temperature {lm_temperature}), so there is "
+            f"(largest difference of probability {spread:.1e}{at}), so there is "
             "nothing to learn.",
             "Check that the passages reach the prompt ({context} in rag_system.prompt.template), that the responses "
-            "are real answers and the generator a trained model; or lower lm_temperature.",
+            f"are real answers and the generator a trained model{lower}.",
         )
 
 

@@ -1,82 +1,42 @@
-"""The training loop: transformers.Trainer with our validation and an optional proximal term."""
+"""LOOP, leave one out: a passage is worth what the likelihood of the answer loses when that passage is left out.
+
+Atlas (arXiv 2208.03299, section 2.2); the loss itself is in `losses/loop.py`. For each query the language model reads
+top_k prompts of top_k - 1 passages.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainerControl
+from torch import Tensor
 
-from fedrag_cli.errors import ModelError
-from fedrag_cli.runs.checkpoints import MARKER, PREFIX
-
-Validate = Callable[[], dict[str, float]]
-Penalty = Callable[[nn.Module], Tensor]
-LossFunction = Callable[..., Tensor]
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.losses import loop_loss
+from fedrag_cli.trainers.config import LOOPConfig
+from fedrag_cli.trainers.huggingface.lm_supervision import HuggingFaceTrainerForLMSupervision
 
 
-class TrainingLoop(Trainer):
-    """`transformers.Trainer` whose validation is ours and whose loss may get a penalty.
+class HuggingFaceTrainerForLOOP(HuggingFaceTrainerForLMSupervision):
+    """Tunes the retriever by leaving one passage out; arguments as `HuggingFaceTrainer`."""
 
-    Args:
-        validate: Computes the validation metrics of the model as it is.
-        penalty: Added to the loss of each optimizer step, such as FedProx's proximal term.
-        options: Arguments of `transformers.Trainer`.
-    """
+    config: LOOPConfig
 
-    def __init__(self, *, validate: Validate, penalty: Penalty | None = None, **options: Any) -> None:
-        """Set the loop up."""
-        super().__init__(**options)
-        self.control: TrainerControl
-        self._validate = validate
-        self._penalty = penalty
+    def _default_config(self) -> LOOPConfig:
+        return LOOPConfig()
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Run our validation, and log it the way transformers does."""
-        with torch.random.fork_rng():
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._validate().items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    @property
+    def likelihood(self) -> Literal["mean", "sum"]:
+        """As the config says."""
+        return self.config.likelihood
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Add the penalty, spread over the batches of one optimizer step."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._penalty is None:
-            return result
-        penalty = self._penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
-        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+    def _contexts(self, nodes: Sequence[KnowledgeNode]) -> list[Sequence[KnowledgeNode]]:
+        """Return, for each passage, all others, best first."""
+        return [[*nodes[:left_out], *nodes[left_out + 1 :]] for left_out in range(len(nodes))]
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, unless the run was resumed from its last checkpoint: transformers would do a step more."""
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
+    def _loss(self, scores: Tensor, lm_scores: Tensor) -> Tensor:
+        return loop_loss(scores, lm_scores, self.config.retriever_temperature, self.config.lm_temperature)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Take the mark of completeness away before a checkpoint is written over."""
-        directory = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
-        (directory / MARKER).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def load_best(self) -> bool:
-        """Bring the best checkpoint's weights back, where another step than the last was the best."""
-        best = self.state.best_global_step
-        if not best or best == self.state.global_step:
-            return False
-        # The path in the trainer's state is that of the day it was saved; the run directory may have moved since.
-        directory = Path(self.args.output_dir) / f"{PREFIX}{best}"
-        if not directory.is_dir():
-            raise ModelError(
-                f"The best checkpoint '{directory}' is missing, so its weights cannot be brought back.",
-                "Put the folder back, or set validation.keep_best: false in the run's config.yaml.",
-            )
-        self.state.best_model_checkpoint = str(directory)
-        self._load_best_model()
-        return True
+    def _log_targets(self, lm_scores: Tensor) -> Tensor:
+        return torch.log_softmax(-lm_scores / self.config.lm_temperature, dim=1)

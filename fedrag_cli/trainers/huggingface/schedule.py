@@ -29,6 +29,7 @@ class ScheduleCallback(TrainerCallback):
         advance: Takes the steps done.
         on_checkpoint: Called with each checkpoint's folder before it is marked complete.
         on_step: Called with the number of each step that was done.
+        diagnostics: Returns further values of the step that was done.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ScheduleCallback(TrainerCallback):
         advance: Advance,
         on_checkpoint: Callable[[Path], None],
         on_step: Callable[[int], None],
+        diagnostics: Callable[[], dict[str, float]],
     ) -> None:
         """Keep what the callback needs."""
         self.config = config
@@ -52,6 +54,7 @@ class ScheduleCallback(TrainerCallback):
         self.advance = advance
         self.on_checkpoint = on_checkpoint
         self.on_step = on_step
+        self.diagnostics = diagnostics
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tell how many steps there are and how many a resumed run has done."""
@@ -102,8 +105,10 @@ class ScheduleCallback(TrainerCallback):
         if "loss" not in logs:
             return
         fields = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate", "epoch") if name in logs}
+        # Taken at every step, so that a record never holds those of the steps that `log_every` left out.
+        values = self.diagnostics()
         if state.global_step % self.config.log_every == 0 or state.global_step >= state.max_steps:
-            self.reporter.event("train_step", phase=self.phase, step=state.global_step, **fields)
+            self.reporter.event("train_step", phase=self.phase, step=state.global_step, **fields, **values)
         # Under float16 an infinite gradient norm is how the loss scale is found; the step is skipped.
         checked = [fields["loss"]] if args.fp16 else [fields["loss"], fields.get("grad_norm", 0.0)]
         if not all(math.isfinite(value) for value in checked):

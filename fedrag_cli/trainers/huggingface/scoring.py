@@ -1,6 +1,6 @@
-"""LM likelihoods of answers given single passages, computed once for each (example, passage) pair.
+"""LM likelihoods of answers given passages, computed once for each pair of an example and the passages of a prompt.
 
-A likelihood cannot change while the language model is frozen, so it is cached by model, prompt, example and passage.
+A likelihood cannot change while the language model is frozen, so it is cached by model, prompt, example and passages.
 The cache is a file that only grows: a run that was killed goes on with exactly the numbers it had computed.
 """
 
@@ -24,7 +24,7 @@ from fedrag_cli.rag.prompts import EncodedPrompt, TruncationCount
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
-Pair = tuple[Example, KnowledgeNode]
+Pair = tuple[Example, Sequence[KnowledgeNode]]
 
 
 class LikelihoodCache:
@@ -81,7 +81,7 @@ class LikelihoodCache:
 
 
 class LikelihoodScorer:
-    """Scores (example, passage) pairs with a generator, through a cache.
+    """Scores pairs of an example and the passages of its prompt with a generator, through a cache.
 
     Args:
         generator: The language model; its weights must not change while the scorer is used.
@@ -110,22 +110,22 @@ class LikelihoodScorer:
         return TruncationCount(len(self._identified), len(self._truncated), dropped)
 
     def score(self, pairs: Sequence[Pair], reporter: Reporter | None = None) -> tuple[Tensor, Tensor]:
-        """Return log p(response | passage, query) and the response's length for each pair.
+        """Return log p(response | passages, query) and the response's length for each pair.
 
         Pairs that are not cached are scored in batches of prompts that begin alike, and of equal length. A run that was
         killed between two batches forms the same batches of the rest, so a resumed run gets bit-identical numbers.
 
         Args:
-            pairs: Examples and single passages.
+            pairs: Examples, each with the passages of one prompt, best first.
             reporter: Shows the progress.
 
         Returns:
             Sums of log-probabilities (float32) and numbers of tokens (int64), each of shape (len(pairs),).
         """
-        known = [self._identify(example, node) for example, node in pairs]
+        known = [self._identify(example, nodes) for example, nodes in pairs]
         missing = {
-            key: self._encode(example, node)
-            for (key, _), (example, node) in zip(known, pairs, strict=True)
+            key: self._encode(example, nodes)
+            for (key, _), (example, nodes) in zip(known, pairs, strict=True)
             if self.cache.get(key) is None
         }
         self._score_missing(missing, reporter or SilentReporter())
@@ -147,24 +147,24 @@ class LikelihoodScorer:
         with reporter.task("Scoring answers", len(pairs), "pair") as advance:
             self.generator.log_probs_of_ids(pairs, keep)
 
-    def _identify(self, example: Example, node: KnowledgeNode) -> tuple[str, int]:
+    def _identify(self, example: Example, nodes: Sequence[KnowledgeNode]) -> tuple[str, int]:
         """Return a pair's key in the cache and its number of answer tokens, tokenised only once."""
-        texts = self._texts(example, node)
+        texts = self._texts(example, nodes)
         if texts not in self._identified:
-            prompt, target = self._encode(example, node)
+            prompt, target = self._encode(example, nodes)
             key = hashlib.blake2b(json.dumps([prompt, target]).encode(), digest_size=12).hexdigest()
             self._identified[texts] = (key, len(target))
         return self._identified[texts]
 
-    def _encode(self, example: Example, node: KnowledgeNode) -> TokenPair:
+    def _encode(self, example: Example, nodes: Sequence[KnowledgeNode]) -> TokenPair:
         target = self.generator.prompts.answer_tokens(example.response)
-        prompt = self.generator.encode_prompt(example.query, [node], answer_tokens=len(target))
+        prompt = self.generator.encode_prompt(example.query, nodes, answer_tokens=len(target))
         if prompt.dropped_tokens:
-            self._truncated[self._texts(example, node)] = prompt
+            self._truncated[self._texts(example, nodes)] = prompt
         return prompt.ids, target
 
-    def _texts(self, example: Example, node: KnowledgeNode) -> tuple[str, ...]:
-        return (example.query, example.response, self.generator.prompts.context([node]))
+    def _texts(self, example: Example, nodes: Sequence[KnowledgeNode]) -> tuple[str, ...]:
+        return (example.query, example.response, self.generator.prompts.context(nodes))
 
     def _identity(self) -> str:
         # The keys hold the token ids themselves, so the prompt's settings need no mention here.

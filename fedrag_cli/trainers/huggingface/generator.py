@@ -1,0 +1,194 @@
+"""What all trainers of the generator share: prompts with answers, and the loss on the answers' tokens alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedrag_cli.data.examples import Example
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.generators.likelihood import accepted_arguments
+from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.trainers.config import GeneratorTrainingConfig
+from fedrag_cli.trainers.huggingface.adapters import add_adapter
+from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+from fedrag_cli.trainers.huggingface.training_loop import Batches, LossFunction
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one prompt is written from.
+
+    Args:
+        example: The question and its answer.
+        nodes: The passages, in the order of the prompt.
+        weight: Factor of the instance's loss.
+    """
+
+    example: Example
+    nodes: Sequence[KnowledgeNode]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class AnswerInstance:
+    """One training sequence.
+
+    Args:
+        prompt: Token ids without loss.
+        answer: Token ids with loss, the end token included.
+        weight: Factor of its loss.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    weight: float = 1.0
+
+
+def answer_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Return -sum w_j log p(y_t | prompt_j, y_<t) over the supervised tokens, divided by their number.
+
+    Source: RA-DIT (arXiv 2310.01352, section 2.2) for the loss on the answer's tokens.
+
+    Args:
+        outputs: Of the language model; its logits may be those of the last positions only.
+        labels: Token ids, or -100 where there is no loss, of shape (batch, tokens).
+        num_items_in_batch: Supervised tokens of the whole optimizer step, over all accumulated batches.
+        weights: Factor of each instance, shape (batch,); 1 where it is None.
+    """
+    logits = outputs.logits[:, :-1]
+    targets = labels[:, -logits.shape[1] :]
+    supervised = targets != IGNORED
+    # Only the answers' rows are turned to float32: their logits are a vocabulary wide.
+    rows, wanted = logits[supervised].float(), targets[supervised]
+    if weights is None:
+        loss = functional.cross_entropy(rows, wanted, reduction="sum")
+    else:
+        of_each = weights.to(rows)[:, None].expand_as(targets)[supervised]
+        loss = (functional.cross_entropy(rows, wanted, reduction="none") * of_each).sum()
+    return loss / (num_items_in_batch if num_items_in_batch is not None else supervised.sum())
+
+
+class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
+    """Tunes the generator on prompts with passages; arguments as `HuggingFaceTrainer`.
+
+    With `lora` set the model becomes a `PeftModel` and only its adapters are tuned. Retrieval and tokenisation are
+    done before the first step.
+    """
+
+    side = "generator"
+    what = "generator"
+    config: GeneratorTrainingConfig
+
+    def __init__(self, rag_system: RAGSystem, *args: Any, **kwargs: Any) -> None:
+        """Put the adapters on the model."""
+        super().__init__(rag_system, *args, **kwargs)
+        generator = rag_system.require_generator()
+        if self.config.lora is not None:
+            generator.model = add_adapter(generator.model, self.config.lora, self.seed)
+        self._truncation = TruncationCount()
+        self._supervised = 0
+        self._total = 0
+
+    @property
+    def _generator(self) -> CausalLMGenerator:
+        return self.rag_system.require_generator()
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model, adapters included."""
+        model: nn.Module = self._generator.model
+        return model
+
+    @abstractmethod
+    def contexts(self, examples: Sequence[Example]) -> list[Context]:
+        """Retrieve passages for examples in one go and return what each prompt is written from."""
+
+    def instances(self, examples: Sequence[Example], truncation: TruncationCount | None = None) -> list[AnswerInstance]:
+        """Return the training sequences of examples.
+
+        Args:
+            examples: Questions with answers.
+            truncation: Counts the prompts that were cut.
+
+        Returns:
+            One instance for each context that the objective makes of an example.
+        """
+        return [self._instance(context, truncation) for context in self.contexts(examples)]
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return the mean loss a supervised token on the validation examples, and what `extra_validation` adds."""
+        instances = self.instances(self.validation_examples)
+        totals = self._generator.log_probs_of_ids([(item.prompt, item.answer) for item in instances])
+        weights = torch.tensor([item.weight for item in instances])
+        tokens = sum(len(item.answer) for item in instances)
+        loss = -(totals * weights).sum().item() / tokens
+        return {"loss": loss, **(self.extra_validation() if self.extra_validation else {})}
+
+    def _instance(self, context: Context, truncation: TruncationCount | None) -> AnswerInstance:
+        answer = self._generator.prompts.encode_answer(context.example.response)
+        prompt = self._generator.encode_prompt(context.example.query, context.nodes, answer_tokens=len(answer))
+        if truncation is not None:
+            truncation.add(prompt)
+        return AnswerInstance(prompt.ids, answer, context.weight)
+
+    def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[AnswerInstance]:
+        self._truncation = TruncationCount()
+        instances = self.instances(self.train_examples, self._truncation)
+        self._supervised = sum(len(item.answer) for item in instances)
+        self._total = sum(len(item.prompt) + len(item.answer) for item in instances)
+        return instances
+
+    def _collate(self, instances: list[AnswerInstance]) -> dict[str, Any]:
+        """Pad on the left, so that all answers end together and logits are needed for the last columns only.
+
+        Mask and labels follow from the lengths, never from the padding token's id.
+        """
+        width = max(len(item.prompt) + len(item.answer) for item in instances)
+        input_ids = torch.full((len(instances), width), self._generator.pad_id)
+        labels = torch.full((len(instances), width), IGNORED)
+        mask = torch.zeros((len(instances), width), dtype=torch.long)
+        for row, item in enumerate(instances):
+            length = len(item.prompt) + len(item.answer)
+            input_ids[row, width - length :] = torch.tensor(item.prompt + item.answer)
+            labels[row, width - len(item.answer) :] = torch.tensor(item.answer)
+            mask[row, width - length :] = 1
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        if any(item.weight != 1.0 for item in instances):
+            batch["weights"] = torch.tensor([item.weight for item in instances])
+        accepted = accepted_arguments(self.model)
+        if "position_ids" in accepted:
+            batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        if "logits_to_keep" in accepted:
+            batch["logits_to_keep"] = max(len(item.answer) for item in instances) + 1
+        return batch
+
+    def _on_batches(self, batches: Batches) -> None:
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        if tokens:
+            supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+            self.diagnostics.add(1, supervised_share=supervised / tokens)
+
+    def _loss_function(self) -> LossFunction:
+        return answer_loss
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "prompts": self._truncation.to_dict(),
+            "supervised_tokens": self._supervised,
+            "total_tokens": self._total,
+        }

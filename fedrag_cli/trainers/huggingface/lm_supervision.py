@@ -1,0 +1,153 @@
+"""What the objectives share in which the frozen language model teaches the retriever: its likelihoods, and the index.
+
+LSR, perplexity distillation, EMDR2 and LOOP retrieve top_k passages for a query, score the answer with the language
+model, and differ in what they make of the two rows of numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedrag_cli.data.examples import Example
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.rag.system import RAGSystem, refresh_store
+from fedrag_cli.trainers.config import LMSupervisedConfig
+from fedrag_cli.trainers.huggingface.checks import require_peaked_targets
+from fedrag_cli.trainers.huggingface.retriever import HuggingFaceTrainerForRetriever
+from fedrag_cli.trainers.huggingface.scoring import LikelihoodScorer
+
+INDEX_FILE = "index.safetensors"
+
+
+class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
+    """Tunes the retriever on what the language model makes of the retrieved passages; arguments as for all trainers.
+
+    With `train: both` the whole store is refreshed every `refresh_every` steps too, because it is searched at every
+    step.
+    """
+
+    config: LMSupervisedConfig
+
+    def __init__(self, rag_system: RAGSystem, *args: Any, **kwargs: Any) -> None:
+        """Start without likelihoods; they are computed when they are asked for."""
+        super().__init__(rag_system, *args, **kwargs)
+        self._scorer: LikelihoodScorer | None = None
+        self._truncation = TruncationCount()
+
+    @property
+    @abstractmethod
+    def likelihood(self) -> Literal["mean", "sum"]:
+        """What the language model's score of an answer is: the mean of its tokens' log-probabilities, or their sum."""
+
+    @abstractmethod
+    def _loss(self, scores: Tensor, lm_scores: Tensor) -> Tensor:
+        """Return the loss of each example; both arguments have the shape (examples, top_k)."""
+
+    @abstractmethod
+    def _log_targets(self, lm_scores: Tensor) -> Tensor:
+        """Return the log-probabilities of the passages, (examples, top_k), that the language model teaches."""
+
+    def _contexts(self, nodes: Sequence[KnowledgeNode]) -> list[Sequence[KnowledgeNode]]:
+        """Return the passages of each prompt that is scored for one query: each retrieved one by itself."""
+        return [[node] for node in nodes]
+
+    def losses(self, features: dict[str, Any], examples: Sequence[int], **shared: Tensor) -> Tensor:
+        """Return the loss of each training example; see `HuggingFaceTrainerForRetriever.losses`."""
+        queries = self._retriever.embed(self._retriever.query_encoder, features)
+        store = self.rag_system.knowledge_store
+        positions = store.search_positions(queries.detach(), self.config.top_k)[1]
+        passages = self._passage_embeddings(positions, queries.device)
+        # bfloat16 has three digits; a difference of scores below 0.004 would be lost, before it is divided by tau.
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = torch.einsum("bd,bkd->bk", queries.float(), passages.float())
+        lm_scores = self._lm_scores([self.train_examples[example] for example in examples], positions)
+        lm_scores = lm_scores.to(scores.device)
+        self._diagnose(scores.detach(), lm_scores)
+        return self._loss(scores, lm_scores)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return the loss on the validation examples, and what `extra_validation` adds."""
+        if self.config.train == "both":
+            refresh_store(self.rag_system)
+        embeddings = self._retriever.encode_queries([example.query for example in self.validation_examples])
+        scores, positions = self.rag_system.knowledge_store.search_positions(embeddings, self.config.top_k)
+        losses = self._loss(scores, self._lm_scores(self.validation_examples, positions).to(scores.device))
+        return self._with_extra(losses.mean().item())
+
+    def _diagnose(self, scores: Tensor, lm_scores: Tensor) -> None:
+        """Note how far retriever and language model are apart, and how sure each of them is."""
+        log_retriever = torch.log_softmax(scores / self.config.retriever_temperature, dim=1)
+        log_targets = self._log_targets(lm_scores)
+        self.diagnostics.add(
+            len(scores),
+            lm_disagrees=(scores.argmax(dim=1) != log_targets.argmax(dim=1)).float().mean().item(),
+            retriever_entropy=_entropy(log_retriever),
+            lm_entropy=_entropy(log_targets),
+        )
+
+    def _lm_scores(self, examples: Sequence[Example], positions: Tensor, *, show: bool = False) -> Tensor:
+        """Return the language model's scores of shape (examples, top_k), cached by example and passages."""
+        store = self.rag_system.knowledge_store
+        pairs = [
+            (example, context)
+            for example, row in zip(examples, positions.tolist(), strict=True)
+            for context in self._contexts(store.nodes_at(row))
+        ]
+        totals, lengths = self._scoring().score(pairs, self.reporter if show else None)
+        scores = totals / lengths if self.likelihood == "mean" else totals
+        return scores.view(len(examples), -1)
+
+    def _scoring(self) -> LikelihoodScorer:
+        """Return the scorer of the generator as it is now; the generator may have been tuned since the last call."""
+        generator = self.rag_system.require_generator()
+        if self._scorer is None or self._scorer.fingerprint != generator.fingerprint():
+            self._scorer = LikelihoodScorer(generator, self.cache_directory)
+        return self._scorer
+
+    def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[int]:
+        """Score the passages that the untuned retriever finds, in one go, and check that they teach something."""
+        generator = self.rag_system.require_generator()
+        if self._scorer is None or not self._scorer.serves(generator, cache_directory):
+            self._scorer = LikelihoodScorer(generator, cache_directory)
+        store = self.rag_system.knowledge_store
+        embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
+        positions = store.search_positions(embeddings, self.config.top_k)[1]
+        scores = self._lm_scores(self.train_examples, positions, show=True)
+        self._truncation = self._scoring().truncation
+        require_peaked_targets(self._log_targets(scores).exp(), getattr(self.config, "lm_temperature", None))
+        if resuming is not None and self.config.train == "both":
+            store.replace_embeddings(load_file(resuming / INDEX_FILE)["embeddings"])
+        return range(len(self.train_examples))
+
+    def _query_of(self, instance: int) -> str:
+        return self.train_examples[instance].query
+
+    def _on_step(self, step: int) -> None:
+        if self.config.train == "both" and step % self._refresh_every() == 0:
+            refresh_store(self.rag_system)
+
+    def _refresh_every(self) -> int:
+        per_step = self.config.batch_size * self.config.gradient_accumulation_steps
+        return self.config.refresh_every or math.ceil(len(self.train_examples) / per_step)
+
+    def _on_checkpoint(self, directory: Path) -> None:
+        if self.config.train == "both":
+            save_file({"embeddings": self.rag_system.knowledge_store.embeddings.contiguous()}, directory / INDEX_FILE)
+
+    def _counts(self) -> dict[str, Any]:
+        return {"scoring": self._truncation.to_dict(), "scored_pairs": len(self._scoring().cache)}
+
+
+def _entropy(log_probabilities: Tensor) -> float:
+    """Return the mean entropy of the rows in nats."""
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=1).mean().item()

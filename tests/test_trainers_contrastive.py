@@ -1,0 +1,184 @@
+"""Contrastive training on tiny models: what the negatives are, what moves, and that no generator is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedrag_cli.cli.main import main
+from fedrag_cli.config import load_config
+from fedrag_cli.data.examples import Example
+from fedrag_cli.errors import DataError
+from fedrag_cli.losses import contrastive_loss
+from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.trainers.config import ContrastiveConfig, ValidationConfig
+from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForContrastive
+
+NEVER = ValidationConfig(every="never")
+CAT, DOG = "what is the colour of the cat ?", "what is the colour of the dog ?"
+
+
+@pytest.fixture
+def rag_system(write_config: Callable[..., Path]) -> RAGSystem:
+    return build_rag_system(load_config(write_config()), with_generator=False)
+
+
+def _example(query: str, *relevant: str) -> Example:
+    return Example(query, query, (), relevant)
+
+
+def test_the_query_encoder_moves_and_nothing_else(rag_system: RAGSystem) -> None:
+    config = ContrastiveConfig(batch_size=4, learning_rate=1e-3, max_steps=1)
+    trainer = HuggingFaceTrainerForContrastive(rag_system, config=config)
+    retriever, store = rag_system.retriever, rag_system.knowledge_store
+    query, passages, embeddings = retriever.query_fingerprint(), retriever.fingerprint(), store.embeddings.clone()
+    result = trainer.train()
+    assert retriever.query_fingerprint() != query
+    assert retriever.fingerprint() == passages
+    assert torch.equal(store.embeddings, embeddings)
+    assert result.metrics["validation"]["loss"] == pytest.approx(trainer.validate()["loss"], abs=1e-5)
+    assert result.metrics["pairs"] == 14
+
+
+def test_mined_negatives_are_the_best_passages_that_are_not_relevant(rag_system: RAGSystem) -> None:
+    trainer = HuggingFaceTrainerForContrastive(rag_system, config=ContrastiveConfig(hard_negatives=3))
+    example = _example(CAT, "colour-cat", "home-cat")
+    first, second = trainer.pairs([example])
+    ranking = [scored.node.id for scored in rag_system.retrieve(CAT, 24)]
+    nodes = rag_system.knowledge_store.nodes
+    assert [nodes[first.passage].id, nodes[second.passage].id] == ["colour-cat", "home-cat"]
+    best = [node_id for node_id in ranking if node_id not in example.relevant_ids][:3]
+    assert [nodes[place].id for place in first.negatives] == best
+    assert first.negatives == second.negatives
+
+
+def test_the_first_loss_is_the_formula_on_columns_chosen_by_hand(rag_system: RAGSystem) -> None:
+    """Three pairs, one of them a second relevant passage: it is no negative of its own query."""
+    examples = [_example(CAT, "colour-cat", "home-cat"), _example(DOG, "colour-dog")]
+    config = ContrastiveConfig(batch_size=3, learning_rate=1e-3, scale=5.0)
+    trainer = HuggingFaceTrainerForContrastive(rag_system, examples, [], config)
+    store = rag_system.knowledge_store
+    nodes = {node.id: row for node, row in zip(store.nodes, store.embeddings, strict=True)}
+    expected = []
+    mined = {}
+    for example in examples:
+        ranking = [scored.node.id for scored in rag_system.retrieve(example.query, 24)]
+        mined[example.id] = next(node_id for node_id in ranking if node_id not in example.relevant_ids)
+    # The mined negative of the query with two passages stands there twice, once for each of its pairs.
+    columns = ["colour-cat", "home-cat", "colour-dog", mined[CAT], mined[CAT], mined[DOG]]
+    for example in examples:
+        [query] = rag_system.retriever.encode_queries([example.query])
+        for own in example.relevant_ids:
+            others = [node_id for node_id in columns if node_id not in example.relevant_ids]
+            cosines = torch.stack([query @ nodes[node_id] for node_id in [own, *others]])
+            expected.append(-torch.log_softmax(5.0 * cosines, dim=0)[0].item())
+    assert len(expected) == 3
+    assert trainer.train().loss == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+def test_the_relevant_passage_ranks_first_after_training(rag_system: RAGSystem) -> None:
+    trainer = HuggingFaceTrainerForContrastive(
+        rag_system, config=ContrastiveConfig(batch_size=14, learning_rate=3e-3, epochs=40, validation=NEVER)
+    )
+
+    def first() -> int:
+        found = rag_system.batch_retrieve([example.query for example in trainer.train_examples], 1)
+        return sum(
+            row[0].node.id in example.relevant_ids for row, example in zip(found, trainer.train_examples, strict=True)
+        )
+
+    before = first()
+    trainer.train()
+    assert first() > max(before, 11)
+
+
+@pytest.mark.parametrize("train", ["query", "both"])
+def test_accumulated_batches_equal_one_large_batch(write_config: Callable[..., Path], train: Any) -> None:
+    """The negatives are those of the whole optimizer step, whatever its batches."""
+
+    def run(folder: str, **settings: Any) -> dict[str, torch.Tensor]:
+        system = build_rag_system(load_config(write_config(folder)), with_generator=False)
+        config = ContrastiveConfig(train=train, optimizer="sgd", learning_rate=1e-2, validation=NEVER, **settings)
+        trainer = HuggingFaceTrainerForContrastive(system, config=config)
+        trainer.train()
+        return trainer.trained_weights()
+
+    large = run("large", batch_size=8)
+    small = run("small", batch_size=2, gradient_accumulation_steps=4)
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_training_both_moves_passages_and_refreshes_the_store(rag_system: RAGSystem) -> None:
+    before = rag_system.retriever.fingerprint()
+    config = ContrastiveConfig(train="both", batch_size=4, learning_rate=1e-3, max_steps=2)
+    HuggingFaceTrainerForContrastive(rag_system, config=config).train()
+    assert rag_system.retriever.is_shared
+    assert rag_system.retriever.fingerprint() != before
+    rag_system.require_matching_store()
+
+
+def test_examples_without_relevant_ids_are_left_out_and_counted(rag_system: RAGSystem) -> None:
+    examples = [_example(CAT, "colour-cat"), _example(DOG, "colour-dog"), _example("where ?")]
+    config = ContrastiveConfig(batch_size=2, learning_rate=1e-3)
+    result = HuggingFaceTrainerForContrastive(rag_system, examples, [], config).train()
+    assert (result.metrics["pairs"], result.metrics["without_relevant_ids"]) == (2, 1)
+    with pytest.raises(DataError, match="None of the 1 examples of the training data has relevant ids"):
+        HuggingFaceTrainerForContrastive(rag_system, [_example("where ?")], [], config)
+    with pytest.raises(DataError, match="None of the 1 examples of the validation data has relevant ids"):
+        HuggingFaceTrainerForContrastive(rag_system, examples, [_example("where ?")], config)
+
+
+def test_validation_goes_in_batches(rag_system: RAGSystem) -> None:
+    """With batches of one and no mined negative there is nothing to confuse a passage with."""
+    config = ContrastiveConfig(batch_size=1, gradient_accumulation_steps=2, hard_negatives=0)
+    trainer = HuggingFaceTrainerForContrastive(rag_system, config=config)
+    assert trainer.validate()["loss"] == 0.0
+    wide = HuggingFaceTrainerForContrastive(rag_system, config=ContrastiveConfig(batch_size=4, hard_negatives=0))
+    queries = rag_system.retriever.encode_queries([example.query for example in wide.validation_examples])
+    ids = [node.id for node in rag_system.knowledge_store.nodes]
+    places = [ids.index(example.relevant_ids[0]) for example in wide.validation_examples]
+    cosines = queries @ rag_system.knowledge_store.embeddings[places].T
+    assert wide.validate()["loss"] == pytest.approx(contrastive_loss(cosines).mean().item(), rel=1e-5)
+
+
+def test_it_trains_through_the_command_line_without_generator_and_answers(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(trainer={"retriever": {"type": "contrastive", "batch_size": 4, "learning_rate": 1e-3}})
+    arguments = ["train", str(config), "--json", "rag_system.generator=null"]
+    assert main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["status"] == "done"
+    assert {item["metric"] for item in summary["differences"]} == {"mrr", "recall@1", "recall@5", "ndcg@10"}
+    assert "generator" not in summary["fingerprints"]
+    assert main([*arguments, "evaluation.metrics=[mrr,f1]"]) == 2
+    capsys.readouterr()
+    rows = [json.loads(line) for line in (config.parent / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    bare = [{name: value for name, value in row.items() if name != "relevant_ids"} for row in rows]
+    (config.parent / "train.jsonl").write_text("\n".join(json.dumps(row) for row in bare) + "\n", encoding="utf-8")
+    assert main(arguments) == 3
+    assert "None of the 14 examples of dataset.train has relevant ids" in " ".join(capsys.readouterr().err.split())
+
+
+def test_judged_queries_without_answers_are_enough(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """A BEIR folder has judgements and no answers."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": str(n), "text": text}) + "\n" for n, text in enumerate([CAT, DOG])), encoding="utf-8"
+    )
+    (folder / "qrels" / "train.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n0\tcolour-cat\t1\n1\tcolour-dog\t1\n", encoding="utf-8"
+    )
+    dataset = {"train": {"type": "beir", "path": str(folder), "split": "train"}}
+    config = write_config(
+        dataset=dataset, trainer={"retriever": {"type": "contrastive", "batch_size": 2, "learning_rate": 1e-3}}
+    )
+    assert main(["train", str(config), "--json", "rag_system.generator=null"]) == 0
