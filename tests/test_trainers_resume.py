@@ -58,6 +58,8 @@ def test_a_resumed_training_ends_with_the_same_weights(
     interrupted.mkdir()
     shutil.copy(whole / "start.json", interrupted)
     shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3")
+    for cache in whole.glob("likelihoods-*"):
+        shutil.copy(cache, interrupted)
     resumed, resumed_steps = train(interrupted)
     assert resumed_steps == steps
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
