@@ -121,7 +121,7 @@ def test_the_command(write_config: Callable[..., Path], tmp_path: Path, capsys: 
 
     assert main(["compare", untuned, run, f"{run}:before", "--examples", "2"]) == 0
     shown = capsys.readouterr().err
-    assert f"tiny {run[-6:]} (after) against tiny {untuned[-6:]} (evaluated):" in shown
+    assert f"tiny {run[-6:]} (after) against tiny-evaluation {untuned[-6:]} (evaluated):" in shown
     assert "no difference shown in mrr, recall@1, f1." in shown
 
 

@@ -58,9 +58,8 @@ def start_evaluation(
     """
     config = _config_of(source, evaluated_run)
     data, metrics = _load(config)
-    run = RunDirectory.create(
-        config.run.output_dir, config.run.name, source.to_yaml(), command=command, seed=config.run.seed
-    )
+    name = f"{config.run.name}-evaluation"
+    run = RunDirectory.create(config.run.output_dir, name, source.to_yaml(), command=command, seed=config.run.seed)
     of = str(evaluated_run.resolve()) if evaluated_run is not None else None
     run.update_manifest(evaluation={"of": of})
     reporter.note(f"Run directory: {run.path}")
@@ -159,7 +158,7 @@ def _summary(
     }
     return {
         "schema_version": SCHEMA_VERSION,
-        "run_name": config.run.name,
+        "run_name": manifest["run"],
         "run_dir": str(run.path),
         "status": "done",
         "role": "evaluation",

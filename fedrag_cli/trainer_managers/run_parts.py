@@ -201,11 +201,14 @@ def data_fingerprints(data: RunData) -> dict[str, str]:
     rows = {"train": data.train, "validation": data.validation}
     if data.split is not None:
         rows[data.split] = data.evaluation
-    examples = {
-        name: corpus_fingerprint([KnowledgeNode(example.query, "|".join(example.responses)) for example in split])
-        for name, split in rows.items()
-    }
+    examples = {name: corpus_fingerprint([_as_node(example) for example in split]) for name, split in rows.items()}
     return {"passages": corpus_fingerprint(data.nodes), **examples}
+
+
+def _as_node(example: Example) -> KnowledgeNode:
+    """Put all of an example that training or evaluation looks at into what can be hashed."""
+    known = {"relevant_ids": list(example.relevant_ids), "choices": list(example.choices)}
+    return KnowledgeNode(example.query, "|".join(example.responses), known)
 
 
 def model_fingerprints(rag_system: RAGSystem) -> dict[str, str]:
