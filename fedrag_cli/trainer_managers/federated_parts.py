@@ -193,13 +193,13 @@ def federation_summary(
         "rounds": rounds,
         "evaluations": evaluations,
         "seconds": seconds,
-        "settings": settings | {"federated": _public(federated)},
+        "settings": settings | {"federated": public_settings(federated)},
         "truncated": {f"evaluation {name}": count for name, count in (after.truncated if after else {}).items()},
         "versions": manifest["versions"],
     }
 
 
-def _public(federated: dict[str, Any]) -> dict[str, Any]:
+def public_settings(federated: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a federation without where keys and certificates are."""
     private = ("key", "allowed_keys", "certificate", "certificate_key", "ca_certificate")
     return {name: value for name, value in federated.items() if name not in private}
