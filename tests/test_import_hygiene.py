@@ -28,6 +28,7 @@ json.dump({"code": code, "modules": sorted(sys.modules)}, open(sys.argv[1], "w")
     [
         ["--help"],
         ["train", "--help"],
+        ["report", "--help"],
         ["--version"],
         ["validate", "c.yaml"],
         ["validate", "c.yaml", "run.sed=3"],
