@@ -146,7 +146,9 @@ def test_runs_against_an_evaluation(config: Path, tmp_path: Path, made: Callable
     assert ["open" in part for part in folded] == [True] + [False] * (len(METRICS) - 1)
     for metric in METRICS:
         won, lost = len(item["won"][metric]), len(item["lost"][metric])
-        assert f"{metric} {won} won, {lost} lost Won: {won}" in shown
+        assert f"{metric} {won} won, {lost} lost" in shown
+        for outcome, count in (("Won", won), ("Lost", lost)):
+            assert count == 0 or f"{outcome}: {count}{', of which 2 are shown' if count > 2 else ''} <script>" in shown
     after = {row["id"]: row for row in records(Path(trained), "after")}
     name = max(item["won"]["negative_log_likelihood"] + item["lost"]["negative_log_likelihood"])
     assert f"{after[name]['passages'][0]['score']:.3f}" in page.text
