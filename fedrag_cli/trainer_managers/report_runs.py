@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from fedrag_cli.errors import DataError
+from fedrag_cli.federated.config import public_settings
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.model_card import portable, portable_argument
 from fedrag_cli.trainer_managers.comparing import short_name
-from fedrag_cli.trainer_managers.federated_parts import public_settings
 
 KINDS = {
     None: "Training on one machine",
