@@ -28,6 +28,7 @@ json.dump({"code": code, "modules": sorted(sys.modules)}, open(sys.argv[1], "w")
     [
         ["--help"],
         ["train", "--help"],
+        ["report", "--help"],
         ["--version"],
         ["validate", "c.yaml"],
         ["validate", "c.yaml", "run.sed=3"],
@@ -46,6 +47,13 @@ def test_commands_that_load_no_model_import_no_model_library(tmp_path: Path, arg
     found = json.loads(report.read_text(encoding="utf-8"))
     assert found["code"] == (2 if "run.sed=3" in arguments else 0)
     assert [name for name in HEAVY if name in found["modules"]] == []
+
+
+@pytest.mark.parametrize("module", ["comparing", "report"])
+def test_what_only_reads_runs_needs_no_model_library(module: str) -> None:
+    program = f"import sys, fedrag_cli.trainer_managers.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(HEAVY) & set(done.stdout.split()) <= {"numpy"}
 
 
 def test_importing_the_package_imports_next_to_nothing() -> None:

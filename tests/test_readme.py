@@ -50,7 +50,7 @@ def test_every_command_names_a_config_that_is_valid(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     commands = fedrag_commands()
     assert {command[0] for command in commands} == {
-        "train", "query", "init", "validate", "evaluate", "compare",
+        "train", "query", "init", "validate", "evaluate", "compare", "report",
         "keys", "serve-fl", "join-fl", "simulate", "export-flower-app",
     }  # fmt: skip
     for command in commands:
@@ -71,6 +71,11 @@ def test_the_commands_that_need_no_models_run(
     assert main(["components", "lsr"]) == 0
     assert main(["components", "corpus"]) == 0
     capsys.readouterr()
+
+
+def test_the_report_is_of_the_run_that_is_printed() -> None:
+    (command,) = [command for command in fedrag_commands() if command[0] == "report"]
+    assert f"Run directory: {command[1]}\n" in README
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:
@@ -194,6 +199,10 @@ def test_the_quickstart_improves_retriever_and_generator(tmp_path: Path) -> None
     )
     assert len(answer["sources"]) == 3
     assert answer["answer"]
+    shown = next(line for line in README.splitlines() if line.startswith("fedrag report "))
+    options = shlex.split(shown)[3:]
+    assert json.loads(_run([*fedrag, "report", str(run), *options, "--json"], tmp_path).stdout)["verdicts"]
+    assert (tmp_path / "report.html").is_file()
     again = json.loads(_run([*fedrag, "evaluate", str(run), "evaluation.limit=30", "--json"], tmp_path).stdout)
     _run([*fedrag, *shlex.split(f"compare {run} --examples 3 --plot difference.png")], tmp_path)
     assert (tmp_path / "difference.png").stat().st_size > 10_000

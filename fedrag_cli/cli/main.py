@@ -21,6 +21,7 @@ from fedrag_cli.cli import (
     join_fl,
     keys,
     query,
+    report,
     resume,
     schema,
     serve_fl,
@@ -48,7 +49,7 @@ app = typer.Typer(
     # click suggests them already.
     suggest_commands=False,
 )
-for module in (init, validate, schema, components, doctor, index, train, resume, evaluate, compare, query):
+for module in (init, validate, schema, components, doctor, index, train, resume, evaluate, compare, report, query):
     app.command(name=module.NAME)(module.command)
 for module in (serve_fl, join_fl, simulate, export_flower_app):
     app.command(name=module.NAME)(module.command)

@@ -6,7 +6,8 @@ A strategy turns the clients' updates into the next global weights. Names and pa
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -174,6 +175,12 @@ STRATEGIES: dict[str, tuple[type, str]] = {
     "Bulyan": (BulyanConfig, "Multi-Krum, then the mean of each weight's middle values"),
     "QFedAvg": (QFedAvgConfig, "clients with a higher loss count for more"),
 }
+
+
+def public_settings(federated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a federation without where keys and certificates are."""
+    private = ("key", "allowed_keys", "certificate", "certificate_key", "ca_certificate")
+    return {name: value for name, value in federated.items() if name not in private}
 
 
 def register(registry: Registry) -> None:

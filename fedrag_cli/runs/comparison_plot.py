@@ -10,6 +10,7 @@ from fedrag_cli.runs.plots import VERDICT_COLOURS, new_figure, save_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -19,6 +20,11 @@ def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> No
         comparisons: At least one; each becomes a block of rows, one a metric.
         path: The PNG file.
     """
+    save_figure(draw_comparisons(comparisons), path)
+
+
+def draw_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the figure that `plot_comparisons` writes."""
     rows = [(item, difference) for item in comparisons for difference in item["differences"]]
     figure = new_figure((10.5, 1.5 + 0.42 * len(rows) + 0.3 * len(comparisons)))
     changes, questions = figure.subplots(1, 2, sharey=True, width_ratios=(1.5, 1))
@@ -47,7 +53,7 @@ def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> No
     changes.patch.set_visible(False)
     for axes in (changes, questions):
         tidy(axes, grid="x")
-    save_figure(figure, path)
+    return figure
 
 
 def _draw_title(axes: Axes, item: Mapping[str, Any], place: float) -> None:

@@ -139,7 +139,7 @@ def _tuned(tuned: Mapping[str, Any]) -> str:
             details.append(encoders.get(part["train"], part["train"]))
         if "adapter" in part:
             details.append("LoRA adapter" if part["adapter"] else "all weights")
-        lines.append(f"- **{side.capitalize()}**: `{_portable(part['model'])}`, {', '.join(details)}.")
+        lines.append(f"- **{side.capitalize()}**: `{portable(part['model'])}`, {', '.join(details)}.")
     return "\n".join(lines)
 
 
@@ -257,7 +257,7 @@ def _data(counts: Mapping[str, int], fingerprints: Mapping[str, str]) -> str:
 def _base_model(reference: str) -> str:
     """Return the lines of Python that load the model an adapter belongs to."""
     path = PurePosixPath(reference.removeprefix("package://"))
-    arguments = [repr(_portable(reference))]
+    arguments = [repr(portable(reference))]
     lines = []
     if reference.startswith("package://"):
         inner = path.parent if path.suffix == ".gguf" else path
@@ -266,7 +266,7 @@ def _base_model(reference: str) -> str:
         below = "/".join(inner.parts[1:])
         arguments = [f'f"{{package}}/{below}"' if below else "package"]
     elif path.suffix == ".gguf":
-        arguments = [repr(str(_portable(str(path.parent))))]
+        arguments = [repr(str(portable(str(path.parent))))]
     if path.suffix == ".gguf":
         arguments.append(f"gguf_file={path.name!r}")
     lines.append(f"base_model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})")
@@ -274,7 +274,7 @@ def _base_model(reference: str) -> str:
 
 
 def _training(summary: Mapping[str, Any]) -> str:
-    command = shlex.join(_portable_argument(argument) for argument in summary["command"])
+    command = shlex.join(portable_argument(argument) for argument in summary["command"])
     lines = [f"- Mode: {summary['mode']}", f"- Seed: {summary['seed']}"]
     if summary.get("steps") is not None:
         lines.append(f"- Steps: {summary['steps']}")
@@ -285,7 +285,7 @@ def _training(summary: Mapping[str, Any]) -> str:
     text = "## Training\n\n" + "\n".join(lines) + f"\n\n```sh\n{command}\n```"
     settings = summary.get("settings")
     if settings:
-        dumped = yaml.safe_dump(_portable(settings), sort_keys=False, allow_unicode=True)
+        dumped = yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
         text += f"\n\nSettings of the trainer:\n\n```yaml\n{dumped}```"
     return text
 
@@ -304,12 +304,13 @@ def _versions(versions: Mapping[str, str]) -> str:
     return "## Versions\n\n" + table(["Package", "Version"], rows)
 
 
-def _portable_argument(argument: str) -> str:
+def portable_argument(argument: str) -> str:
+    """Cut the absolute path in an argument of a command line, such as `key=/path`, to its last part."""
     key, separator, value = argument.partition("=")
-    return f"{key}={_portable(value)}" if separator else str(_portable(argument))
+    return f"{key}={portable(value)}" if separator else str(portable(argument))
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Cut absolute paths to their last part, in texts and in whatever holds them."""
     if isinstance(value, str):
         for flavour in (PurePosixPath, PureWindowsPath):
@@ -317,7 +318,7 @@ def _portable(value: Any) -> Any:
                 return flavour(value).name
         return value
     if isinstance(value, Mapping):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     return value

@@ -264,6 +264,11 @@ def tidy(axes: Axes, grid: str) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file."""
+    write_bytes_atomically(path, png_of(figure))
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DOTS_PER_INCH)
-    write_bytes_atomically(path, content.getvalue())
+    return content.getvalue()

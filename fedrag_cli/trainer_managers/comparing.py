@@ -65,7 +65,7 @@ def load_evaluated(name: str) -> Evaluated:
         ConfigError: The folder is no run, or it has no such evaluation.
         DataError: The records are damaged.
     """
-    path, stage = _split(name)
+    path, stage = split_stage(name)
     run = RunDirectory.open(path)
     stages = stages_of(run)
     if not stages:
@@ -77,7 +77,7 @@ def load_evaluated(name: str) -> Evaluated:
     if stage not in stages:
         raise ConfigError(f"The run in '{path}' has no evaluation '{stage}'.", f"It has: {', '.join(stages)}.")
     rows = _read(run.path / "evaluation" / f"{stage}{SUFFIX}")
-    return Evaluated(name, rows, f"{run.manifest().get('run', path.parent.name)} {path.resolve().name[-6:]} ({stage})")
+    return Evaluated(name, rows, f"{short_name(run)} ({stage})")
 
 
 def questions_of(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -96,9 +96,14 @@ def with_baseline(names: Sequence[str]) -> list[str]:
     names = [name.rstrip("/") for name in names]
     if len(names) > 1:
         return names
-    if _split(names[0])[1] is not None:
+    if split_stage(names[0])[1] is not None:
         raise ConfigError(f"There is nothing to compare '{names[0]}' with.", "Name another run.")
     return [f"{names[0]}:before", names[0]]
+
+
+def short_name(run: RunDirectory) -> str:
+    """Return what a run is called for short: its name, and the end of its folder's."""
+    return f"{run.manifest().get('run', run.path.parent.name)} {run.path.resolve().name[-6:]}"
 
 
 def stages_of(run: RunDirectory) -> list[str]:
@@ -106,7 +111,8 @@ def stages_of(run: RunDirectory) -> list[str]:
     return sorted(file.name.removesuffix(SUFFIX) for file in (run.path / "evaluation").glob(f"*{SUFFIX}"))
 
 
-def _split(name: str) -> tuple[Path, str | None]:
+def split_stage(name: str) -> tuple[Path, str | None]:
+    """Return the run directory and the stage of RUN or RUN:STAGE."""
     if Path(name).exists() or ":" not in name:
         return Path(name), None
     path, _, stage = name.rpartition(":")

@@ -12,6 +12,7 @@ from fedrag_cli.config.checks import require_generator_for_training, tuned_sides
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
+from fedrag_cli.federated.config import public_settings
 from fedrag_cli.federated.federation import EvaluateGlobal, Federation
 from fedrag_cli.federated.grid import FederationGrid
 from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
@@ -193,13 +194,7 @@ def federation_summary(
         "rounds": rounds,
         "evaluations": evaluations,
         "seconds": seconds,
-        "settings": settings | {"federated": _public(federated)},
+        "settings": settings | {"federated": public_settings(federated)},
         "truncated": {f"evaluation {name}": count for name, count in (after.truncated if after else {}).items()},
         "versions": manifest["versions"],
     }
-
-
-def _public(federated: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a federation without where keys and certificates are."""
-    private = ("key", "allowed_keys", "certificate", "certificate_key", "ca_certificate")
-    return {name: value for name, value in federated.items() if name not in private}

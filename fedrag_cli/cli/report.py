@@ -1,0 +1,54 @@
+"""`fedrag report`: one HTML file that says whether runs are better, by how much, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.session import session
+
+if TYPE_CHECKING:
+    from fedrag_cli.cli.render import Renderer
+
+NAME = "report"
+
+
+def command(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run directories, as for compare: the first is compared with, and a single training run with itself "
+            "before training. RUN:STAGE names another of its evaluations.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, help="Show so many questions won and lost for each metric.")
+    ] = 10,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=0.999, help="Level of the intervals.")
+    ] = 0.95,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is no report of fedrag.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a report of runs as one HTML file: verdicts, metrics, settings, curves, questions won and lost."""
+    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+        from fedrag_cli.config import EvaluationConfig
+        from fedrag_cli.runs.report import require_replaceable
+        from fedrag_cli.trainer_managers.report import write_report
+
+        require_replaceable(output, force=force)
+        written = write_report(runs, output, EvaluationConfig(confidence=confidence), examples)
+
+        def show(renderer: Renderer) -> None:
+            for item in written["verdicts"]:
+                renderer.line(item["verdict"])
+            renderer.written([output], "Open it in a browser: all of it is in this one file.")
+
+        current.result(written, show)
