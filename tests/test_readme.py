@@ -78,6 +78,15 @@ def test_the_report_is_of_the_run_that_is_printed() -> None:
     assert f"Run directory: {command[1]}\n" in README
 
 
+def test_the_printed_config_is_valid(tmp_path: Path) -> None:
+    (printed,) = blocks("yaml")
+    file = tmp_path / "mmlu.yaml"
+    file.write_text(printed, encoding="utf-8")
+    assert main(["validate", str(file)]) == 0
+    rag = ["dataset.corpus={type: squad_v2, data_splits: [validation]}", "dataset.test={type: squad_v2, limit: null}"]
+    assert main(["validate", str(file), *rag, "evaluation={context: retrieved, group_by: title}"]) == 0
+
+
 def test_the_exit_codes_are_those_of_the_program() -> None:
     from fedrag_cli import errors
 
