@@ -9,7 +9,9 @@ import yaml
 from fedrag_cli.config import load_config
 from fedrag_cli.config.metrics import METRIC_HELP
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, Position, suggestion
+from fedrag_cli.registry import registry
 
+EXAMPLES = ", ".join(sorted(registry().of_kind("examples")))
 METRICS = f"(metrics: {METRIC_HELP})"
 
 
@@ -163,8 +165,8 @@ def test_names_that_are_no_metrics(tmp_path: Path, metric: str) -> None:
     [
         ("trainer.retriever.type", "lsrr", "there is no type 'lsrr' (did you mean 'lsr'?)"),
         ("dataset.train.type", "sqad", "there is no type 'sqad' (did you mean 'squad'?)"),
-        ("dataset.train.type", "xyz", "there is no type 'xyz' (known: beir, file, huggingface, squad)"),
-        ("dataset.train.type", 5, "there is no type '5' (known: beir, file, huggingface, squad)"),
+        ("dataset.train.type", "xyz", f"there is no type 'xyz' (known: {EXAMPLES})"),
+        ("dataset.train.type", 5, f"there is no type '5' (known: {EXAMPLES})"),
         ("dataset.train.type", ["squad"], "there is no type '['squad']' (did you mean 'squad'?)"),
         ("rag_system.knowledge_store.type", {"a": 1}, "there is no type '{'a': 1}' (known: memory)"),
         ("trainer.retriever.type", None, "None is not one of lsr"),

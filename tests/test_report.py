@@ -201,6 +201,8 @@ def test_a_single_training_run_is_compared_with_itself_before(
         "Loss in training",
         "Learning rate",
         "Before and after training",
+        "Diagnostics",
+        "Movement",
         "My own",
     ]
     assert "Questions won and lost" not in page.text

@@ -142,7 +142,7 @@ def test_a_run_whose_model_has_changed_is_not_resumed(
     shutil.rmtree(model)
     shutil.copytree(models["other_retriever"], model)
     assert main(["resume", str(run)]) == 1
-    assert "The base models of this run are others than when it started: retriever" in capsys.readouterr().err
+    assert "The base models of this run have changed since it started: retriever" in capsys.readouterr().err
 
 
 def test_metrics_without_a_split_are_no_error(write_config: Callable[..., Path], capsys: Any) -> None:

@@ -81,7 +81,7 @@ def resume_evaluation(run: RunDirectory, source: ConfigSource, reporter: Reporte
     with run.locked():
         run.update_manifest(status="running", error=None)
         rag_system = _build(config, data, metrics, reporter)
-        require_unchanged(run, "models", model_fingerprints(rag_system))
+        require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, metrics, rag_system, reporter)
 
 

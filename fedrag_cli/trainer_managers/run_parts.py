@@ -223,14 +223,15 @@ def require_unchanged(run: RunDirectory, what: str, fingerprints: dict[str, str]
 
     Args:
         run: The run that goes on.
-        what: `data` or `models`, for the message.
+        what: `data` or `base models`, for the message.
         fingerprints: Those of now.
     """
     known = run.manifest().get("fingerprints") or {}
     changed = [name for name, value in fingerprints.items() if known.get(name, value) != value]
     if changed:
+        verb = "has" if what == "data" else "have"
         raise FedRAGError(
-            f"The {what} of this run changed since it started: {', '.join(changed)}.",
+            f"The {what} of this run {verb} changed since it started: {', '.join(changed)}.",
             f"Put the old {what} back, or start a new run.",
         )
 

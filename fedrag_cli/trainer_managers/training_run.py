@@ -85,7 +85,7 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
         require_unchanged(run, "data", data_fingerprints(data))
         run.update_manifest(status="running", error=None)
         rag_system = load_rag_system(config, data, reporter)
-        require_unchanged(run, "models", model_fingerprints(rag_system))
+        require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, rag_system, reporter)
 
 
