@@ -40,7 +40,7 @@ def main() -> None:
     server, clients, seconds = federate(options.name, folders, work)
     values = {"untuned": stored_values(server, "before"), "federated, 4 sites": stored_values(server, "after")}
     if not options.federated_only:
-        values |= centralised(options.name, folders, clients, server)
+        values |= centralised(options.name, folders, clients, server, work)
     text = table(options.name, values, server, seconds)
     print(text)
     write_section(f"XQuAD, federated {options.name.upper()}", text)
@@ -131,14 +131,16 @@ def stored_values(run: Path, stage: str) -> dict[str, list[float]]:
     return values
 
 
-def centralised(name: str, folders: dict[str, Path], clients: dict[str, Path], server: Path) -> dict[str, Any]:
+def centralised(
+    name: str, folders: dict[str, Path], clients: dict[str, Path], server: Path, work: Path
+) -> dict[str, Any]:
     """Train on everything, and on each site's data alone, and measure both over the whole corpus."""
     from fedrag_cli.trainer_managers.federation_baselines import joined_caches
 
     caches = {site: run / "federation" / "cache" for site, run in clients.items()}
     pooled = joined_caches([server / "federation" / "cache", *caches.values()])
-    found = {"pooled": train(name, folders["all"], folders["all"], pooled, len(SITES))}
-    alone = [train(name, folders[site], folders["all"], caches[site], 1) for site in SITES]
+    found = {"pooled": once(work / "pooled.json", name, folders["all"], folders["all"], pooled, len(SITES))}
+    alone = [once(work / f"alone-{site}.json", name, folders[site], folders["all"], caches[site], 1) for site in SITES]
     for site, values in zip(SITES, alone, strict=True):
         found[f"site {site} alone"] = values
     # Each question's mean over the four models.
@@ -147,6 +149,14 @@ def centralised(name: str, folders: dict[str, Path], clients: dict[str, Path], s
         for metric in METRICS[name]
     }
     return found
+
+
+def once(finished: Path, name: str, data: Path, everything: Path, cache: Path, sites: int) -> dict[str, list[float]]:
+    """Train and measure as `train` does, or return what a former call has found."""
+    if not finished.exists():
+        finished.write_text(json.dumps(train(name, data, everything, cache, sites)), encoding="utf-8")
+    known: dict[str, list[float]] = json.loads(finished.read_text(encoding="utf-8"))
+    return known
 
 
 def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> dict[str, list[float]]:
