@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -211,6 +213,39 @@ def test_a_key_that_comes_back_under_another_name_is_one_client() -> None:
     roster.refresh()
     assert [participant.name for participant in roster.ready()] == ["second"]
     assert roster.find("first") is None
+
+
+def test_a_client_that_answers_its_earlier_greeting_and_leaves_is_refused_in_words() -> None:
+    """A client looks whether the server is there, leaves, comes back, and answers what was sent to its first visit."""
+    from fedrag_cli.federated.grid import Member
+    from fedrag_cli.federated.roster import Roster
+
+    class Late(LocalGrid):
+        """Replies to the first greeting come only after the second visit began; the second one is never answered."""
+
+        visit = 1
+
+        def members(self) -> list[Member]:
+            return [Member(2, "x", "abcdef123456", self.visit)]
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            wanted = list(message_ids)
+            if self.visit == 1:
+                self.first = wanted
+                return []
+            return super().pull_messages([message_id for message_id in wanted if message_id in self.first])
+
+    client = ToyClient("x", [0, 0, 0], agreement=dataclasses.replace(COMMON, side="generator"))
+    grid, told = Late({"x": client}), []  # type: ignore[dict-item]
+    reporter = SilentReporter()
+    reporter.event = lambda name, **fields: told.append((name, fields["status"], fields["reason"]))  # type: ignore[method-assign]
+    roster = Roster(grid, COMMON, reporter)
+    roster.refresh()
+    assert told == []
+    grid.visit = 2
+    roster.refresh()
+    roster.refresh()
+    assert told == [("client", "refused", "tunes the generator, but the server the retriever (trainer.mode)")]
 
 
 def test_reasons_with_brackets_do_not_break_the_table() -> None:

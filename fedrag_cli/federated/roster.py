@@ -110,8 +110,13 @@ class Roster:
 
     def _greet(self, member: Member) -> None:
         for message_id in [key for key, other in self._pending.items() if other.node_id == member.node_id]:
-            self._grid.forget([message_id])
-            del self._pending[message_id]
+            greeted = self._pending.pop(message_id)
+            replies = self._grid.pull_messages([message_id])
+            for reply in replies:
+                # It came back and answered the greeting of its visit before; one that does not fit has left by now.
+                self._conclude(greeted, reply)
+            if not replies:
+                self._grid.forget([message_id])
         content = RecordDict({"config": ConfigRecord({ACTION: HANDSHAKE, AGREEMENT: self._agreement.to_json()})})
         (message_id,) = self._grid.push_messages([Message(content, member.node_id, MessageType.QUERY)])
         if message_id:
@@ -124,12 +129,15 @@ class Roster:
         else:
             claimed, reason = self._compare(reply)
         name = member.name or self._free_name(claimed or f"client-{member.key[:6]}", member)
+        before = None
         for other in [other for other in self._participants.values() if other.node_id == member.node_id]:
+            before = other
             # The same key under another name is still the same client.
             del self._participants[other.name]
         status: Status = "refused" if reason else "ready"
         self._participants[name] = Participant(name, member.node_id, member.activation, status, reason)
-        self._tell(self._participants[name])
+        if before is None or (before.name, before.status, before.reason) != (name, status, reason):
+            self._tell(self._participants[name])
 
     def _compare(self, reply: Message) -> tuple[str, str]:
         """Return the name that a client gives itself, and why it does not fit; an empty text where it does."""
