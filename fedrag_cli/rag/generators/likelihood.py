@@ -40,6 +40,8 @@ def token_log_probs(
     *,
     pad_id: int,
     padding_side: Literal["left", "right"] = "right",
+    past_key_values: Any = None,
+    past_tokens: int = 0,
 ) -> list[Tensor]:
     """Return the log-probability of each token of each target after its prompt, in one forward pass.
 
@@ -48,21 +50,35 @@ def token_log_probs(
         pairs: (prompt ids, target ids), neither of them empty.
         pad_id: Any token id; padding never reaches a result.
         padding_side: Where the padding goes. The results agree but for rounding.
+        past_key_values: What the model remembers of tokens that come before all prompts, for as many rows.
+        past_tokens: How many tokens these are.
 
     Returns:
         For each pair a float32 tensor of shape (target tokens,) on the model's device, each value at most 0.
     """
     device = next(model.parameters()).device
-    input_ids, mask, starts = padded(pairs, pad_id, padding_side)
+    input_ids, mask, starts = _padded(pairs, pad_id, padding_side)
     # The logits at a position predict the token after it.
     first = min(start + len(prompt) for (prompt, _), start in zip(pairs, starts, strict=True)) - 1
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    keep = input_ids.shape[1] - first
-    logits = tail_logits(model, input_ids.to(device), mask.to(device), positions.to(device), keep=keep)
-    return target_log_probs_of_logits(logits, pairs, starts, first)
+    positions = past_tokens + (mask.cumsum(dim=1) - 1).clamp(min=0)
+    whole_mask = torch.cat([torch.ones(len(pairs), past_tokens, dtype=torch.long), mask], dim=1)
+    logits = _tail_logits(
+        model,
+        input_ids.to(device),
+        whole_mask.to(device),
+        positions.to(device),
+        keep=input_ids.shape[1] - first,
+        past_key_values=past_key_values,
+    )
+    found = []
+    for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
+        begin = start + len(prompt) - 1 - first
+        log_probs = torch.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
+        found.append(log_probs.gather(1, torch.tensor(target, device=device)[:, None]).squeeze(1))
+    return found
 
 
-def padded(
+def _padded(
     pairs: Sequence[TokenPair], pad_id: int, padding_side: Literal["left", "right"]
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Put prompts with their targets into the rows of one tensor.
@@ -86,44 +102,16 @@ def padded(
     return input_ids, mask, starts
 
 
-def target_log_probs_of_logits(
-    logits: Tensor, pairs: Sequence[TokenPair], starts: Sequence[int], first: int
-) -> list[Tensor]:
-    """Return the log-probability of each token of each target.
-
-    Args:
-        logits: Of the columns from `first` on, of shape (len(pairs), columns, vocabulary).
-        pairs: (prompt ids, target ids).
-        starts: The column in which each row starts.
-        first: The first column that there are logits of.
-    """
-    found = []
-    for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
-        begin = start + len(prompt) - 1 - first
-        log_probs = torch.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
-        found.append(log_probs.gather(1, torch.tensor(target, device=logits.device)[:, None]).squeeze(1))
-    return found
-
-
 def accepted_arguments(model: nn.Module) -> frozenset[str]:
     """Return the names that a language model's `forward` takes, that of the model inside where it has an adapter."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return frozenset(inspect.signature(base.forward).parameters)
 
 
-def tail_logits(
-    model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int, past_key_values: Any = None
+def _tail_logits(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int, past_key_values: Any
 ) -> Tensor:
-    """Run the model and return the logits of the last `keep` columns, computing no others where it can.
-
-    Args:
-        model: A causal language model of transformers.
-        input_ids: Token ids, of shape (rows, tokens).
-        mask: Attention mask over the earlier tokens and these.
-        positions: Position of each token, of shape (rows, tokens).
-        keep: Number of columns.
-        past_key_values: What the model remembers of earlier tokens.
-    """
+    """Run the model and return the logits of the last `keep` columns, computing no others where it can."""
     accepted = accepted_arguments(model)
     options: dict[str, object] = {"use_cache": past_key_values is not None}
     if past_key_values is not None:

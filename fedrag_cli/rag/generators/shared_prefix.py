@@ -16,10 +16,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from fedrag_cli.rag.generators.likelihood import (
     TokenPair,
+    accepted_arguments,
     length_sorted_batches,
-    padded,
-    tail_logits,
-    target_log_probs_of_logits,
+    token_log_probs,
 )
 
 LEAST_SHARE = 0.5
@@ -79,50 +78,39 @@ def shared_prefix_log_probs(
     """
     device = next(model.parameters()).device
     prefix = torch.tensor([pairs[0][0][:shared]], device=device)
-    outputs: Any = model(input_ids=prefix, attention_mask=torch.ones_like(prefix), use_cache=True)
+    # Of the common beginning only what the model remembers is wanted.
+    fewest_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted_arguments(model) else {}
+    outputs: Any = model(input_ids=prefix, attention_mask=torch.ones_like(prefix), use_cache=True, **fewest_logits)
     # transformers 5.24 gave the field its new name.
     past = outputs.cache if "cache" in outputs else outputs.past_key_values
     if not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers):
         return None
     past.batch_repeat_interleave(len(pairs))
     rests = [(prompt[shared:], target) for prompt, target in pairs]
-    input_ids, mask, starts = padded(rests, pad_id, "right")
-    positions = shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
-    whole_mask = torch.cat([torch.ones(len(pairs), shared, dtype=torch.long), mask], dim=1)
-    first = min(len(prompt) for prompt, _ in rests) - 1
-    logits = tail_logits(
-        model,
-        input_ids.to(device),
-        whole_mask.to(device),
-        positions.to(device),
-        keep=input_ids.shape[1] - first,
-        past_key_values=past,
-    )
-    return target_log_probs_of_logits(logits, rests, starts, first)
+    # Padded on the left, all answers end together, so that logits are needed of the last columns only.
+    return token_log_probs(model, rests, pad_id=pad_id, padding_side="left", past_key_values=past, past_tokens=shared)
 
 
 def _groups(pairs: Sequence[TokenPair], token_budget: int) -> Iterator[ScoringBatch]:
     """Walk through the pairs in the order of their prompts' ids, in which prompts that begin alike are neighbours."""
     order = sorted(range(len(pairs)), key=lambda position: (pairs[position][0], pairs[position][1], position))
     members: list[int] = []
-    shared = longest = 0
+    shared = longest = longest_prompt = 0
     for position in order:
         prompt, target = pairs[position]
         if members:
             common = min(shared, len(prompt) - 1, _common_length(pairs[members[0]][0], prompt))
-            rest = max(longest, len(prompt) + len(target))
-            fits = common + (len(members) + 1) * (rest - common) <= token_budget
-            if fits and common >= max(1, LEAST_SHARE * len(prompt), LEAST_SHARE * _longest_prompt(pairs, members)):
-                members, shared, longest = [*members, position], common, rest
+            most, most_prompt = max(longest, len(prompt) + len(target)), max(longest_prompt, len(prompt))
+            fits = common + (len(members) + 1) * (most - common) <= token_budget
+            if fits and common >= max(1, LEAST_SHARE * most_prompt):
+                members.append(position)
+                shared, longest, longest_prompt = common, most, most_prompt
                 continue
             yield ScoringBatch(members, shared)
-        members, shared, longest = [position], len(prompt) - 1, len(prompt) + len(target)
+        members, shared = [position], len(prompt) - 1
+        longest, longest_prompt = len(prompt) + len(target), len(prompt)
     if members:
         yield ScoringBatch(members, shared)
-
-
-def _longest_prompt(pairs: Sequence[TokenPair], members: Sequence[int]) -> int:
-    return max(len(pairs[position][0]) for position in members)
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
