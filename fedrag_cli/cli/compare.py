@@ -49,17 +49,18 @@ def command(
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         thresholds = dict(_threshold(text) for text in fail_under or ())
         from fedrag_cli.config import EvaluationConfig
-        from fedrag_cli.trainer_managers.comparing import compare_runs, questions_of
+        from fedrag_cli.trainer_managers.comparing import compare_runs, load_compared, questions_of
 
         settings = EvaluationConfig(confidence=confidence)
-        found = compare_runs(runs, settings, thresholds, fail_if_worse=fail_if_worse)
+        evaluated = load_compared(runs)
+        found = compare_runs(evaluated, settings, thresholds, fail_if_worse=fail_if_worse)
         if plot is not None:
             from fedrag_cli.runs.comparison_plot import plot_comparisons
 
             plot_comparisons(found["comparisons"], plot)
         current.result(found, lambda renderer: renderer.comparison(found))
         if examples and not json and not quiet:
-            current.renderer.won_and_lost(found, questions_of(runs), examples)
+            current.renderer.won_and_lost(found, questions_of(evaluated), examples)
         for failure in found["failures"]:
             current.renderer.line(f"Failed: {failure}")
         if found["failures"]:

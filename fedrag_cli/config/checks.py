@@ -22,6 +22,7 @@ def check_config(config: Config) -> Iterator[Finding]:
     yield from _check_device(config)
     yield from _check_trackers(config)
     yield from _check_retriever_models(config)
+    yield from _check_inference(config)
     yield from _check_evaluation(config)
     yield from _check_federation(config)
     for side in tuned_sides(config):
@@ -106,6 +107,14 @@ def _check_retriever_models(config: Config) -> Iterator[Finding]:
         yield path, "has 'model' beside 'query_model' or 'passage_model'; keep one or the other"
 
 
+def _check_inference(config: Config) -> Iterator[Finding]:
+    settings = config.rag_system
+    if settings.inference == "concat" and settings.ensemble_temperature is not None:
+        yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
+    if settings.inference == "ensemble" and settings.generator is None:
+        yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
+
+
 def _check_evaluation(config: Config) -> Iterator[Finding]:
     split = config.evaluation.split
     if split != "auto" and getattr(config.dataset, split) is None:
@@ -114,13 +123,8 @@ def _check_evaluation(config: Config) -> Iterator[Finding]:
     answering = generator_metrics_of(metrics)
     if config.rag_system.generator is None and answering:
         yield ("evaluation", "metrics"), f"{answering[0]} needs a rag_system.generator"
-    generator = config.rag_system.generator
-    if config.rag_system.inference == "concat" and config.rag_system.ensemble_temperature is not None:
-        yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
     if config.evaluation.choice_score != "sum" and metrics and "accuracy" not in metrics:
         yield ("evaluation", "choice_score"), "has no effect without the metric accuracy; remove it"
-    if generator is None and config.rag_system.inference == "ensemble":
-        yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
     ranked = ranking_metrics_of(metrics)
     if ranked and config.evaluation.context != "retrieved":
         yield ("evaluation", "metrics"), f"{ranked[0]} needs evaluation.context: retrieved"

@@ -61,10 +61,7 @@ def bootstrap_interval(
         DataError: If there is no value, or one is not finite.
         ConfigError: If confidence or resamples are out of range.
     """
-    if not 0 <= confidence <= 1:
-        raise ConfigError(f"The confidence of an interval is between 0 and 1, not {confidence}.")
-    if resamples < 1:
-        raise ConfigError(f"A bootstrap needs at least 1 resample, not {resamples}.")
+    _check_settings(confidence, resamples)
     sample = _finite_array(values)
     if np.all(sample == sample[0]):
         # The mean of equal floats may differ from them by rounding, which would be taken for a difference.
@@ -98,13 +95,8 @@ def paired_difference(
         DataError: If the lengths differ, there is no value, or one is not finite.
         ConfigError: If confidence or resamples are out of range.
     """
-    if len(before) != len(after):
-        raise DataError(
-            f"There are {len(before)} values before and {len(after)} after; a paired comparison needs as many of each.",
-            "Evaluate both on the same questions.",
-        )
-    differences = _finite_array(after) - _finite_array(before)
-    return bootstrap_interval(differences.tolist(), confidence, resamples, seed)
+    first, second = _paired(before, after)
+    return bootstrap_interval((second - first).tolist(), confidence, resamples, seed)
 
 
 def metric_mean(metric: str, values: Sequence[float]) -> float:
@@ -135,11 +127,27 @@ def metric_difference(
     """Compute the interval of a metric's mean after less that before; see `paired_difference` and `metric_mean`."""
     if metric not in GEOMETRIC or list(before) == list(after):
         return paired_difference(before, after, confidence, resamples, seed)
-    paired_difference(before, after, confidence, 1, seed)
+    _check_settings(confidence, resamples)
     # The same seed draws the same questions on both sides.
-    means = [np.exp(_resampled_means(np.log(_finite_array(side)), resamples, seed)) for side in (before, after)]
+    means = [np.exp(_resampled_means(np.log(side), resamples, seed)) for side in _paired(before, after)]
     low, high = np.quantile(means[1] - means[0], [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(metric_mean(metric, after) - metric_mean(metric, before), float(low), float(high), len(before))
+
+
+def _check_settings(confidence: float, resamples: int) -> None:
+    if not 0 <= confidence <= 1:
+        raise ConfigError(f"The confidence of an interval is between 0 and 1, not {confidence}.")
+    if resamples < 1:
+        raise ConfigError(f"A bootstrap needs at least 1 resample, not {resamples}.")
+
+
+def _paired(before: Sequence[float], after: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if len(before) != len(after):
+        raise DataError(
+            f"There are {len(before)} values before and {len(after)} after; a paired comparison needs as many of each.",
+            "Evaluate both on the same questions.",
+        )
+    return _finite_array(before), _finite_array(after)
 
 
 def _finite_array(values: Sequence[float]) -> NDArray[np.float64]:

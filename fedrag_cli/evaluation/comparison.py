@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.bootstrap import metric_interval
-from fedrag_cli.evaluation.difference import MetricDifference, compare_metrics
+from fedrag_cli.evaluation.difference import MetricDifference, Verdict, compare_metrics
 
 Prediction = Mapping[str, Any]
 
@@ -59,19 +59,16 @@ class Comparison:
     left_out: int
     skipped_metrics: list[str] = field(default_factory=list)
 
+    def statements(self) -> dict[Verdict, str]:
+        """Say for each verdict that there is in which metrics it holds."""
+        found: dict[Verdict, list[str]] = {"better": [], "worse": [], "no difference shown": []}
+        for item in self.differences:
+            found[item.verdict].append(item.metric if item.verdict == "no difference shown" else _gain(item))
+        return {verdict: f"{verdict} in {', '.join(metrics)}" for verdict, metrics in found.items() if metrics}
+
     def verdict(self) -> str:
         """Say in a sentence what the comparison shows."""
-        better = [_gain(item) for item in self.differences if item.verdict == "better"]
-        worse = [_gain(item) for item in self.differences if item.verdict == "worse"]
-        undecided = [item.metric for item in self.differences if item.verdict == "no difference shown"]
-        parts = []
-        if better:
-            parts.append(f"better in {', '.join(better)}")
-        if worse:
-            parts.append(f"worse in {', '.join(worse)}")
-        if undecided:
-            parts.append(f"no difference shown in {', '.join(undecided)}")
-        return f"{self.other.title} against {self.baseline.title}: {'; '.join(parts)}."
+        return f"{self.other.title} against {self.baseline.title}: {'; '.join(self.statements().values())}."
 
     def is_worse(self) -> bool:
         """Return whether a metric is shown to be worse."""
@@ -126,8 +123,8 @@ def compare(baseline: Evaluated, other: Evaluated, settings: EvaluationConfig, s
         both = [(b, o) for b, o in pairs if metric in b["metrics"] and metric in o["metrics"]]
         if not both:
             continue
-        values = ({metric: [pair[side]["metrics"][metric] for pair in both]} for side in (0, 1))
-        differences += compare_metrics(next(values), next(values), settings, seed)
+        before, after = ([pair[side]["metrics"][metric] for pair in both] for side in (0, 1))
+        differences += compare_metrics({metric: before}, {metric: after}, settings, seed)
         sign = -1 if metric in LOWER_IS_BETTER else 1
         gains = {o["id"]: sign * (o["metrics"][metric] - b["metrics"][metric]) for b, o in both}
         won[metric] = [name for name, gain in gains.items() if gain > 0]
@@ -150,8 +147,7 @@ def metric_table(evaluated: Evaluated, settings: EvaluationConfig, seed: int = 0
             found.setdefault(name, []).append(value)
     table = {}
     for name, values in found.items():
-        interval = metric_interval(name, values, settings.confidence, settings.resamples, seed)
-        table[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
+        table[name] = asdict(metric_interval(name, values, settings.confidence, settings.resamples, seed))
     return table
 
 

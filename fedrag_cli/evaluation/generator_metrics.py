@@ -15,14 +15,14 @@ from fedrag_cli.evaluation.likelihoods import (
     answer_candidate,
     choice_candidates,
     choose,
-    prior_candidates,
+    prior_candidate,
     score_candidates,
 )
 from fedrag_cli.evaluation.memory import EvaluationMemory
 from fedrag_cli.evaluation.result import Values
 from fedrag_cli.evaluation.rouge import ROUGE_METRICS, rouge
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
-from fedrag_cli.rag.system import RAGAnswer, RAGSystem
+from fedrag_cli.rag.system import RAGAnswer, RAGSystem, count_truncation
 from fedrag_cli.runs.reporting import Reporter
 
 ANSWERS = "answers"
@@ -63,17 +63,19 @@ def answer_values(
     with reporter.task("Answering", len(missing), "question") as advance:
         queries = [examples[position].query for position in missing]
         rag_system.answer(queries, [sources[position] for position in missing], advance, keep)
+    answers = [
+        RAGAnswer(example.query, text, found, dropped)
+        for example, found in zip(examples, sources, strict=True)
+        for text, dropped in [memory.get(ANSWERS, example.id)]
+    ]
     values: dict[str, Values] = {name: {} for name in names}
-    cut = 0
-    for position, example in enumerate(examples):
-        answer, dropped = memory.get(ANSWERS, example.id)
-        cut += dropped > 0
-        predictions[position]["answer"] = answer
+    for position, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        predictions[position]["answer"] = answer.text
         for name in names if example.responses else ():
-            values[name][position] = _answer_metric(name, answer, example.responses)
+            values[name][position] = _answer_metric(name, answer.text, example.responses)
     if not next(iter(values.values())):
         raise DataError(f"{', '.join(names)} need accepted answers, but no example has any.")
-    return values, cut
+    return values, count_truncation(answers).truncated
 
 
 def likelihood_values(
@@ -103,14 +105,15 @@ def likelihood_values(
     if set(names) & {"negative_log_likelihood", "perplexity"}:
         answers = {p: answer_candidate(rag_system, examples[p], sources[p]) for p in answered}
     choices: dict[int, list[Candidate]] = {}
-    priors: dict[int, list[Candidate]] = {}
+    priors: list[Candidate] = []
     if "accuracy" in names:
         choices = {p: choice_candidates(rag_system, examples[p], sources[p]) for p in choosing}
     if choices and settings.choice_score == "prior":
-        priors = {p: prior_candidates(rag_system, examples[p]) for p in choosing}
-    candidates = [*answers.values()] + [item for group in (*choices.values(), *priors.values()) for item in group]
-    with reporter.task("Scoring answers", sum(len(item.pairs) for item in candidates), "prompt") as advance:
-        found = score_candidates(rag_system.require_generator(), candidates, memory, advance)
+        texts = dict.fromkeys(text for p in choosing for text in examples[p].choices)
+        priors = [prior_candidate(rag_system, text) for text in texts]
+    candidates = [*answers.values(), *(item for group in choices.values() for item in group), *priors]
+    found = score_candidates(rag_system.require_generator(), candidates, memory, reporter)
+    prior_scores = {prior.text: found[prior.key] for prior in priors}
     values: dict[str, Values] = {name: {} for name in names}
     for position, candidate in answers.items():
         loss = -found[candidate.key] / candidate.tokens
@@ -119,7 +122,7 @@ def likelihood_values(
                 values[name][position] = value
     for position, group in choices.items():
         example = examples[position]
-        chosen, scores = choose(example, group, found, settings, priors.get(position, ()))
+        chosen, scores = choose(example, group, found, settings, prior_scores)
         predictions[position] |= {"chosen": chosen, "choices": list(example.choices), "choice_scores": scores}
         values["accuracy"][position] = float(chosen in example.responses)
     for name, by_position in values.items():

@@ -6,7 +6,7 @@ as in decoding; see `losses/marginal.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +20,9 @@ from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.likelihood import TokenPair
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
 from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.reporting import Reporter
 
 KIND = "token_log_probs"
-Progress = Callable[[int], None]
 
 
 @dataclass
@@ -62,24 +62,21 @@ def choice_candidates(rag_system: RAGSystem, example: Example, found: Sequence[S
     ]
 
 
-def prior_candidates(rag_system: RAGSystem, example: Example) -> list[Candidate]:
-    """Return the choices of a question, to be scored under a prompt without question and passages.
+def prior_candidate(rag_system: RAGSystem, text: str) -> Candidate:
+    """Return a choice, to be scored under a prompt without question and passages, whichever question has it.
 
     Source: Brown et al., "Language Models are Few-Shot Learners" (arXiv 2005.14165, section 2.4), for the comparison
     of a choice's likelihood with that under an empty prompt.
     """
-    prompts = rag_system.require_generator().prompts
-    return [
-        _candidate(rag_system, f"prior of {text}", "", (), text, prompts.answer_tokens(text))
-        for text in example.choices
-    ]
+    answer = rag_system.require_generator().prompts.answer_tokens(text)
+    return _candidate(rag_system, f"prior of {text}", "", (), text, answer)
 
 
 def score_candidates(
     generator: CausalLMGenerator,
     candidates: Sequence[Candidate],
     memory: EvaluationMemory,
-    progress: Progress | None = None,
+    reporter: Reporter,
 ) -> dict[str, float]:
     """Return the log-likelihood of each candidate by its key, under all its prompts together.
 
@@ -87,7 +84,7 @@ def score_candidates(
         generator: The language model.
         candidates: What is scored; those that the memory knows are not computed again.
         memory: Keeps each prompt's token log-probabilities.
-        progress: Called with the number of (prompt, answer) pairs scored after each batch.
+        reporter: Shows the progress.
     """
     pairs = {
         f"{candidate.key} under {number}": pair
@@ -98,10 +95,10 @@ def score_candidates(
 
     def keep(positions: list[int], rows: list[Tensor]) -> None:
         memory.put(KIND, {missing[position]: row.tolist() for position, row in zip(positions, rows, strict=True)})
-        if progress is not None:
-            progress(len(positions))
+        advance(len(positions))
 
-    generator.token_log_probs_of_ids([pairs[key] for key in missing], keep)
+    with reporter.task("Scoring answers", len(missing), "prompt") as advance:
+        generator.token_log_probs_of_ids([pairs[key] for key in missing], keep)
     return {candidate.key: _together(candidate, memory) for candidate in candidates}
 
 
@@ -110,16 +107,16 @@ def choose(
     candidates: Sequence[Candidate],
     log_likelihoods: Mapping[str, float],
     settings: EvaluationConfig,
-    priors: Sequence[Candidate] = (),
+    priors: Mapping[str, float],
 ) -> tuple[str, list[float]]:
     """Return the choice with the best score, and all scores in the order of the choices.
 
     Args:
         example: A question with choices.
         candidates: Its choices.
-        log_likelihoods: Of candidates and priors, by key.
+        log_likelihoods: Of the candidates, by key.
         settings: `choice_score` says what is compared.
-        priors: The same choices without the question; needed for `choice_score: prior`.
+        priors: Log-likelihoods of the choices without the question, by text; needed for `choice_score: prior`.
     """
     totals = [log_likelihoods[candidate.key] for candidate in candidates]
     if settings.choice_score == "token":
@@ -127,7 +124,7 @@ def choose(
     elif settings.choice_score == "character":
         scores = [total / len(candidate.text) for total, candidate in zip(totals, candidates, strict=True)]
     elif settings.choice_score == "prior":
-        scores = [total - log_likelihoods[prior.key] for total, prior in zip(totals, priors, strict=True)]
+        scores = [total - priors[candidate.text] for total, candidate in zip(totals, candidates, strict=True)]
     else:
         scores = totals
     best = max(range(len(scores)), key=lambda number: (scores[number], -number))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedrag_cli.errors import DataError
 from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.json_lines import append_line, whole_lines
 
 
 class EvaluationMemory:
@@ -39,26 +39,13 @@ class EvaluationMemory:
         self._values.update({(kind, key): value for key, value in values.items()})
         if self._path is None:
             return
-        line = json.dumps({"kind": kind, "values": values}, ensure_ascii=False) + "\n"
         with os_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Remove the file, once its results are saved elsewhere."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            append_line(self._path, {"kind": kind, "values": values})
 
     def _read(self, path: Path) -> None:
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
         try:
-            for line in whole.splitlines():
+            for line in whole_lines(path):
                 record = json.loads(line)
                 self._values.update({(record["kind"], key): value for key, value in record["values"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedrag_cli.errors import DataError, FedRAGError
 from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.json_lines import whole_lines
 
 _RESERVED = ("time", "non_finite")
 
@@ -35,10 +36,7 @@ class MetricsLog:
         with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
-            content = self.path.read_bytes()
-            complete = content.rfind(b"\n") + 1
-            if complete < len(content):
-                os.truncate(self.path, complete)
+            whole_lines(self.path)
 
     def append(self, event: str, **fields: Any) -> None:
         """Append one event.

@@ -18,12 +18,16 @@ NEWEST_FIRST = ("evaluated", "after", "before")
 
 
 def compare_runs(
-    names: Sequence[str], settings: EvaluationConfig, thresholds: Mapping[str, float], *, fail_if_worse: bool
+    evaluated: Sequence[Evaluated],
+    settings: EvaluationConfig,
+    thresholds: Mapping[str, float],
+    *,
+    fail_if_worse: bool,
 ) -> dict[str, Any]:
-    """Compare runs with the first of them; a single run with itself before training.
+    """Compare evaluations with the first of them.
 
     Args:
-        names: Run directories, or RUN:STAGE for another evaluation of the run than its last.
+        evaluated: At least two, as `load_compared` reads them.
         settings: Confidence and resamples of the bootstrap.
         thresholds: What each metric of every compared run must reach (or, where lower is better, not exceed).
         fail_if_worse: Whether a metric that is shown to be worse counts as a failure.
@@ -32,10 +36,9 @@ def compare_runs(
         The metrics of each run, the comparisons, and in `failures` what did not hold.
 
     Raises:
-        ConfigError: There is nothing to compare, a folder is no run, or a threshold names no metric of a run.
-        DataError: Records are missing or damaged, or runs have no question in common.
+        ConfigError: A threshold names no metric of a run.
+        DataError: They have no question or no metric in common.
     """
-    evaluated = [load_evaluated(name) for name in with_baseline(names)]
     comparisons = [compare(evaluated[0], other, settings) for other in evaluated[1:]]
     tables = {item.name: metric_table(item, settings) for item in evaluated}
     compared = {item.name: tables[item.name] for item in evaluated[1:]}
@@ -53,6 +56,19 @@ def compare_runs(
         "comparisons": [item.to_dict() for item in comparisons],
         "failures": failures,
     }
+
+
+def load_compared(names: Sequence[str]) -> list[Evaluated]:
+    """Read what runs have recorded of each question; a single run is compared with itself before training.
+
+    Args:
+        names: Run directories, or RUN:STAGE for another evaluation of the run than its last.
+
+    Raises:
+        ConfigError: There is nothing to compare, or a folder is no run.
+        DataError: Records are missing or damaged.
+    """
+    return [load_evaluated(name) for name in with_baseline(names)]
 
 
 def load_evaluated(name: str) -> Evaluated:
@@ -80,11 +96,9 @@ def load_evaluated(name: str) -> Evaluated:
     return Evaluated(name, rows, f"{short_name(run)} ({stage})")
 
 
-def questions_of(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def questions_of(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the records of each question by the runs' names and the questions' ids."""
-    return {
-        name: {str(row["id"]): dict(row) for row in load_evaluated(name).predictions} for name in with_baseline(names)
-    }
+    return {item.name: {str(row["id"]): dict(row) for row in item.predictions} for item in evaluated}
 
 
 def with_baseline(names: Sequence[str]) -> list[str]:

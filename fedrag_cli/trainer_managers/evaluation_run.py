@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
-from fedrag_cli.config.checks import evaluation_split, require_generator, tuned_sides
+from fedrag_cli.config.checks import evaluation_split
 from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import ConfigError, FedRAGError
-from fedrag_cli.evaluation.evaluator import choose_metrics
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.rag.from_run import with_tuned_models
@@ -28,9 +27,11 @@ from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
+    chosen_metrics,
     data_fingerprints,
     evaluate_once,
     model_fingerprints,
+    record_fingerprints,
     recorded_end,
     require_unchanged,
 )
@@ -100,12 +101,7 @@ def _load(config: Config) -> tuple[RunData, list[str]]:
     # Without a corpus nothing is retrieved, so the ids of passages name nothing.
     examples = resolve_relevant_ids(examples, nodes) if nodes else _without_relevant_ids(examples)
     data = RunData(nodes, [], [], examples[: config.evaluation.limit], split)
-    settings = config.evaluation
-    metrics = choose_metrics(settings.metrics, tuned_sides(config), data.evaluation, settings.context)
-    answering = generator_metrics_of(metrics)
-    if answering:
-        require_generator(config, f"computing {' and '.join(answering)}")
-    return data, metrics
+    return data, chosen_metrics(config, data)
 
 
 def _passages(config: Config) -> list[KnowledgeNode]:
@@ -136,8 +132,7 @@ def _see_through(
     started = time.monotonic()
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), terminable():
-        if run.manifest().get("fingerprints") is None:
-            run.update_manifest(fingerprints=data_fingerprints(data) | model_fingerprints(rag_system))
+        record_fingerprints(run, rag_system, data)
         reporter.event("started", mode="evaluation", **data.counts())
         evaluation = evaluate_once(run, STAGE, config, data, rag_system, metrics, reporter)
         assert evaluation is not None

@@ -36,7 +36,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     evaluate_once,
     load_rag_system,
     load_run_data,
-    model_fingerprints,
+    record_fingerprints,
     recorded_end,
     save_models,
     write_results,
@@ -118,8 +118,7 @@ def _see_through(
     rag_system = load_rag_system(config, data, reporter)
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), terminable():
-        if run.manifest().get("fingerprints") is None:
-            run.update_manifest(fingerprints=model_fingerprints(rag_system))
+        record_fingerprints(run, rag_system)
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)

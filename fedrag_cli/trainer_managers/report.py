@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
-from fedrag_cli.evaluation.comparison import Evaluated, metric_table
+from fedrag_cli.evaluation.comparison import Comparison, Evaluated, compare, metric_table
 from fedrag_cli.runs.atomic import write_text_atomically
 from fedrag_cli.runs.comparison_plot import draw_comparisons
 from fedrag_cli.runs.directory import RunDirectory
@@ -18,12 +18,11 @@ from fedrag_cli.runs.model_card import portable_argument
 from fedrag_cli.runs.plots import png_of
 from fedrag_cli.runs.report import render_report
 from fedrag_cli.trainer_managers.comparing import (
-    compare_runs,
+    load_compared,
     load_evaluated,
     questions_of,
     split_stage,
     stages_of,
-    with_baseline,
 )
 from fedrag_cli.trainer_managers.report_questions import Questions, won_and_lost
 from fedrag_cli.trainer_managers.report_runs import describe_run, what_differs
@@ -68,13 +67,10 @@ def build_report(names: Sequence[str], settings: EvaluationConfig, examples: int
         What `render_report` takes.
     """
     names = [name.rstrip("/") for name in names]
-    compared = with_baseline(names) if len(names) > 1 or _was_trained(names[0]) else []
-    evaluated = [load_evaluated(name) for name in compared or names]
-    comparisons: list[dict[str, Any]] = []
-    if compared:
-        questions = questions_of(compared)
-        found = compare_runs(compared, settings, {}, fail_if_worse=False)["comparisons"]
-        comparisons = [_comparison(item, questions, examples) for item in found]
+    comparing = len(names) > 1 or _was_trained(names[0])
+    evaluated = load_compared(names) if comparing else [load_evaluated(names[0])]
+    questions = questions_of(evaluated)
+    comparisons = [_comparison(compare(evaluated[0], other, settings), questions, examples) for other in evaluated[1:]]
     by_path = {path: describe_run(path) for path in (split_stage(name)[0] for name in names)}
     runs = list(by_path.values())
     evaluations = [_evaluation(item, by_path[split_stage(item.name)[0]]["group_by"], settings) for item in evaluated]
@@ -100,24 +96,14 @@ def _was_trained(name: str) -> bool:
     return stage is None and "before" in stages and len(stages) > 1
 
 
-def _comparison(item: dict[str, Any], questions: Questions, examples: int) -> dict[str, Any]:
+def _comparison(comparison: Comparison, questions: Questions, examples: int) -> dict[str, Any]:
+    item = comparison.to_dict()
     return {
         **item,
-        "statements": _statements(item),
+        "statements": [{"verdict": verdict, "text": text} for verdict, text in comparison.statements().items()],
         "picture": png_of(draw_comparisons([item])),
         "by_metric": won_and_lost(item, questions, examples),
     }
-
-
-def _statements(item: dict[str, Any]) -> list[dict[str, str]]:
-    """Take the verdict apart into what is better, what is worse, and what is not decided."""
-    sentence = item["verdict"].removeprefix(f"{item['label']} against {item['baseline_label']}: ").removesuffix(".")
-    verdicts = ("better", "worse", "no difference shown")
-    # What is left holds names of metrics and numbers only, so nothing else can look like a separator.
-    return [
-        {"verdict": next(verdict for verdict in verdicts if text.startswith(verdict)), "text": text}
-        for text in sentence.split("; ")
-    ]
 
 
 def _evaluation(item: Evaluated, group_by: str | None, settings: EvaluationConfig) -> dict[str, Any]:
@@ -136,5 +122,5 @@ def _evaluation(item: Evaluated, group_by: str | None, settings: EvaluationConfi
 def _commands(names: Sequence[str], settings: EvaluationConfig, examples: int, *, comparing: bool) -> list[str]:
     shown = [portable_argument(name) for name in names]
     options = ["--confidence", f"{settings.confidence:g}"]
-    compare = [shlex.join(["fedrag", "compare", *shown, *options])] if comparing else []
-    return [*compare, shlex.join(["fedrag", "report", *shown, "--examples", str(examples), *options])]
+    comparison = [shlex.join(["fedrag", "compare", *shown, *options])] if comparing else []
+    return [*comparison, shlex.join(["fedrag", "report", *shown, "--examples", str(examples), *options])]

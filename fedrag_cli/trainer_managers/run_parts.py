@@ -218,6 +218,19 @@ def model_fingerprints(rag_system: RAGSystem) -> dict[str, str]:
     return models | ({"generator": generator.fingerprint()} if generator is not None else {})
 
 
+def record_fingerprints(run: RunDirectory, rag_system: RAGSystem, data: RunData | None = None) -> None:
+    """Write into the manifest what a run started with, once; a run that goes on keeps what is there.
+
+    Args:
+        run: The run.
+        rag_system: Its models, before any step.
+        data: Its data; None where it has none, or none that may be told.
+    """
+    if run.manifest().get("fingerprints") is None:
+        of_data = data_fingerprints(data) if data is not None else {}
+        run.update_manifest(fingerprints=of_data | model_fingerprints(rag_system))
+
+
 def require_unchanged(run: RunDirectory, what: str, fingerprints: dict[str, str]) -> None:
     """Raise FedRAGError where data or models of a run are others than when it started.
 

@@ -35,7 +35,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
     load_run_data,
-    model_fingerprints,
+    record_fingerprints,
     recorded_end,
     save_models,
     uses_generator,
@@ -135,8 +135,7 @@ def _see_through(
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), terminable():
         rag_system = task.trainer.rag_system
-        if run.manifest().get("fingerprints") is None:
-            run.update_manifest(fingerprints=model_fingerprints(rag_system))
+        record_fingerprints(run, rag_system)
         done = load_newest_round(run.checkpoints)
         with _server(where, protection, task) as server:
             assert server.grid is not None

@@ -42,10 +42,9 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
     chosen_metrics,
-    data_fingerprints,
     load_rag_system,
     load_run_data,
-    model_fingerprints,
+    record_fingerprints,
     recorded_end,
     save_models,
     write_results,
@@ -187,8 +186,7 @@ def _see_through(
     settings = dataclasses.replace(settings, rejoin_timeout=1e-3)
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), terminable():
-        if run.manifest().get("fingerprints") is None:
-            run.update_manifest(fingerprints=data_fingerprints(data) | model_fingerprints(rag_system))
+        record_fingerprints(run, rag_system, data)
         reporter.event("started", mode=config.trainer.mode, clients=len(sites), **data.counts())
         handlers = {
             name: ClientHandler(_task_of(run, config, data, site, rag_system, name, reporter), name)

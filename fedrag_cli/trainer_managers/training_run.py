@@ -27,6 +27,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     load_rag_system,
     load_run_data,
     model_fingerprints,
+    record_fingerprints,
     recorded_end,
     require_unchanged,
     save_models,
@@ -95,7 +96,7 @@ def _see_through(
     started = time.monotonic()
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run):
-        run.update_manifest(fingerprints=_fingerprints(run, data, rag_system))
+        record_fingerprints(run, rag_system, data)
         reporter.event("started", mode=config.trainer.mode, **data.counts())
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
@@ -153,10 +154,3 @@ def _truncated(result: TrainResult, after: Evaluation | None) -> dict[str, int]:
             if isinstance(phase.get(name), dict):
                 truncated[label] = truncated.get(label, 0) + int(phase[name]["truncated"])
     return truncated
-
-
-def _fingerprints(run: RunDirectory, data: RunData, rag_system: RAGSystem) -> dict[str, str]:
-    known: dict[str, str] | None = run.manifest().get("fingerprints")
-    if known is not None:
-        return known
-    return data_fingerprints(data) | model_fingerprints(rag_system)

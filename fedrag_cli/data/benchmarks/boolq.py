@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedrag_cli.data.benchmarks.config import BoolqCorpusConfig, BoolqExamplesConfig
-from fedrag_cli.data.benchmarks.loading import HubSplit, collect_nodes, map_rows
+from fedrag_cli.data.benchmarks.loading import HubSplit, load_passages, map_rows
 from fedrag_cli.data.benchmarks.values import MissingLabelError, passage_id
 from fedrag_cli.data.columns import get_value, text_value
-from fedrag_cli.data.corpora import split_nodes
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.problems import BadValueError
@@ -51,8 +50,9 @@ def load_corpus(config: BoolqCorpusConfig) -> list[KnowledgeNode]:
         ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.
         DataError: A split is missing or bad.
     """
-    sources = [HubSplit(REPOSITORY, None, split, config.path, config.revision) for split in config.data_splits]
-    return split_nodes(collect_nodes(sources, config.limit, _passages), config.split)
+    return load_passages(
+        config, lambda split: HubSplit(REPOSITORY, None, split, config.path, config.revision), _passages
+    )
 
 
 def _question(values: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedrag_cli.data.benchmarks.values import MissingLabelError
+from fedrag_cli.data.corpora import split_nodes
 from fedrag_cli.data.files import check_file, check_folder
 from fedrag_cli.data.huggingface import load_from_hub
 from fedrag_cli.data.nodes import KnowledgeNode
@@ -150,6 +151,29 @@ def collect_nodes(
                     problems.add(f"row {number}", f"the passage '{node.id}' has another text than in a row before it")
         problems.raise_if_any()
     return list(nodes.values())
+
+
+def load_passages(
+    config: Any, source: Callable[[str], HubSplit], function: Callable[[Mapping[str, Any]], list[KnowledgeNode]]
+) -> list[KnowledgeNode]:
+    """Return the passages of a benchmark's splits, each one once, and split as the config wants.
+
+    Args:
+        config: The config of the corpus; its `data_splits`, `limit` and `split` count.
+        source: Gives where a split is read from.
+        function: Makes the passages of one row.
+
+    Raises:
+        ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.
+        DataError: A split is missing or bad.
+    """
+    sources = [source(split) for split in config.data_splits]
+    return split_nodes(collect_nodes(sources, config.limit, function), config.split)
+
+
+def named_split(repository: str, config: Any, split: str) -> HubSplit:
+    """Return a split of the configuration that a config names, whose files are in a folder of that name."""
+    return HubSplit(repository, config.name, split, config.path, config.revision, (config.name,))
 
 
 def _rows_from_hub(source: HubSplit) -> Iterator[Row]:

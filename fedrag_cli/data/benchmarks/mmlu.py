@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedrag_cli.data.benchmarks.config import MmluExamplesConfig
-from fedrag_cli.data.benchmarks.loading import HubSplit, map_rows
+from fedrag_cli.data.benchmarks.loading import map_rows, named_split
 from fedrag_cli.data.benchmarks.values import MissingLabelError, kept_metadata, texts_value
 from fedrag_cli.data.columns import get_value, text_value
 from fedrag_cli.data.examples import Example
@@ -31,7 +31,7 @@ def load_examples(config: MmluExamplesConfig) -> list[Example]:
         ConfigError: A revision is given for a local copy.
         DataError: The split is missing or bad.
     """
-    source = HubSplit("cais/mmlu", config.name, config.split, config.path, config.revision, (config.name,))
+    source = named_split("cais/mmlu", config, config.split)
     return [
         Example(f"{config.name}-{config.split}-{number:05d}", query, (letter,), (), metadata, LETTERS)
         for number, (query, letter, metadata) in map_rows(source, config.limit, _question, LABELLED)

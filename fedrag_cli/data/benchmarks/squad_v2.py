@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedrag_cli.data.benchmarks.config import Squad2CorpusConfig, Squad2ExamplesConfig
-from fedrag_cli.data.benchmarks.loading import HubSplit, collect_nodes, map_rows
+from fedrag_cli.data.benchmarks.loading import HubSplit, load_passages, map_rows
 from fedrag_cli.data.benchmarks.values import kept_metadata, passage_id, texts_value
 from fedrag_cli.data.columns import answers_value, id_value, text_value
-from fedrag_cli.data.corpora import split_nodes
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError
@@ -49,8 +48,7 @@ def load_corpus(config: Squad2CorpusConfig) -> list[KnowledgeNode]:
         ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.
         DataError: A split is missing or bad.
     """
-    sources = [_source(split, config.path, config.revision) for split in config.data_splits]
-    return split_nodes(collect_nodes(sources, config.limit, paragraphs), config.split)
+    return load_passages(config, lambda split: _source(split, config.path, config.revision), paragraphs)
 
 
 def answerable_example(values: Mapping[str, Any]) -> Example:

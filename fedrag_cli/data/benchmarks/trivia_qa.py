@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedrag_cli.data.benchmarks.config import TriviaCorpusConfig, TriviaExamplesConfig
-from fedrag_cli.data.benchmarks.loading import HubSplit, collect_nodes, map_rows
+from fedrag_cli.data.benchmarks.loading import load_passages, map_rows, named_split
 from fedrag_cli.data.benchmarks.values import MissingLabelError, kept_metadata, texts_value
 from fedrag_cli.data.columns import checked_text, id_value, text_value
-from fedrag_cli.data.corpora import split_nodes
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.problems import BadValueError
@@ -35,7 +34,7 @@ def load_examples(config: TriviaExamplesConfig) -> list[Example]:
         ConfigError: A revision is given for a local copy.
         DataError: The split is missing or bad, or has no labels.
     """
-    source = HubSplit(REPOSITORY, config.name, config.split, config.path, config.revision, (config.name,))
+    source = named_split(REPOSITORY, config, config.split)
     return [example for _, example in map_rows(source, config.limit, _example, LABELLED)]
 
 
@@ -49,11 +48,7 @@ def load_corpus(config: TriviaCorpusConfig) -> list[KnowledgeNode]:
         ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.
         DataError: A split is missing or bad.
     """
-    sources = [
-        HubSplit(REPOSITORY, config.name, split, config.path, config.revision, (config.name,))
-        for split in config.data_splits
-    ]
-    return split_nodes(collect_nodes(sources, config.limit, _pages), config.split)
+    return load_passages(config, lambda split: named_split(REPOSITORY, config, split), _pages)
 
 
 def _example(values: Mapping[str, Any]) -> Example:

@@ -7,9 +7,8 @@ Source: Artetxe et al., "On the Cross-lingual Transferability of Monolingual Rep
 from __future__ import annotations
 
 from fedrag_cli.data.benchmarks.config import XquadCorpusConfig, XquadExamplesConfig
-from fedrag_cli.data.benchmarks.loading import HubSplit, collect_nodes, map_rows
+from fedrag_cli.data.benchmarks.loading import load_passages, map_rows, named_split
 from fedrag_cli.data.benchmarks.squad_v2 import answerable_example, paragraphs
-from fedrag_cli.data.corpora import split_nodes
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 
@@ -26,7 +25,7 @@ def load_examples(config: XquadExamplesConfig) -> list[Example]:
         ConfigError: A revision is given for a local copy.
         DataError: The split is missing or bad.
     """
-    source = HubSplit(REPOSITORY, config.name, config.split, config.path, config.revision, (config.name,))
+    source = named_split(REPOSITORY, config, config.split)
     return [example for _, example in map_rows(source, config.limit, answerable_example)]
 
 
@@ -40,8 +39,4 @@ def load_corpus(config: XquadCorpusConfig) -> list[KnowledgeNode]:
         ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.
         DataError: A split is missing or bad.
     """
-    sources = [
-        HubSplit(REPOSITORY, config.name, split, config.path, config.revision, (config.name,))
-        for split in config.data_splits
-    ]
-    return split_nodes(collect_nodes(sources, config.limit, paragraphs), config.split)
+    return load_passages(config, lambda split: named_split(REPOSITORY, config, split), paragraphs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrag_cli.data.examples import Example, examples_from_dataset, load_examples
+from fedrag_cli.data.relevance import judged_examples
 from fedrag_cli.errors import ConfigError, DataError, RunInterruptedError
 from fedrag_cli.losses import proximal_penalty
 from fedrag_cli.rag.models import tensors_fingerprint
@@ -256,6 +257,13 @@ class HuggingFaceTrainer(BaseTrainer):
             return examples_from_dataset(dataset) if len(dataset) else []
         source = getattr(self.rag_system.config.dataset, split) if self.rag_system.config else None
         return load_examples(source) if source is not None else []
+
+    def _keep_judged(self) -> int:
+        """Keep the examples whose relevant passages are known, and return how many training examples were left out."""
+        nodes, given = self.rag_system.knowledge_store.nodes, len(self.train_examples)
+        self.train_examples = judged_examples(self.train_examples, nodes, "the training data")
+        self.validation_examples = judged_examples(self.validation_examples, nodes, "the validation data")
+        return given - len(self.train_examples)
 
     def _require_responses(self) -> None:
         for example in (*self.train_examples, *self.validation_examples):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fedrag_cli.data.examples import Example
-from fedrag_cli.data.relevance import judged_examples
 from fedrag_cli.losses import contrastive_loss
 from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.trainers.config import ContrastiveConfig
@@ -53,11 +52,7 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
     def __init__(self, rag_system: RAGSystem, *args: Any, **kwargs: Any) -> None:
         """Keep the examples whose relevant passages are known, and mine the negatives of the validation."""
         super().__init__(rag_system, *args, **kwargs)
-        nodes = rag_system.knowledge_store.nodes
-        given = len(self.train_examples)
-        self.train_examples = judged_examples(self.train_examples, nodes, "the training data")
-        self.validation_examples = judged_examples(self.validation_examples, nodes, "the validation data")
-        self._left_out = given - len(self.train_examples)
+        self._left_out = self._keep_judged()
         self._pairs: list[Pair] = []
         # Mined once, so that validation losses can be compared however often training starts anew.
         self._validation_pairs = self.pairs(self.validation_examples)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedrag_cli.data.examples import Example
-from fedrag_cli.data.relevance import judged_examples
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import RAFTConfig
 from fedrag_cli.trainers.huggingface.generator import Context, HuggingFaceTrainerForGenerator
@@ -30,11 +29,7 @@ class HuggingFaceTrainerForRAFT(HuggingFaceTrainerForGenerator):
     def __init__(self, rag_system: RAGSystem, *args: Any, **kwargs: Any) -> None:
         """Keep the examples whose relevant passages are known."""
         super().__init__(rag_system, *args, **kwargs)
-        nodes = rag_system.knowledge_store.nodes
-        given = len(self.train_examples)
-        self.train_examples = judged_examples(self.train_examples, nodes, "the training data")
-        self.validation_examples = judged_examples(self.validation_examples, nodes, "the validation data")
-        self._left_out = given - len(self.train_examples)
+        self._left_out = self._keep_judged()
         # The rounds of a federation change `seed` for the order of the examples; their prompts stay.
         self._prompt_seed = self.seed
 

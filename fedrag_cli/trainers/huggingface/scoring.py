@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.likelihood import TokenPair
 from fedrag_cli.rag.prompts import EncodedPrompt, TruncationCount
 from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.json_lines import append_line, whole_lines
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
 Pair = tuple[Example, Sequence[KnowledgeNode]]
@@ -58,19 +58,12 @@ class LikelihoodCache:
         self._values.update(zip(keys, values, strict=True))
         if self._path is None:
             return
-        line = json.dumps({"keys": list(keys), "values": list(values)}) + "\n"
-        with os_errors(self._path), self._path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with os_errors(self._path):
+            append_line(self._path, {"keys": list(keys), "values": list(values)})
 
     def _read(self, path: Path) -> None:
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
         try:
-            for line in whole.splitlines():
+            for line in whole_lines(path):
                 record = json.loads(line)
                 self._values.update(zip(record["keys"], record["values"], strict=True))
         except (ValueError, KeyError, TypeError) as error:
