@@ -158,6 +158,8 @@ def test_it_trains_through_the_command_line_without_generator_and_answers(
     assert summary["status"] == "done"
     assert {item["metric"] for item in summary["differences"]} == {"mrr", "recall@1", "recall@5", "ndcg@10"}
     assert "generator" not in summary["fingerprints"]
+    assert main(["resume", summary["run_dir"]]) == 0
+    assert "fedrag query" not in capsys.readouterr().err
     assert main([*arguments, "evaluation.metrics=[mrr,f1]"]) == 2
     capsys.readouterr()
     rows = [json.loads(line) for line in (config.parent / "train.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -84,7 +84,9 @@ class Renderer:
             self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
         self.line(f"{summary['steps']} steps, mean loss {summary['loss']:.4f}, {duration(summary['seconds'])}")
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
-        self.line(f'Try it: fedrag query {summary["run_dir"]} "your question"')
+        # Without a generator there is nobody to answer.
+        if "generator" in summary["fingerprints"]:
+            self.line(f'Try it: fedrag query {summary["run_dir"]} "your question"')
 
     def run_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a run of any kind ended with."""
