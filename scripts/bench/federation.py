@@ -4,7 +4,9 @@
 
 Four sites hold the articles of their `site` column. A server and four clients run as processes over loopback with TLS
 and node keys. Pooled and local-only training follow with the same settings and as many passes over the examples; all
-are measured on the same 490 questions of validation and test over the whole corpus, with paired intervals.
+are measured on the same 490 questions of validation and test over the whole corpus, with paired intervals. The pooled
+retriever is trained twice: in batches as large as those of all sites together, so that it takes as many steps as a
+site, and in batches of a site's size, so that it takes as many steps as all sites together.
 """
 
 from __future__ import annotations
@@ -139,7 +141,10 @@ def centralised(
 
     caches = {site: run / "federation" / "cache" for site, run in clients.items()}
     pooled = joined_caches([server / "federation" / "cache", *caches.values()])
-    found = {"pooled": once(work / "pooled.json", name, folders["all"], folders["all"], pooled, len(SITES))}
+    whole = folders["all"]
+    found = {"pooled": once(work / "pooled.json", name, whole, whole, pooled, len(SITES))}
+    if name == "lsr":
+        found["pooled, small batches"] = once(work / "pooled-small-batches.json", name, whole, whole, pooled, 1)
     alone = [once(work / f"alone-{site}.json", name, folders[site], folders["all"], caches[site], 1) for site in SITES]
     for site, values in zip(SITES, alone, strict=True):
         found[f"site {site} alone"] = values
@@ -167,8 +172,10 @@ def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> d
         data: Folder of the training data.
         everything: Folder of all data, to measure on.
         cache: Folder with likelihoods that are known already.
-        sites: Number of sites whose steps are taken together, where the config counts steps.
+        sites: Number of sites whose batches (lsr) or steps (ralt) are taken together.
     """
+    import dataclasses
+
     from fedrag_cli.config import load_config
     from fedrag_cli.evaluation.evaluator import evaluate
     from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
@@ -181,6 +188,9 @@ def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> d
     os.environ["FEDRAG_XQUAD"] = str(data)
     side = "retriever" if name == "lsr" else "generator"
     config = with_all_passes(load_config(config_file), sites)
+    if name == "lsr":
+        joined = dataclasses.replace(config.trainer.retriever, batch_size=config.trainer.retriever.batch_size * sites)
+        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, retriever=joined))
     own = load_run_data(config)
     rag_system = build_rag_system(config, nodes=own.nodes)
     trainer = build_trainers(config, rag_system, train=own.train, validation=[])[side]
