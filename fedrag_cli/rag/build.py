@@ -11,6 +11,7 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
@@ -88,7 +89,7 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
 def _assemble(
     config: Config,
     retriever: SentenceTransformerRetriever,
-    store: InMemoryKnowledgeStore,
+    store: KnowledgeStore,
     generator: CausalLMGenerator | None,
 ) -> RAGSystem:
     settings = config.rag_system
@@ -110,8 +111,8 @@ def _load_models(
 
 def _open_store(
     config: Config, retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
-) -> InMemoryKnowledgeStore:
-    store: InMemoryKnowledgeStore = build("knowledge_store", config.rag_system.knowledge_store, device=retriever.device)
+) -> KnowledgeStore:
+    store: KnowledgeStore = build("knowledge_store", config.rag_system.knowledge_store, device=retriever.device)
     if not len(store):
         return build_knowledge_store(retriever, nodes, reporter)
     store.require_encoder(retriever.fingerprint())

@@ -41,7 +41,7 @@ def build_index(config: Config, reporter: Reporter) -> dict[str, Any]:
         "path": path,
         "passages": len(store),
         "truncated": retriever.count_truncated([node.text for node in nodes], queries=False),
-        "dimension": store.embeddings.shape[1],
+        "dimension": store.dimension,
         "encoder_fingerprint": store.encoder_fingerprint,
         "corpus_fingerprint": store.corpus_fingerprint,
         "seconds": round(time.monotonic() - started, 2),
