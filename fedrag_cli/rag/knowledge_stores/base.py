@@ -116,6 +116,11 @@ class KnowledgeStore(ABC):
         """Return what whoever has built the store should know of it, for instance how well its search finds."""
         return {}
 
+    @property
+    def is_kept_elsewhere(self) -> bool:
+        """Whether a server holds the store just as it is, so that a run needs no copy of it."""
+        return False
+
     def search(self, query_embeddings: Tensor, top_k: int) -> list[list[ScoredNode]]:
         """Find the best passages of each query; see `search_positions`."""
         scores, positions = self.search_positions(query_embeddings, top_k)

@@ -180,6 +180,11 @@ class QdrantKnowledgeStore(KnowledgeStore):
                 raise self._changed_meanwhile() from error
         return vectors[rows].to(self.device)
 
+    @property
+    def is_kept_elsewhere(self) -> bool:
+        """Whether the server holds the store just as it is."""
+        return self.config.url is not None and not self._is_own
+
     def build_report(self) -> dict[str, Any]:
         """Return the name of the collection."""
         return {"collection": self.config.collection}
