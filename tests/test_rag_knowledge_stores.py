@@ -17,7 +17,8 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE, NODES_FILE, InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE, InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
 
 MakeStore = Callable[[], KnowledgeStore]

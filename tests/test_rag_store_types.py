@@ -24,6 +24,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import FaissStoreConfig, QdrantStoreConfig
+from fedrag_cli.rag.from_run import with_tuned_models
 from fedrag_cli.rag.indexing import build_index
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
@@ -32,6 +33,7 @@ from fedrag_cli.rag.knowledge_stores.qdrant_publishing import publish
 from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
 from fedrag_cli.rag.moving import move_index
 from fedrag_cli.rag.system import refresh_store
+from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporting import SilentReporter
 
 WriteConfig = Callable[..., Path]
@@ -218,7 +220,7 @@ def test_a_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
         "import pathlib, sys\n"
         "from fedrag_cli.errors import KnowledgeStoreError\n"
         "from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore\n"
-        "try:\n    print(len(QdrantKnowledgeStore.load(pathlib.Path(sys.argv[1]))))\n"
+        "try:\n    store = QdrantKnowledgeStore.load(pathlib.Path(sys.argv[1]))\n    print(len(store))\n"
         "except KnowledgeStoreError as error:\n    print(error)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "store")]
@@ -226,7 +228,9 @@ def test_a_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
     assert "already accessed" in told
     assert "one process at a time" in told
     del opened
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "10"
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # The client must be closed before Python goes down, or it complains on stderr.
+    assert (done.stdout, done.stderr) == ("10\n", "")
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -396,6 +400,31 @@ def test_sites_of_a_federation_copy_the_store_into_memory(write_config: WriteCon
     assert isinstance(copy, InMemoryKnowledgeStore)
     assert copy.nodes == store.nodes
     assert torch.equal(copy.embeddings, store.embeddings_at(torch.arange(24)))
+
+
+def test_a_filter_restricts_searches_not_what_is_kept(write_config: WriteConfig, tmp_path: Path) -> None:
+    settings = {"type": "qdrant", "path": str(tmp_path / "store")}
+    config = with_store(write_config, **settings, filter={"title": "owl"})
+    assert build_index(config, SilentReporter())["passages"] == 24
+    system = build_rag_system(config, with_generator=False)
+    (found,) = system.retrieve("where is the dog ?", 1)
+    assert found.node.metadata == {"title": "owl"}
+    with pytest.raises(KnowledgeStoreError, match="passages that pass the filter"):
+        system.retrieve("where is the dog ?", 24)
+    del system
+    assert len(build_rag_system(with_store(write_config, **settings), with_generator=False).knowledge_store) == 24
+
+
+def test_a_run_keeps_its_own_store_where_it_started_from_one_on_a_server(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "k")
+    config = with_store(write_config, type="qdrant", url="http://h:1", api_key="${oc.env:MY_KEY}", collection="c")
+    run = RunDirectory(tmp_path / "run")
+    assert with_tuned_models(config, run) == config
+    run.knowledge_store.mkdir(parents=True)
+    store = with_tuned_models(config, run).rag_system.knowledge_store
+    assert store == QdrantStoreConfig(path=str(run.knowledge_store), collection="c")
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,9 @@ def _open_store(
         return converted_store(built, config.rag_system.knowledge_store, retriever.device)
     store.require_encoder(retriever.fingerprint())
     if store.corpus_fingerprint != corpus_fingerprint(nodes):
+        place = place_of(config.rag_system.knowledge_store)
         raise KnowledgeStoreError(
-            f"The knowledge store at {place_of(config.rag_system.knowledge_store)} was built from other passages "
-            "than the corpus has now.",
+            f"The knowledge store in '{place}' was built from other passages than the corpus has now.",
             "Refresh it with 'fedrag index CONFIG'.",
         )
     return store

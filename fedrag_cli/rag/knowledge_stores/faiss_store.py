@@ -26,7 +26,6 @@ from fedrag_cli.rag.knowledge_stores.faiss_index import (
     write_index,
 )
 from fedrag_cli.rag.knowledge_stores.passages import (
-    NODES_FILE,
     STORE_FILE,
     Passages,
     file_fingerprint,
@@ -37,7 +36,6 @@ from fedrag_cli.rag.knowledge_stores.ties import search_in_order
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
 INDEX_FILE = "index.faiss"
-FILES = (INDEX_FILE, NODES_FILE, STORE_FILE)
 FORMAT = "fedrag-faiss-store-1"
 # What an index is built with; a search may choose the rest anew.
 BUILD_SETTINGS = ("index", "nlist", "m", "ef_construction", "seed")

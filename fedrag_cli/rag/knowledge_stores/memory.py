@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
+from fedrag_cli.rag.knowledge_stores.passages import read_nodes, write_nodes
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
-NODES_FILE = "nodes.jsonl"
 FORMAT = "fedrag-memory-store-1"
 
 
@@ -137,10 +136,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         }
         with replace_directory_atomically(directory) as target:
             save_file({"embeddings": self.embeddings.cpu().contiguous()}, target / EMBEDDINGS_FILE, metadata)
-            with (target / NODES_FILE).open("w", encoding="utf-8") as file:
-                for node in self._nodes:
-                    row = {"id": node.id, "text": node.text, "metadata": node.metadata}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            write_nodes(self._nodes, target)
 
     @classmethod
     def load(cls, directory: Path, *, device: torch.device | str = "cpu") -> InMemoryKnowledgeStore:
@@ -153,8 +149,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         try:
             with safe_open(directory / EMBEDDINGS_FILE, framework="pt") as file:
                 metadata, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
-            with (directory / NODES_FILE).open(encoding="utf-8") as lines:
-                nodes = [KnowledgeNode(**json.loads(line)) for line in lines]
+            nodes = read_nodes(directory)
         except FileNotFoundError as error:
             raise KnowledgeStoreError(f"'{directory}' holds no knowledge store: {error}", hint) from error
         except (SafetensorError, ValueError, TypeError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import weakref
 from collections.abc import Iterator
@@ -65,6 +66,13 @@ def open_folder(directory: Path, version: str) -> QdrantClient:
             ) from error
         _open_folders[key] = client
     return client
+
+
+@atexit.register
+def _close_folders() -> None:
+    """Unlock the folders while Python is whole; later the client's own attempt fails, and says so."""
+    for client in list(_open_folders.values()):
+        client.close()
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import QdrantStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
-from fedrag_cli.rag.knowledge_stores.passages import STORE_FILE, Passages, file_fingerprint
+from fedrag_cli.rag.knowledge_stores.passages import Passages
 from fedrag_cli.rag.knowledge_stores.qdrant_connection import (
     QdrantClient,
     connect,
@@ -25,6 +23,7 @@ from fedrag_cli.rag.knowledge_stores.qdrant_connection import (
     open_folder,
     qdrant_errors,
 )
+from fedrag_cli.rag.knowledge_stores.qdrant_folder import seal_folder, version_of_folder
 from fedrag_cli.rag.knowledge_stores.qdrant_points import (
     FORMAT,
     copy_store,
@@ -39,9 +38,6 @@ from fedrag_cli.rag.knowledge_stores.qdrant_points import (
 )
 from fedrag_cli.rag.knowledge_stores.ties import search_in_order
 from fedrag_cli.runs.atomic import replace_directory_atomically
-
-LOCK_FILE = ".lock"
-FILES = ("collection", "meta.json", STORE_FILE, LOCK_FILE)
 
 
 class QdrantKnowledgeStore(KnowledgeStore):
@@ -198,15 +194,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
                 copy_store(self, client, self.config.collection, self.config.batch_size)
             finally:
                 client.close()
-            (target / LOCK_FILE).unlink()
-            files = {
-                str(path.relative_to(target)): file_fingerprint(path)
-                for path in sorted(target.rglob("*"))
-                if path.is_file()
-            }
-            # The number tells one state of the folder from the next, for `open_folder`.
-            about = {"format": FORMAT, "version": uuid.uuid4().hex, "files": files}
-            (target / STORE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            seal_folder(target)
 
     @classmethod
     def load(
@@ -217,22 +205,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: The directory holds no store, a damaged one, or is in use.
         """
-        hint = "Build it anew with 'fedrag index CONFIG' after removing the folder."
-        try:
-            about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
-            if about["format"] != FORMAT:
-                raise KnowledgeStoreError(f"The knowledge store in '{directory}' is of another format.", hint)
-            for name, fingerprint in about["files"].items():
-                if file_fingerprint(directory / name) != fingerprint:
-                    raise KnowledgeStoreError(
-                        f"The knowledge store in '{directory}' is damaged: '{name}' is not as it was written.", hint
-                    )
-            version = str(about["version"])
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise KnowledgeStoreError(f"'{directory}' holds no knowledge store of Qdrant: {error}", hint) from error
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {error}", hint) from error
-        client = open_folder(directory, version)
+        client = open_folder(directory, version_of_folder(directory))
         config = config or QdrantStoreConfig(path=str(directory))
         if not client.collection_exists(config.collection):
             names = ", ".join(collection.name for collection in client.get_collections().collections)
