@@ -68,7 +68,7 @@ class RunInterruptedError(FedRAGError):
 
 
 class ConnectionFailedError(FedRAGError):
-    """The federation's server or a client cannot be reached, authenticated or agreed with."""
+    """A server or a client cannot be reached, authenticated or agreed with."""
 
     exit_code = EXIT_CONNECTION
 

@@ -168,7 +168,7 @@ def test_names_that_are_no_metrics(tmp_path: Path, metric: str) -> None:
         ("dataset.train.type", "xyz", f"there is no type 'xyz' (known: {EXAMPLES})"),
         ("dataset.train.type", 5, f"there is no type '5' (known: {EXAMPLES})"),
         ("dataset.train.type", ["squad"], "there is no type '['squad']' (did you mean 'squad'?)"),
-        ("rag_system.knowledge_store.type", {"a": 1}, "there is no type '{'a': 1}' (known: memory)"),
+        ("rag_system.knowledge_store.type", {"a": 1}, "there is no type '{'a': 1}' (known: faiss, memory, qdrant)"),
         ("trainer.retriever.type", None, "None is not one of lsr"),
     ],
 )

@@ -14,15 +14,32 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.config import MemoryStoreConfig
+from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE, NODES_FILE, InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE, InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE
+from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
 
 MakeStore = Callable[[], KnowledgeStore]
 LoadStore = Callable[[Path], KnowledgeStore]
 
-# A new store comes here: its name, how to make an empty one, and how to load a saved one.
-STORES: dict[str, tuple[MakeStore, LoadStore]] = {"memory": (InMemoryKnowledgeStore, InMemoryKnowledgeStore.load)}
+
+def faiss_store(**settings: Any) -> tuple[MakeStore, LoadStore]:
+    config = FaissStoreConfig(**settings)
+    return lambda: FaissKnowledgeStore(config), lambda directory: FaissKnowledgeStore.load(directory, config)
+
+
+# A new store comes here: its name, how to make an empty one, and how to load a saved one. The settings of approximate
+# ones make them exact over as few passages as there are here.
+STORES: dict[str, tuple[MakeStore, LoadStore]] = {
+    "memory": (InMemoryKnowledgeStore, InMemoryKnowledgeStore.load),
+    "faiss flat": faiss_store(),
+    "faiss ivf": faiss_store(index="ivf", nlist=4, nprobe=4),
+    "faiss hnsw": faiss_store(index="hnsw", m=64, ef_search=512),
+    "faiss mapped": faiss_store(path="unused", memory_map=True),
+    "qdrant": (QdrantKnowledgeStore, QdrantKnowledgeStore.load),
+}
 
 
 def nodes(*ids: str) -> list[KnowledgeNode]:
@@ -276,6 +293,75 @@ class TestContract:
                 load(tmp_path / "store")
             path.write_bytes(content)
         assert len(load(tmp_path / "store")) == 3
+
+    def test_passages_and_dimension_are_told(self, empty: KnowledgeStore) -> None:
+        assert (empty.nodes, empty.dimension) == ([], 0)
+        empty.add(numbered(3), vectors(3, 5))
+        assert (empty.nodes, empty.dimension) == (numbered(3), 5)
+        empty.nodes.clear()
+        assert len(empty) == 3
+        empty.clear()
+        assert (empty.nodes, empty.dimension) == ([], 0)
+
+    def test_all_embeddings_are_replaced_in_the_order_of_the_passages(self, empty: KnowledgeStore) -> None:
+        empty.add(numbered(40), vectors(40, 4))
+        empty.delete(["p3", "p17"])
+        fresh = vectors(38, 4, seed=8)
+        empty.replace_embeddings(fresh)
+        assert torch.equal(empty.embeddings_at(torch.arange(38)), fresh)
+        queries = vectors(5, 4, seed=9)
+        assert torch.equal(empty.search_positions(queries, 3)[1], (queries @ fresh.T).topk(3).indices)
+        kept = [f"p{n}" for n in range(40) if n not in (3, 17)]
+        assert [node.id for node in empty.nodes] == kept
+        for bad in (vectors(37, 4), vectors(38, 5), torch.full((38, 4), float("nan"))):
+            with pytest.raises(KnowledgeStoreError):
+                empty.replace_embeddings(bad)
+        fresh.zero_()
+        assert empty.embeddings_at(torch.arange(38)).abs().min() > 0
+
+    def test_mixed_adds_and_deletes_agree_with_a_plain_dictionary(self, empty: KnowledgeStore) -> None:
+        numbers, expected = random.Random(2), {}
+        for turn in range(40):
+            ids = [f"p{n}" for n in numbers.sample(range(30), numbers.randint(1, 6))]
+            if numbers.random() < 0.3:
+                assert empty.delete(ids) == sum(expected.pop(id, None) is not None for id in ids)
+                continue
+            values = vectors(len(ids), 3, seed=turn)
+            empty.add(nodes(*ids), values)
+            expected.update(zip(ids, values, strict=True))
+            assert [node.id for node in empty.nodes] == list(expected)
+            stored = torch.stack(list(expected.values()))
+            assert torch.equal(empty.embeddings_at(torch.arange(len(empty))), stored)
+            assert empty.search_positions(stored[:1], 1)[1].item() == int((stored @ stored[0]).argmax())
+
+    def test_a_loaded_store_is_changed_without_touching_its_folder(
+        self, store: KnowledgeStore, load: LoadStore, tmp_path: Path
+    ) -> None:
+        store.save(tmp_path / "store")
+        again = load(tmp_path / "store")
+        again.replace_embeddings(-torch.eye(3))
+        again.delete(["b"])
+        assert ids_of(again, [-1.0, 0.0, 0.0], 1) == ["a"]
+        del again
+        assert ids_of(load(tmp_path / "store"), [0.0, 1.0, 0.0], 1) == ["b"]
+
+    def test_both_fingerprints_are_saved(self, store: KnowledgeStore, load: LoadStore, tmp_path: Path) -> None:
+        store.save(tmp_path / "bare")
+        bare = load(tmp_path / "bare")
+        assert (bare.encoder_fingerprint, bare.corpus_fingerprint) == (None, None)
+        store.encoder_fingerprint, store.corpus_fingerprint = "encoder", "corpus"
+        store.save(tmp_path / "full")
+        full = load(tmp_path / "full")
+        assert (full.encoder_fingerprint, full.corpus_fingerprint) == ("encoder", "corpus")
+        full.clear()
+        assert (full.encoder_fingerprint, full.corpus_fingerprint) == (None, None)
+
+    def test_an_empty_store_is_saved(self, empty: KnowledgeStore, load: LoadStore, tmp_path: Path) -> None:
+        empty.save(tmp_path / "store")
+        again = load(tmp_path / "store")
+        assert (len(again), again.dimension) == (0, 0)
+        again.add(nodes("a"), torch.ones(1, 7))
+        assert ids_of(again, [1.0] * 7, 1) == ["a"]
 
     def test_a_store_filled_by_another_encoder_is_refused_with_the_command_that_refreshes_it(
         self, store: KnowledgeStore

@@ -1,8 +1,11 @@
-"""`fedrag index`: build or refresh the knowledge store."""
+"""`fedrag index`: build, refresh or move the knowledge store."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import session
@@ -12,17 +15,31 @@ NAME = "index"
 
 def command(
     arguments: ConfigArguments = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to",
+            metavar="OTHER_CONFIG",
+            help="Encode nothing; copy CONFIG's built store to the rag_system.knowledge_store of OTHER_CONFIG, "
+            "for instance from memory to faiss or qdrant.",
+        ),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Encode the corpus and save the knowledge store at rag_system.knowledge_store.path."""
+    """Encode the corpus and save the knowledge store where rag_system.knowledge_store says."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.config import load_config
 
         given = sort_arguments(arguments)
         config = load_config(given.path, given.overrides)
         from fedrag_cli.rag.indexing import build_index
+        from fedrag_cli.rag.moving import move_index
 
-        report: dict[str, Any] = build_index(config, current.reporter())
+        report: dict[str, Any]
+        if to is not None:
+            report = move_index(config, load_config(to), current.reporter())
+        else:
+            report = build_index(config, current.reporter())
         current.result(report, lambda renderer: renderer.fields(report))

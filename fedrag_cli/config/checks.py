@@ -12,6 +12,8 @@ from fedrag_cli.config.schema import Config
 from fedrag_cli.errors import ConfigError
 
 Finding = tuple[KeyPath, str]
+# Settings of the faiss store that only one kind of index has.
+_INDEX_OF_SETTING = {"nlist": "ivf", "nprobe": "ivf", "m": "hnsw", "ef_construction": "hnsw", "ef_search": "hnsw"}
 # Retriever objectives that compare the passages of one query with each other.
 _RANKING_OBJECTIVES = ("lsr", "pdist", "emdr2", "loop")
 
@@ -22,6 +24,7 @@ def check_config(config: Config) -> Iterator[Finding]:
     yield from _check_device(config)
     yield from _check_trackers(config)
     yield from _check_retriever_models(config)
+    yield from _check_knowledge_store(config)
     yield from _check_inference(config)
     yield from _check_evaluation(config)
     yield from _check_federation(config)
@@ -105,6 +108,21 @@ def _check_retriever_models(config: Config) -> Iterator[Finding]:
         yield path, "needs 'model', or both 'query_model' and 'passage_model'"
     if retriever.model is not None and separate != (None, None):
         yield path, "has 'model' beside 'query_model' or 'passage_model'; keep one or the other"
+
+
+def _check_knowledge_store(config: Config) -> Iterator[Finding]:
+    store, path = config.rag_system.knowledge_store, ("rag_system", "knowledge_store")
+    if store.type == "faiss":
+        for name, index in _INDEX_OF_SETTING.items():
+            if getattr(store, name) is not None and store.index != index:
+                yield (*path, name), f"has no effect with index: {store.index}; remove it"
+        if store.memory_map and store.path is None:
+            yield (*path, "memory_map"), "needs a path, the folder of the saved store"
+    if store.type == "qdrant":
+        if store.path is not None and store.url is not None:
+            yield (*path, "path"), "stands beside url; keep one or the other"
+        if store.api_key is not None and store.url is None:
+            yield (*path, "api_key"), "has no effect without url; remove it"
 
 
 def _check_inference(config: Config) -> Iterator[Finding]:

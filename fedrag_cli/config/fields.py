@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Interval, MinLen
 from pydantic import AfterValidator, BeforeValidator
@@ -59,12 +60,18 @@ class OutputPathMarker:
 
 
 @dataclasses.dataclass(frozen=True)
+class SecretMarker:
+    """Marks a string as a secret: configs hold a reference to it, never itself, because runs keep their configs."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelMarker:
     """Marks a string as a model reference: a hub id, a directory, a GGUF file, or `package://name/path`."""
 
 
 PathStr = Annotated[str, MinLen(1), PathMarker()]
 OutputPathStr = Annotated[str, MinLen(1), OutputPathMarker()]
+SecretStr = Annotated[str, MinLen(1), SecretMarker()]
 ModelStr = Annotated[str, MinLen(1), ModelMarker()]
 
 
@@ -170,5 +177,24 @@ def check_client_name(name: str) -> str:
     return name
 
 
+def _check_http_url(address: str) -> str:
+    parts = urlsplit(address)
+    try:
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("is no address of a server (write http://HOST:PORT or https://HOST:PORT)")
+    return address
+
+
+def _check_collection(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError("is no name of a collection (up to 100 letters, digits, '.', '_' and '-')")
+    return name
+
+
+HttpUrlStr = Annotated[str, AfterValidator(_check_http_url)]
+CollectionName = Annotated[str, AfterValidator(_check_collection)]
 FederatedMetricName = Annotated[str, AfterValidator(_check_federated_metric)]
 ClientName = Annotated[str, AfterValidator(check_client_name)]

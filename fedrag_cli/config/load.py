@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedrag_cli.config.checks import check_config
+from fedrag_cli.config.fields import SecretMarker, markers_of
 from fedrag_cli.config.paths import absolute_paths
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path, in_order
 from fedrag_cli.config.references import escape, expression, failure, origin, resolved
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import DEFAULT_CONFIG, ConfigTree, read_tree
 from fedrag_cli.config.validation import validate_values
+
+_FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*\w+\s*\}")
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,24 @@ def load_config_with_source(path: str | Path | None = None, overrides: Sequence[
         problems = [
             ConfigProblem(tree.position(path), format_path(path), message) for path, message in check_config(config)
         ]
+        problems += _written_secrets(config, tree)
     if problems or config is None:
         raise InvalidConfigError(problems)
     return ConfigSource(config, tree)
+
+
+def _written_secrets(value: Any, tree: ConfigTree, path: KeyPath = ()) -> list[ConfigProblem]:
+    """Return the secrets that stand in a file or on the command line, from where they would get into runs."""
+    problems: list[ConfigProblem] = []
+    for field in dataclasses.fields(value):
+        inner, held = (*path, field.name), getattr(value, field.name)
+        if dataclasses.is_dataclass(held):
+            problems += _written_secrets(held, tree, inner)
+        is_secret = any(isinstance(marker, SecretMarker) for marker in markers_of(type(value), field.name))
+        if is_secret and held is not None and not _FROM_ENVIRONMENT.fullmatch(expression(tree.tree, inner) or ""):
+            message = "must not be written down; put it into the environment and write ${oc.env:NAME}"
+            problems.append(ConfigProblem(tree.position(inner), format_path(inner), message))
+    return problems
 
 
 def _missing_data(values: dict[str, Any], tree: ConfigTree) -> list[ConfigProblem]:

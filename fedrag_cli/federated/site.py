@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedrag_cli.errors import ModelError
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
@@ -58,15 +60,15 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     own = dataclasses.replace(rag_system, retriever=retriever.with_query_encoder(model, shared=shared))
     if both:
         # The passages' embeddings follow this model's weights, so they cannot be those of the other store.
-        own.knowledge_store = _copy_of(rag_system.knowledge_store)
+        own.knowledge_store = _copy_of(rag_system.knowledge_store, retriever.device)
         if len(own.knowledge_store):
             refresh_store(own)
         own.knowledge_store.encoder_fingerprint = own.retriever.fingerprint()
     return own
 
 
-def _copy_of(store: InMemoryKnowledgeStore) -> InMemoryKnowledgeStore:
-    copy = InMemoryKnowledgeStore(store.device)
-    copy.add(store.nodes, store.embeddings)
+def _copy_of(store: KnowledgeStore, device: torch.device) -> InMemoryKnowledgeStore:
+    copy = InMemoryKnowledgeStore(device)
+    copy.add(store.nodes, store.embeddings_at(torch.arange(len(store))))
     copy.corpus_fingerprint = store.corpus_fingerprint
     return copy

@@ -11,7 +11,9 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.moving import converted_store, place_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
@@ -88,7 +90,7 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
 def _assemble(
     config: Config,
     retriever: SentenceTransformerRetriever,
-    store: InMemoryKnowledgeStore,
+    store: KnowledgeStore,
     generator: CausalLMGenerator | None,
 ) -> RAGSystem:
     settings = config.rag_system
@@ -110,15 +112,16 @@ def _load_models(
 
 def _open_store(
     config: Config, retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
-) -> InMemoryKnowledgeStore:
-    store: InMemoryKnowledgeStore = build("knowledge_store", config.rag_system.knowledge_store, device=retriever.device)
+) -> KnowledgeStore:
+    store: KnowledgeStore = build("knowledge_store", config.rag_system.knowledge_store, device=retriever.device)
     if not len(store):
-        return build_knowledge_store(retriever, nodes, reporter)
+        built = build_knowledge_store(retriever, nodes, reporter)
+        return converted_store(built, config.rag_system.knowledge_store, retriever.device)
     store.require_encoder(retriever.fingerprint())
     if store.corpus_fingerprint != corpus_fingerprint(nodes):
+        place = place_of(config.rag_system.knowledge_store)
         raise KnowledgeStoreError(
-            f"The knowledge store in '{config.rag_system.knowledge_store.path}' was built from other passages than the "
-            "corpus has now.",
+            f"The knowledge store in '{place}' was built from other passages than the corpus has now.",
             "Refresh it with 'fedrag index CONFIG'.",
         )
     return store

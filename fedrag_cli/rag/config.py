@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
-from fedrag_cli.config.fields import ModelStr, NonNegativeFloat, PathStr, PositiveInt, config_class
+from fedrag_cli.config.fields import (
+    CollectionName,
+    HttpUrlStr,
+    ModelStr,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathStr,
+    PositiveInt,
+    SecretStr,
+    config_class,
+)
 from fedrag_cli.registry import Registry
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -75,6 +87,57 @@ class MemoryStoreConfig:
     """Folder of the saved store (`fedrag index` writes it); without it the store is built anew each time."""
 
 
+@config_class
+class FaissStoreConfig:
+    """Search by FAISS (extra `faiss`): exact, or approximate and much faster over millions of passages."""
+
+    type: Literal["faiss"] = "faiss"
+    """Names this store."""
+    path: PathStr | None = None
+    """Folder of the saved store (`fedrag index` writes it); without it the store is built anew each time."""
+    index: Literal["flat", "ivf", "hnsw"] = "flat"
+    """flat is exact; ivf looks into the nearest of nlist clusters; hnsw walks a graph of neighbours."""
+    nlist: PositiveInt | None = None
+    """Clusters of ivf; 4 times the root of the passages by default. At most one for every 39 passages are made."""
+    nprobe: PositiveInt | None = None
+    """Clusters that ivf looks into for each query, 16 by default; more find more and take longer."""
+    m: PositiveInt | None = None
+    """Neighbours of a passage in the graph of hnsw, 32 by default."""
+    ef_construction: PositiveInt | None = None
+    """Candidates that hnsw weighs for each passage's neighbours while it builds, 200 by default."""
+    ef_search: PositiveInt | None = None
+    """Candidates that hnsw keeps for each query, 128 by default and never below top_k."""
+    seed: NonNegativeInt = 0
+    """Seed of the clusters of ivf."""
+    memory_map: bool = False
+    """Leaves the saved embeddings on disk and reads what a search touches; a change takes them into memory."""
+
+
+@config_class
+class QdrantStoreConfig:
+    """Search by Qdrant (extra `qdrant`): a server or cluster at `url`, or embedded in the process."""
+
+    type: Literal["qdrant"] = "qdrant"
+    """Names this store."""
+    path: PathStr | None = None
+    """Folder of the embedded store, for one process at a time and some 20,000 passages. Open only folders that you
+    trust: Qdrant keeps points there as Python pickles."""
+    url: HttpUrlStr | None = None
+    """Address of a server, such as http://localhost:6333. Without url and path the store is built anew each time."""
+    api_key: SecretStr | None = None
+    """Key of the server, always as a reference: ${oc.env:QDRANT_API_KEY}. Only the reference is written to runs."""
+    collection: CollectionName = "fedrag"
+    """Name of the collection; on a server it is an alias that points to the newest one built."""
+    filter: dict[NonEmptyStr, str | bool | int] = dataclasses.field(default_factory=dict)
+    """Restricts the store to passages whose metadata have these values, for instance {owner: clinic}."""
+    exact: bool = False
+    """Compares each query with every passage instead of walking the server's graph; the embedded store always does."""
+    batch_size: PositiveInt = 256
+    """Passages sent to the server, or questions asked, at once."""
+    timeout: PositiveInt = 60
+    """Seconds to wait for an answer of the server."""
+
+
 def register(registry: Registry) -> None:
     """Register retriever, generator and knowledge store."""
     registry.register(
@@ -97,4 +160,18 @@ def register(registry: Registry) -> None:
         MemoryStoreConfig,
         "fedrag_cli.rag.knowledge_stores.memory:InMemoryKnowledgeStore.from_config",
         "exact search in memory, on torch",
+    )
+    registry.register(
+        "knowledge_store",
+        "faiss",
+        FaissStoreConfig,
+        "fedrag_cli.rag.knowledge_stores.faiss_store:FaissKnowledgeStore.from_config",
+        "exact or approximate search by FAISS, saved and memory-mapped",
+    )
+    registry.register(
+        "knowledge_store",
+        "qdrant",
+        QdrantStoreConfig,
+        "fedrag_cli.rag.knowledge_stores.qdrant_store:QdrantKnowledgeStore.from_config",
+        "search by a Qdrant server, or by Qdrant embedded in the process",
     )

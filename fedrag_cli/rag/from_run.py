@@ -19,7 +19,7 @@ FIXED_BY_A_RUN = (
         )
     ),
     *(f"rag_system.generator.{name}" for name in ("type", "model", "adapter", "revision")),
-    *(f"rag_system.knowledge_store.{name}" for name in ("type", "path")),
+    *(f"rag_system.knowledge_store.{name}" for name in ("type", "path", "url", "collection")),
 )  # fmt: skip
 
 
@@ -80,6 +80,9 @@ def with_tuned_models(config: Config, run: RunDirectory) -> Config:
         generator = dataclasses.replace(old_generator, model=str(run.generator), adapter=None, revision=None)
         rag_system = dataclasses.replace(rag_system, generator=generator)
     if run.knowledge_store.is_dir():
-        store = dataclasses.replace(rag_system.knowledge_store, path=str(run.knowledge_store))
+        old_store: Any = rag_system.knowledge_store
+        # A run keeps its store in its own folder, also where it started from one on a server.
+        elsewhere = {name: None for name in ("url", "api_key") if getattr(old_store, name, None) is not None}
+        store = dataclasses.replace(old_store, path=str(run.knowledge_store), **elsewhere)
         rag_system = dataclasses.replace(rag_system, knowledge_store=store)
     return dataclasses.replace(config, rag_system=rag_system)

@@ -14,8 +14,7 @@ from fedrag_cli.errors import ConfigError
 from fedrag_cli.losses import passage_log_weights
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.ensemble import generate_ensemble
-from fedrag_cli.rag.knowledge_stores.base import ScoredNode
-from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, ScoredNode
 from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 
@@ -56,7 +55,7 @@ class RAGSystem:
     """
 
     retriever: SentenceTransformerRetriever
-    knowledge_store: InMemoryKnowledgeStore
+    knowledge_store: KnowledgeStore
     generator: CausalLMGenerator | None = None
     top_k: int = 3
     config: Config | None = None

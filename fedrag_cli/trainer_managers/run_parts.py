@@ -178,8 +178,9 @@ def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> Non
     if "generator" in sides:
         with replace_directory_atomically(run.generator) as target:
             rag_system.require_generator().save(target)
-    if len(rag_system.knowledge_store):
-        rag_system.knowledge_store.save(run.knowledge_store)
+    store = rag_system.knowledge_store
+    if len(store) and not store.is_kept_elsewhere:
+        store.save(run.knowledge_store)
 
 
 def tuned_models(sides: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]:

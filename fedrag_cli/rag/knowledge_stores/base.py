@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -38,6 +38,17 @@ class KnowledgeStore(ABC):
     """
 
     encoder_fingerprint: str | None = None
+    corpus_fingerprint: str | None = None
+
+    @property
+    @abstractmethod
+    def nodes(self) -> list[KnowledgeNode]:
+        """All passages, in the order of their positions; a copy."""
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int:
+        """How many numbers an embedding has; 0 where the store is empty."""
 
     @abstractmethod
     def add(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
@@ -52,12 +63,23 @@ class KnowledgeStore(ABC):
         """
 
     @abstractmethod
+    def replace_embeddings(self, embeddings: Tensor) -> None:
+        """Put new embeddings in the place of all old ones, in the order of the passages.
+
+        Args:
+            embeddings: Tensor of shape (passages, dimension), finite.
+
+        Raises:
+            KnowledgeStoreError: The size does not fit, or a value is not finite.
+        """
+
+    @abstractmethod
     def delete(self, ids: Sequence[str]) -> int:
         """Remove passages and return how many were there."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Remove all passages and their embeddings."""
+        """Remove all passages, their embeddings and the fingerprints."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,6 +111,15 @@ class KnowledgeStore(ABC):
     @abstractmethod
     def save(self, directory: Path) -> None:
         """Write the store; a kill leaves the old one or the new one, never half."""
+
+    def build_report(self) -> dict[str, Any]:
+        """Return what whoever has built the store should know of it, for instance how well its search finds."""
+        return {}
+
+    @property
+    def is_kept_elsewhere(self) -> bool:
+        """Whether a server holds the store just as it is, so that a run needs no copy of it."""
+        return False
 
     def search(self, query_embeddings: Tensor, top_k: int) -> list[list[ScoredNode]]:
         """Find the best passages of each query; see `search_positions`."""

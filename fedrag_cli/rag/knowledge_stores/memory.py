@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +14,11 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
+from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
+from fedrag_cli.rag.knowledge_stores.passages import read_nodes, write_nodes
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
-NODES_FILE = "nodes.jsonl"
 FORMAT = "fedrag-memory-store-1"
 
 
@@ -56,13 +55,18 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         return list(self._nodes)
 
     @property
+    def dimension(self) -> int:
+        """How many numbers an embedding has; 0 where the store is empty."""
+        return self._buffer.shape[1] if len(self) else 0
+
+    @property
     def embeddings(self) -> Tensor:
         """All embeddings, of shape (passages, dimension); a view, so do not write into it."""
         return self._buffer[: len(self._nodes)]
 
     def add(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
         """Add or replace passages; see `KnowledgeStore.add`."""
-        self._check_new(nodes, embeddings)
+        check_new(nodes, embeddings, self.dimension)
         if not nodes:
             return
         embeddings = embeddings.detach().to(self.device, torch.float32)
@@ -80,12 +84,8 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         self._buffer[start : start + len(fresh)] = embeddings[fresh]
 
     def replace_embeddings(self, embeddings: Tensor) -> None:
-        """Put new embeddings in the place of all old ones, in the order of the passages.
-
-        Args:
-            embeddings: Tensor of shape (passages, dimension).
-        """
-        self._check_new(self._nodes, embeddings)
+        """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
+        check_new(self._nodes, embeddings, self.dimension)
         self._buffer = embeddings.detach().to(self.device, torch.float32).clone()
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -106,7 +106,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
 
     def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
         """Find the best passages of each query by one matrix product; see `KnowledgeStore.search_positions`."""
-        self._check_search(query_embeddings, top_k)
+        check_search(query_embeddings, top_k, len(self), self.dimension)
         queries = query_embeddings.detach().to(self.device, torch.float32)
         with torch.autocast(self.device.type, enabled=False):
             scores = queries @ self.embeddings.T
@@ -136,10 +136,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         }
         with replace_directory_atomically(directory) as target:
             save_file({"embeddings": self.embeddings.cpu().contiguous()}, target / EMBEDDINGS_FILE, metadata)
-            with (target / NODES_FILE).open("w", encoding="utf-8") as file:
-                for node in self._nodes:
-                    row = {"id": node.id, "text": node.text, "metadata": node.metadata}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            write_nodes(self._nodes, target)
 
     @classmethod
     def load(cls, directory: Path, *, device: torch.device | str = "cpu") -> InMemoryKnowledgeStore:
@@ -152,8 +149,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         try:
             with safe_open(directory / EMBEDDINGS_FILE, framework="pt") as file:
                 metadata, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
-            with (directory / NODES_FILE).open(encoding="utf-8") as lines:
-                nodes = [KnowledgeNode(**json.loads(line)) for line in lines]
+            nodes = read_nodes(directory)
         except FileNotFoundError as error:
             raise KnowledgeStoreError(f"'{directory}' holds no knowledge store: {error}", hint) from error
         except (SafetensorError, ValueError, TypeError, OSError) as error:
@@ -172,51 +168,3 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             if len(self):
                 grown[: len(self)] = self.embeddings
             self._buffer = grown
-
-    def _check_new(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
-        if embeddings.ndim != 2 or embeddings.shape[0] != len(nodes):
-            raise KnowledgeStoreError(
-                f"{len(nodes)} passages came with embeddings of shape {tuple(embeddings.shape)}; "
-                f"expected ({len(nodes)}, dimension)."
-            )
-        if len(self) and embeddings.shape[1] != self._buffer.shape[1]:
-            raise KnowledgeStoreError(
-                f"The store's embeddings have {self._buffer.shape[1]} numbers, the new ones {embeddings.shape[1]}.",
-                "Build the store anew with one encoder.",
-            )
-        if not bool(torch.isfinite(embeddings).all()):
-            row = int((~torch.isfinite(embeddings)).any(dim=1).nonzero()[0])
-            raise KnowledgeStoreError(f"The embedding of the passage '{nodes[row].id}' is not finite.")
-        repeated = _first_repeated([node.id for node in nodes])
-        if repeated is not None:
-            raise KnowledgeStoreError(
-                f"The passage id '{repeated}' occurs twice.", "Give every passage an id of its own."
-            )
-
-    def _check_search(self, query_embeddings: Tensor, top_k: int) -> None:
-        if not len(self):
-            raise KnowledgeStoreError("The knowledge store is empty.", "Add passages before searching.")
-        if not 1 <= top_k <= len(self):
-            raise KnowledgeStoreError(
-                f"top_k is {top_k}, but the knowledge store holds {len(self)} passages.",
-                f"Set top_k to a number from 1 to {len(self)}.",
-            )
-        if query_embeddings.ndim != 2 or query_embeddings.shape[1] != self._buffer.shape[1]:
-            raise KnowledgeStoreError(
-                f"Query embeddings have the shape {tuple(query_embeddings.shape)}; "
-                f"expected (queries, {self._buffer.shape[1]})."
-            )
-        broken = (~torch.isfinite(query_embeddings)).any(dim=1).nonzero()
-        if len(broken):
-            raise KnowledgeStoreError(
-                f"The embedding of query {int(broken[0])} is not finite.", "Look at the weights of the query encoder."
-            )
-
-
-def _first_repeated(ids: list[Any]) -> Any | None:
-    seen: set[Any] = set()
-    for id in ids:
-        if id in seen:
-            return id
-        seen.add(id)
-    return None

@@ -1,0 +1,299 @@
+"""Search by Qdrant: a server that many share, or embedded in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.rag.config import QdrantStoreConfig
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
+from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
+from fedrag_cli.rag.knowledge_stores.passages import Passages
+from fedrag_cli.rag.knowledge_stores.qdrant_connection import (
+    QdrantClient,
+    connect,
+    in_memory,
+    new_folder,
+    open_folder,
+    qdrant_errors,
+)
+from fedrag_cli.rag.knowledge_stores.qdrant_folder import seal_folder, version_of_folder
+from fedrag_cli.rag.knowledge_stores.qdrant_points import (
+    FORMAT,
+    copy_store,
+    create_collection,
+    describe,
+    metadata_filter,
+    point_id,
+    read_passages,
+    read_vectors,
+    search_points,
+    write_points,
+)
+from fedrag_cli.rag.knowledge_stores.ties import search_in_order
+from fedrag_cli.runs.atomic import replace_directory_atomically
+
+
+class QdrantKnowledgeStore(KnowledgeStore):
+    """Passages with their embeddings in a Qdrant collection.
+
+    What a server or a folder holds is only read, because others may be searching it: a change takes the passages into
+    an embedded Qdrant in memory first. `save` and `qdrant_publishing.publish` write.
+
+    Args:
+        config: Names, the filter and sizes of batches.
+        device: Where results are put.
+        client: The Qdrant that holds the collection already; without it an embedded one in memory that is empty.
+    """
+
+    def __init__(
+        self,
+        config: QdrantStoreConfig | None = None,
+        device: torch.device | str = "cpu",
+        client: QdrantClient | None = None,
+    ) -> None:
+        """Start empty, or with what the client's collection holds."""
+        self.config = config or QdrantStoreConfig()
+        self.device = torch.device(device)
+        self.encoder_fingerprint: str | None = None
+        self.corpus_fingerprint: str | None = None
+        self._filter = metadata_filter(self.config.filter)
+        self._is_own = client is None
+        self._client = client if client is not None else in_memory()
+        self._dimension = self._end = 0
+        self._set_passages([], [])
+        if client is not None:
+            self._open_collection()
+
+    @classmethod
+    def from_config(cls, config: QdrantStoreConfig, *, device: torch.device | str = "cpu") -> QdrantKnowledgeStore:
+        """Open the collection on the server or in the folder, or start an empty one where there is none yet.
+
+        Raises:
+            ConnectionFailedError: The server cannot be reached, or refuses the key.
+            KnowledgeStoreError: What is there is damaged, of another format, or in use by another process.
+        """
+        if config.url is not None:
+            client = connect(config)
+            with qdrant_errors(config.url):
+                exists = client.collection_exists(config.collection)
+            return cls(config, device, client if exists else None)
+        if config.path is not None and Path(config.path).exists():
+            return cls.load(Path(config.path), config, device=device)
+        return cls(config, device)
+
+    def __len__(self) -> int:
+        """Return the number of passages that pass the filter."""
+        return len(self._passages)
+
+    @property
+    def nodes(self) -> list[KnowledgeNode]:
+        """All passages that pass the filter, in the order of their positions; a copy."""
+        return list(self._passages.nodes)
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers an embedding has; 0 where the store is empty."""
+        return self._dimension
+
+    def add(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
+        """Add or replace passages; see `KnowledgeStore.add`."""
+        check_new(nodes, embeddings, self.dimension)
+        if not nodes:
+            return
+        self._take_over()
+        if not self._dimension:
+            self._start_collection(embeddings.shape[1])
+        places, end = [], self._end
+        for node in nodes:
+            position = self._passages.positions.get(node.id)
+            places.append(end if position is None else self._places[position])
+            end += position is None
+        self._write(nodes, embeddings, places)
+        if self._filter is not None:
+            self._set_passages(*read_passages(self._client, self.config.collection, self._filter))
+        else:
+            known = len(self)
+            _, fresh = self._passages.put(nodes)
+            self._places += [places[row] for row in fresh]
+            self._number(known)
+        self._end = end
+
+    def replace_embeddings(self, embeddings: Tensor) -> None:
+        """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
+        check_new(self._passages.nodes, embeddings, self.dimension)
+        if self._is_own:
+            self._write(self._passages.nodes, embeddings, self._places)
+        else:
+            self._take_over(embeddings)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove passages and return how many were there."""
+        gone = [id for id in dict.fromkeys(ids) if id in self._passages.positions]
+        if gone:
+            self._take_over()
+            self._client.delete(self.config.collection, [point_id(id) for id in gone])
+            kept = self._passages.remove(gone)
+            self._set_passages(self._passages.nodes, [self._places[position] for position in kept])
+            if not self._client.count(self.config.collection).count:
+                self._dimension = 0
+        return len(gone)
+
+    def clear(self) -> None:
+        """Remove all passages, their embeddings and the fingerprints; a server or a folder keeps its own."""
+        self.encoder_fingerprint = self.corpus_fingerprint = None
+        self._client, self._is_own, self._dimension = in_memory(), True, 0
+        self._set_passages([], [])
+
+    def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
+        """Find the best passages of each query; see `KnowledgeStore.search_positions`."""
+        which = f" that pass the filter {self.config.filter}" if self.config.filter else ""
+        check_search(query_embeddings, top_k, len(self), self.dimension, which)
+        queries = query_embeddings.detach().to("cpu", torch.float32)
+        scores, positions = search_in_order(self._search, queries, top_k, len(self))
+        return scores.to(self.device), positions.to(self.device)
+
+    def nodes_at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
+        """Return the passages at positions that a search gave."""
+        return [self._passages.nodes[position] for position in positions]
+
+    def embeddings_at(self, positions: Tensor) -> Tensor:
+        """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
+        if not positions.numel():
+            return torch.zeros(*positions.shape, self.dimension, device=self.device)
+        unique, rows = positions.cpu().unique(return_inverse=True)
+        ids = [point_id(self._passages.nodes[position].id) for position in unique.tolist()]
+        with qdrant_errors(self._place):
+            try:
+                vectors = read_vectors(self._client, self.config.collection, ids)
+            except KeyError as error:
+                raise self._changed_meanwhile() from error
+        return vectors[rows].to(self.device)
+
+    @property
+    def is_kept_elsewhere(self) -> bool:
+        """Whether the server holds the store just as it is."""
+        return self.config.url is not None and not self._is_own
+
+    def build_report(self) -> dict[str, Any]:
+        """Return the name of the collection."""
+        return {"collection": self.config.collection}
+
+    def save(self, directory: Path) -> None:
+        """Write the passages that pass the filter into an embedded Qdrant, whose folder replaces the old."""
+        with replace_directory_atomically(directory) as target:
+            client = new_folder(target)
+            try:
+                create_collection(client, self.config.collection, max(self.dimension, 1), describe(self))
+                copy_store(self, client, self.config.collection, self.config.batch_size)
+            finally:
+                client.close()
+            seal_folder(target)
+
+    @classmethod
+    def load(
+        cls, directory: Path, config: QdrantStoreConfig | None = None, *, device: torch.device | str = "cpu"
+    ) -> QdrantKnowledgeStore:
+        """Read a store that `save` wrote; its folder stays locked against other processes as long as it is in use.
+
+        Raises:
+            KnowledgeStoreError: The directory holds no store, a damaged one, or is in use.
+        """
+        client = open_folder(directory, version_of_folder(directory))
+        config = config or QdrantStoreConfig(path=str(directory))
+        if not client.collection_exists(config.collection):
+            names = ", ".join(collection.name for collection in client.get_collections().collections)
+            raise KnowledgeStoreError(
+                f"'{directory}' has no collection '{config.collection}', but {names}.",
+                "Set rag_system.knowledge_store.collection.",
+            )
+        return cls(config, device, client)
+
+    @property
+    def _place(self) -> str:
+        return self.config.url or self.config.path or "memory"
+
+    def _open_collection(self) -> None:
+        name = self.config.collection
+        with qdrant_errors(self._place):
+            described = self._client.get_collection(name).config
+            about: dict[str, Any] = described.metadata or {}
+            vectors = described.params.vectors
+            size = getattr(vectors, "size", None)
+            if about.get("format") != FORMAT or size is None:
+                raise KnowledgeStoreError(
+                    f"The collection '{name}' at {self._place} was not written by fedrag, or by a server before 1.16, "
+                    "which keeps no metadata.",
+                    "Set rag_system.knowledge_store.collection to another name, and run 'fedrag index CONFIG'.",
+                )
+            count = self._client.count(name).count
+            if count != about["passages"]:
+                raise KnowledgeStoreError(
+                    f"The collection '{name}' at {self._place} has {count} passages in the place of "
+                    f"{about['passages']}.",
+                    "Refresh it with 'fedrag index CONFIG'.",
+                )
+            self._set_passages(*read_passages(self._client, name, self._filter))
+        self._dimension = int(size) if count else 0
+        self.encoder_fingerprint, self.corpus_fingerprint = about.get("encoder"), about.get("corpus")
+
+    def _search(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        found = self._ask(queries, wanted, exact=self.config.exact)
+        short = [row for row, points in enumerate(found) if len(points) < wanted]
+        if short:
+            # The walk through a graph may end early; comparing with every passage does not.
+            for row, points in zip(short, self._ask(queries[short], wanted, exact=True), strict=True):
+                found[row] = points
+        try:
+            positions = [[self._position_of[id] for id, _ in points] for points in found]
+            scores = [[score for _, score in points] for points in found]
+            return torch.tensor(scores).view(-1, wanted), torch.tensor(positions).view(-1, wanted)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise self._changed_meanwhile() from error
+
+    def _ask(self, queries: Tensor, wanted: int, *, exact: bool) -> list[list[tuple[str, float]]]:
+        name, size = self.config.collection, self.config.batch_size
+        with qdrant_errors(self._place):
+            return search_points(self._client, name, queries, wanted, self._filter, exact=exact, batch_size=size)
+
+    def _changed_meanwhile(self) -> KnowledgeStoreError:
+        return KnowledgeStoreError(
+            f"The collection '{self.config.collection}' at {self._place} has changed since it was opened.",
+            "Run the command again.",
+        )
+
+    def _take_over(self, embeddings: Tensor | None = None) -> None:
+        """Go on in memory with a copy of what a server or a folder holds, with other embeddings where given."""
+        if self._is_own:
+            return
+        if embeddings is None:
+            embeddings = self.embeddings_at(torch.arange(len(self)))
+        self._client, self._is_own, self._dimension = in_memory(), True, 0
+        if len(self):
+            self._start_collection(embeddings.shape[1])
+            self._write(self._passages.nodes, embeddings, self._places)
+
+    def _start_collection(self, dimension: int) -> None:
+        self._client.delete_collection(self.config.collection)
+        create_collection(self._client, self.config.collection, dimension, {})
+        self._dimension = dimension
+
+    def _write(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor, places: Sequence[int]) -> None:
+        vectors = embeddings.detach().to("cpu", torch.float32)
+        write_points(self._client, self.config.collection, nodes, vectors, places, self.config.batch_size)
+
+    def _set_passages(self, nodes: list[KnowledgeNode], places: list[int]) -> None:
+        self._passages, self._places = Passages(nodes), places
+        self._end = places[-1] + 1 if places else 0
+        self._position_of: dict[str, int] = {}
+        self._number(0)
+
+    def _number(self, start: int) -> None:
+        for position in range(start, len(self._passages)):
+            self._position_of[point_id(self._passages.nodes[position].id)] = position

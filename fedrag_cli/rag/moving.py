@@ -1,0 +1,133 @@
+"""Writing a built knowledge store to where a config wants it, of whichever type."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedrag_cli.config import Config
+from fedrag_cli.errors import ConfigError, KnowledgeStoreError
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
+from fedrag_cli.registry import build
+from fedrag_cli.runs.reporting import Reporter
+
+# What the folders of stores may hold, by the name of the file that tells its kind.
+_FOLDERS = (
+    {"embeddings.safetensors", "nodes.jsonl"},
+    {"index.faiss", "nodes.jsonl", "store.json"},
+    {"collection", "meta.json", "store.json", ".lock"},
+)
+
+
+def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, Any]:
+    """Copy the built store of one config to where another wants it, without encoding anything.
+
+    Args:
+        config: Names the store that is built; it stays as it is.
+        target: Names the type and place of the new one.
+        reporter: Told what is being done.
+
+    Returns:
+        Where the new store is, how many passages it holds, its fingerprints, what its kind reports, and the time taken.
+
+    Raises:
+        ConfigError: A config names no place, both name the same, or the place holds something else.
+        KnowledgeStoreError: Nothing is built there yet, or it is damaged.
+        ConnectionFailedError: A server cannot be reached.
+    """
+    source, wanted = config.rag_system.knowledge_store, target.rag_system.knowledge_store
+    place = require_place(wanted)
+    if require_place(source) == place:
+        raise ConfigError(f"Both configs name the same knowledge store: {place}", "Give the second another place.")
+    started = time.monotonic()
+    reporter.note("Opening the knowledge store")
+    store: KnowledgeStore = build("knowledge_store", source, device="cpu")
+    if not len(store):
+        missing = f"There is no knowledge store at {place_of(source)} yet."
+        raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
+    reporter.note(f"Writing {len(store)} passages to {place}")
+    written = write_store(store, wanted)
+    return {
+        "path": place,
+        "type": wanted.type,
+        "passages": len(store),
+        "dimension": store.dimension,
+        "encoder_fingerprint": store.encoder_fingerprint,
+        "corpus_fingerprint": store.corpus_fingerprint,
+        **written.build_report(),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def write_store(store: KnowledgeStore, config: Any) -> KnowledgeStore:
+    """Write a store to the place that a store's config names, in the place of an old one.
+
+    Args:
+        store: What to write.
+        config: The config dataclass of the store that is wanted; its type may be another.
+
+    Returns:
+        The store that was written.
+    """
+    if getattr(config, "url", None) is not None:
+        from fedrag_cli.rag.knowledge_stores.qdrant_publishing import publish
+
+        return publish(store, config)
+    path = require_place(config)
+    # A filter restricts searches, not what is kept.
+    kept = dataclasses.replace(config, filter={}) if getattr(config, "filter", None) else config
+    converted = converted_store(store, kept)
+    converted.save(Path(path))
+    return converted
+
+
+def converted_store(store: KnowledgeStore, config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
+    """Return a store of the type that a config names with the passages of another, in memory."""
+    # An empty store of the right type; what its place holds is not looked at.
+    changes = {name: None for name in ("path", "url") if getattr(config, name, None) is not None}
+    empty: KnowledgeStore = build("knowledge_store", dataclasses.replace(config, **changes), device=device)
+    if config.type == "memory" and isinstance(store, type(empty)):
+        return store
+    if len(store):
+        empty.add(store.nodes, store.embeddings_at(torch.arange(len(store))))
+    empty.encoder_fingerprint, empty.corpus_fingerprint = store.encoder_fingerprint, store.corpus_fingerprint
+    return empty
+
+
+def place_of(config: Any) -> str | None:
+    """Return the folder of a store, or the server and collection; None where it is only kept in memory."""
+    url = getattr(config, "url", None)
+    place: str | None = config.path if url is None else f"{url}/collections/{config.collection}"
+    return place
+
+
+def require_place(config: Any) -> str:
+    """Return the place of a store after checking that writing there would destroy nothing else.
+
+    Raises:
+        ConfigError: The config names none, or a folder that holds something else than a store.
+    """
+    place = place_of(config)
+    if place is None:
+        raise ConfigError(
+            "The config does not say where to save the knowledge store.",
+            "Set rag_system.knowledge_store.path, or add rag_system.knowledge_store.path=FOLDER to the command.",
+        )
+    if config.path is not None:
+        _require_own_folder(Path(config.path))
+    return place
+
+
+def _require_own_folder(path: Path) -> None:
+    """Refuse a place that holds anything but a knowledge store, because saving one replaces the whole folder."""
+    if not path.exists():
+        return
+    if not path.is_dir() or not any({file.name for file in path.iterdir()} <= files for files in _FOLDERS):
+        raise ConfigError(
+            f"'{path}' holds something else than a knowledge store, which would be lost.",
+            "Set rag_system.knowledge_store.path to a new or empty folder.",
+        )
