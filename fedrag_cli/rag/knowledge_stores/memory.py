@@ -16,6 +16,7 @@ from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
 from fedrag_cli.rag.knowledge_stores.passages import read_nodes, write_nodes
+from fedrag_cli.rag.knowledge_stores.ties import in_order
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
@@ -110,14 +111,14 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         queries = query_embeddings.detach().to(self.device, torch.float32)
         with torch.autocast(self.device.type, enabled=False):
             scores = queries @ self.embeddings.T
-        # Among passages that tie for the last places topk takes any; the first of them are wanted.
-        last = scores.topk(top_k, dim=1).values[:, -1:]
-        above, level = scores > last, scores == last
-        chosen = above | (level & (level.cumsum(dim=1) <= top_k - above.sum(dim=1, keepdim=True)))
-        positions = chosen.nonzero()[:, 1].view(-1, top_k)
-        best = scores.gather(1, positions)
-        order = best.argsort(dim=1, descending=True, stable=True)
-        return best.gather(1, order), positions.gather(1, order)
+        best, positions = in_order(*scores.topk(min(top_k + 1, len(self)), dim=1))
+        if top_k < len(self):
+            # Among passages that tie for the last places topk takes any; the first of them are wanted.
+            tied = best[:, top_k - 1] == best[:, top_k]
+            best, positions = best[:, :top_k], positions[:, :top_k]
+            if bool(tied.any()):
+                best[tied], positions[tied] = _first_of_ties(scores[tied], top_k)
+        return best, positions
 
     def nodes_at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
         """Return the passages at positions that a search gave."""
@@ -168,3 +169,12 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             if len(self):
                 grown[: len(self)] = self.embeddings
             self._buffer = grown
+
+
+def _first_of_ties(scores: Tensor, top_k: int) -> SearchResult:
+    """Return the best scores of each row and their positions; of those that tie for the last places, the first."""
+    last = scores.topk(top_k, dim=1).values[:, -1:]
+    above, level = scores > last, scores == last
+    chosen = above | (level & (level.cumsum(dim=1) <= top_k - above.sum(dim=1, keepdim=True)))
+    positions = chosen.nonzero()[:, 1].view(-1, top_k)
+    return in_order(scores.gather(1, positions), positions)

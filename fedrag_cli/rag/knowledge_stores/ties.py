@@ -27,7 +27,7 @@ def search_in_order(search: Search, queries: Tensor, top_k: int, passages: int) 
     positions = torch.zeros(len(queries), top_k, dtype=torch.long)
     rows, wanted = torch.arange(len(queries)), min(top_k + 1, passages)
     while len(rows):
-        found, places = _sorted(*search(queries[rows], wanted))
+        found, places = in_order(*search(queries[rows], wanted))
         # As long as the last one found ties with the last one wanted, there may be more of them.
         settled = found[:, top_k - 1] > found[:, -1] if wanted < passages else torch.ones(len(rows), dtype=torch.bool)
         scores[rows[settled]] = found[settled, :top_k]
@@ -36,7 +36,16 @@ def search_in_order(search: Search, queries: Tensor, top_k: int, passages: int) 
     return scores, positions
 
 
-def _sorted(scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def in_order(scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the columns of each row by score, best first, and equal scores by position.
+
+    Args:
+        scores: Tensor of shape (queries, passages).
+        positions: Tensor of the same shape.
+
+    Returns:
+        Both of them, sorted.
+    """
     by_position = positions.argsort(dim=1)
     scores, positions = scores.gather(1, by_position), positions.gather(1, by_position)
     order = scores.argsort(dim=1, descending=True, stable=True)
