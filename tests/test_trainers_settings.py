@@ -14,6 +14,7 @@ from fedrag_cli.errors import ModelError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.trainers.config import LSRConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT
+from fedrag_cli.trainers.huggingface.arguments import training_arguments
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 
 NEVER = ValidationConfig(every="never")
@@ -120,3 +121,9 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, write_config: Callable[
 
     assert _distance(train("one"), train("two")) == 0
     assert _distance(train("three"), train("four", dropout=True)) > 1e-4
+
+
+def test_another_gpu_than_the_first_is_refused_with_the_way_to_take_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cuda:1") as caught:
+        training_arguments(LSRConfig(), directory=tmp_path, seed=0, device=torch.device("cuda:1"))
+    assert "CUDA_VISIBLE_DEVICES=1" in caught.value.hint

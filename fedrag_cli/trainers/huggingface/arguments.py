@@ -29,8 +29,14 @@ def training_arguments(
 
     Raises:
         TrainingError: The learning rate is not above 0.
-        ModelError: The device cannot compute in the wanted precision.
+        ModelError: The device cannot compute in the wanted precision, or is not the first of its kind.
     """
+    if device.type == "cuda" and device.index:
+        # transformers.Trainer takes the first device that it sees, and would part the trained model from the rest.
+        raise ModelError(
+            f"Training runs on the first GPU that the process sees, but the model is on {device}.",
+            f"Set CUDA_VISIBLE_DEVICES={device.index} in the environment and run.device: cuda.",
+        )
     if config.learning_rate <= 0:
         raise TrainingError(
             f"The learning rate is {config.learning_rate}, so training could not move a weight.",
