@@ -467,7 +467,7 @@ def test_a_failure_while_saving_leaves_the_old_store_or_none(tmp_path: Path, whe
     torn = memory_store(5)
     # An object that JSON cannot hold stops the writing halfway.
     position = 0 if when == "before the passages" else 3
-    torn._nodes[position] = KnowledgeNode("x", "text", {"broken": object()})
+    torn._passages.nodes[position] = KnowledgeNode("x", "text", {"broken": object()})
     with pytest.raises((KnowledgeStoreError, TypeError)):
         torn.save(tmp_path / "store")
     assert [path.name for path in tmp_path.iterdir()] == (["store"] if old else [])

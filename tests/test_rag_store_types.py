@@ -177,7 +177,7 @@ def test_a_failure_while_publishing_leaves_the_old_collection_alone() -> None:
     server, config = in_memory(), QdrantStoreConfig()
     publish(source_store(4), config, server)
     broken = source_store(10)
-    broken._nodes[7] = None  # type: ignore[call-overload]
+    broken._passages.nodes[7] = None  # type: ignore[call-overload]
     with pytest.raises(AttributeError):
         publish(broken, config, server)
     assert len(server.get_collections().collections) == 1

@@ -8,7 +8,7 @@ from typing import Any
 from fedrag_cli.config import Config
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.rag.build import build_knowledge_store
-from fedrag_cli.rag.moving import require_place, write_store
+from fedrag_cli.rag.moving import require_place, written_report
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
@@ -25,20 +25,10 @@ def build_index(config: Config, reporter: Reporter) -> dict[str, Any]:
         ConfigError: The config names no path, or a folder that holds anything else than a store.
     """
     settings = config.rag_system.knowledge_store
-    place = require_place(settings)
+    require_place(settings)
     nodes = load_corpus(config.dataset.corpus)
     started = time.monotonic()
     retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
     store = build_knowledge_store(retriever, nodes, reporter)
-    written = write_store(store, settings)
-    return {
-        "path": place,
-        "type": settings.type,
-        "passages": len(store),
-        "truncated": retriever.count_truncated([node.text for node in nodes], queries=False),
-        "dimension": store.dimension,
-        "encoder_fingerprint": store.encoder_fingerprint,
-        "corpus_fingerprint": store.corpus_fingerprint,
-        **written.build_report(),
-        "seconds": round(time.monotonic() - started, 2),
-    }
+    truncated = retriever.count_truncated([node.text for node in nodes], queries=False)
+    return written_report(store, settings, started, truncated=truncated)

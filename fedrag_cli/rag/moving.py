@@ -12,14 +12,17 @@ import torch
 from fedrag_cli.config import Config
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
+from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
+from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
 
 # What the folders of stores may hold, by the name of the file that tells its kind.
 _FOLDERS = (
-    {"embeddings.safetensors", "nodes.jsonl"},
-    {"index.faiss", "nodes.jsonl", "store.json"},
-    {"collection", "meta.json", "store.json", ".lock"},
+    {EMBEDDINGS_FILE, NODES_FILE},
+    {INDEX_FILE, NODES_FILE, STORE_FILE},
+    {"collection", "meta.json", STORE_FILE, LOCK_FILE},
 )
 
 
@@ -50,11 +53,24 @@ def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, 
         missing = f"There is no knowledge store at {place_of(source)} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
     reporter.note(f"Writing {len(store)} passages to {place}")
-    written = write_store(store, wanted)
+    return written_report(store, wanted, started)
+
+
+def written_report(store: KnowledgeStore, config: Any, started: float, **counts: int) -> dict[str, Any]:
+    """Write a store with `write_store`, and return what there is to say of it.
+
+    Args:
+        store: What to write.
+        config: The config dataclass of the store that is wanted.
+        started: When the work began, by `time.monotonic()`.
+        counts: Further numbers about the passages.
+    """
+    written = write_store(store, config)
     return {
-        "path": place,
-        "type": wanted.type,
+        "path": place_of(config),
+        "type": config.type,
         "passages": len(store),
+        **counts,
         "dimension": store.dimension,
         "encoder_fingerprint": store.encoder_fingerprint,
         "corpus_fingerprint": store.corpus_fingerprint,
@@ -93,7 +109,7 @@ def converted_store(store: KnowledgeStore, config: Any, device: torch.device | s
     if config.type == "memory" and isinstance(store, type(empty)):
         return store
     if len(store):
-        empty.add(store.nodes, store.embeddings_at(torch.arange(len(store))))
+        empty.add(store.nodes, store.embeddings)
     empty.encoder_fingerprint, empty.corpus_fingerprint = store.encoder_fingerprint, store.corpus_fingerprint
     return empty
 

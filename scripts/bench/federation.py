@@ -25,6 +25,9 @@ from results import machine, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("0", "1", "2", "3")
+POOLED_BATCHES = (
+    " Pooled: in batches as large as those of all sites together, and (small batches) as large as those of one site."
+)
 METRICS = {"lsr": ("mrr", "recall@1"), "ralt": ("exact_match", "f1")}
 FEDRAG = [sys.executable, "-W", "ignore", "-m", "fedrag_cli"]
 
@@ -230,6 +233,7 @@ def table(name: str, values: dict[str, dict[str, list[float]]], server: Path, se
         f"`python scripts/bench/federation.py DATA_FOLDER {name}{only}`, config `{config}`: a server and four clients "
         f"over loopback with TLS and node keys, {len(summary['rounds'])} rounds ({done}), {seconds:.0f} s in all. "
         + ("" if only else "Pooled and alone: the same settings and as many passes over the examples.")
+        + (POOLED_BATCHES if name == "lsr" and not only else "")
     )
     return "\n".join([facts, "", *rows, "", machine()])
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.rag.knowledge_stores.passages import Passages
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,26 @@ class KnowledgeStore(ABC):
 
     A store carries the fingerprint of the encoder that filled it. Whoever searches says which encoder made the query
     embeddings; another one is refused.
+
+    Args:
+        device: Where embeddings and the results of searches are put.
     """
 
-    encoder_fingerprint: str | None = None
-    corpus_fingerprint: str | None = None
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Start without passages."""
+        self.device = torch.device(device)
+        self.encoder_fingerprint: str | None = None
+        self.corpus_fingerprint: str | None = None
+        self._passages = Passages()
+
+    def __len__(self) -> int:
+        """Return the number of passages."""
+        return len(self._passages)
 
     @property
-    @abstractmethod
     def nodes(self) -> list[KnowledgeNode]:
         """All passages, in the order of their positions; a copy."""
+        return list(self._passages.nodes)
 
     @property
     @abstractmethod
@@ -82,10 +95,6 @@ class KnowledgeStore(ABC):
         """Remove all passages, their embeddings and the fingerprints."""
 
     @abstractmethod
-    def __len__(self) -> int:
-        """Return the number of passages."""
-
-    @abstractmethod
     def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
         """Find the best passages of each query.
 
@@ -100,13 +109,18 @@ class KnowledgeStore(ABC):
             KnowledgeStoreError: The store is empty, top_k is out of range, or sizes do not fit.
         """
 
-    @abstractmethod
     def nodes_at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
         """Return the passages at positions that a search gave."""
+        return [self._passages.nodes[position] for position in positions]
 
     @abstractmethod
     def embeddings_at(self, positions: Tensor) -> Tensor:
         """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
+
+    @property
+    def embeddings(self) -> Tensor:
+        """All embeddings, of shape (passages, dimension); it may be a view, so do not write into it."""
+        return self.embeddings_at(torch.arange(len(self)))
 
     @abstractmethod
     def save(self, directory: Path) -> None:

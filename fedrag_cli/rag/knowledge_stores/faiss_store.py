@@ -26,6 +26,7 @@ from fedrag_cli.rag.knowledge_stores.faiss_index import (
     write_index,
 )
 from fedrag_cli.rag.knowledge_stores.passages import (
+    INDEX_FILE,
     STORE_FILE,
     Passages,
     file_fingerprint,
@@ -35,7 +36,6 @@ from fedrag_cli.rag.knowledge_stores.passages import (
 from fedrag_cli.rag.knowledge_stores.ties import search_in_order
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
-INDEX_FILE = "index.faiss"
 FORMAT = "fedrag-faiss-store-1"
 # What an index is built with; a search may choose the rest anew.
 BUILD_SETTINGS = ("index", "nlist", "m", "ef_construction", "seed")
@@ -54,11 +54,8 @@ class FaissKnowledgeStore(KnowledgeStore):
 
     def __init__(self, config: FaissStoreConfig | None = None, device: torch.device | str = "cpu") -> None:
         """Start empty."""
+        super().__init__(device)
         self.config = config or FaissStoreConfig()
-        self.device = torch.device(device)
-        self.encoder_fingerprint: str | None = None
-        self.corpus_fingerprint: str | None = None
-        self._passages = Passages()
         self._index: Any = None
         self._built_of = 0
         self._is_mapped = False
@@ -69,15 +66,6 @@ class FaissKnowledgeStore(KnowledgeStore):
         if config.path is not None and Path(config.path).exists():
             return cls.load(Path(config.path), config, device=device)
         return cls(config, device)
-
-    def __len__(self) -> int:
-        """Return the number of passages."""
-        return len(self._passages)
-
-    @property
-    def nodes(self) -> list[KnowledgeNode]:
-        """All passages, in the order of their positions; a copy."""
-        return list(self._passages.nodes)
 
     @property
     def dimension(self) -> int:
@@ -127,10 +115,6 @@ class FaissKnowledgeStore(KnowledgeStore):
             lambda rows, wanted: search_index(self._index, self.config, rows, wanted), queries, top_k, len(self)
         )
         return scores.to(self.device), positions.to(self.device)
-
-    def nodes_at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
-        """Return the passages at positions that a search gave."""
-        return [self._passages.nodes[position] for position in positions]
 
     def embeddings_at(self, positions: Tensor) -> Tensor:
         """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""

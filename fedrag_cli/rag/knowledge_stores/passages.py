@@ -1,4 +1,4 @@
-"""The passages of a store whose embeddings another library keeps: their positions, and their file."""
+"""The passages of a store: their positions, and their file; and the names of the files beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from fedrag_cli.data.nodes import KnowledgeNode
 
 NODES_FILE = "nodes.jsonl"
+INDEX_FILE = "index.faiss"
 STORE_FILE = "store.json"
 _ENDS = 65536
 

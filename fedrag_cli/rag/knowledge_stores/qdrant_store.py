@@ -41,7 +41,7 @@ from fedrag_cli.runs.atomic import replace_directory_atomically
 
 
 class QdrantKnowledgeStore(KnowledgeStore):
-    """Passages with their embeddings in a Qdrant collection.
+    """Passages with their embeddings in a Qdrant collection; with a filter, those of them that pass it.
 
     What a server or a folder holds is only read, because others may be searching it: a change takes the passages into
     an embedded Qdrant in memory first. `save` and `qdrant_publishing.publish` write.
@@ -59,10 +59,8 @@ class QdrantKnowledgeStore(KnowledgeStore):
         client: QdrantClient | None = None,
     ) -> None:
         """Start empty, or with what the client's collection holds."""
+        super().__init__(device)
         self.config = config or QdrantStoreConfig()
-        self.device = torch.device(device)
-        self.encoder_fingerprint: str | None = None
-        self.corpus_fingerprint: str | None = None
         self._filter = metadata_filter(self.config.filter)
         self._is_own = client is None
         self._client = client if client is not None else in_memory()
@@ -87,15 +85,6 @@ class QdrantKnowledgeStore(KnowledgeStore):
         if config.path is not None and Path(config.path).exists():
             return cls.load(Path(config.path), config, device=device)
         return cls(config, device)
-
-    def __len__(self) -> int:
-        """Return the number of passages that pass the filter."""
-        return len(self._passages)
-
-    @property
-    def nodes(self) -> list[KnowledgeNode]:
-        """All passages that pass the filter, in the order of their positions; a copy."""
-        return list(self._passages.nodes)
 
     @property
     def dimension(self) -> int:
@@ -158,10 +147,6 @@ class QdrantKnowledgeStore(KnowledgeStore):
         queries = query_embeddings.detach().to("cpu", torch.float32)
         scores, positions = search_in_order(self._search, queries, top_k, len(self))
         return scores.to(self.device), positions.to(self.device)
-
-    def nodes_at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
-        """Return the passages at positions that a search gave."""
-        return [self._passages.nodes[position] for position in positions]
 
     def embeddings_at(self, positions: Tensor) -> Tensor:
         """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
@@ -273,7 +258,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
         if self._is_own:
             return
         if embeddings is None:
-            embeddings = self.embeddings_at(torch.arange(len(self)))
+            embeddings = self.embeddings
         self._client, self._is_own, self._dimension = in_memory(), True, 0
         if len(self):
             self._start_collection(embeddings.shape[1])

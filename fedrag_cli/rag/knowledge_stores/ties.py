@@ -1,4 +1,4 @@
-"""The order of passages with equal scores, over libraries that leave it open."""
+"""The order of passages with equal scores, which torch and other libraries leave open."""
 
 from __future__ import annotations
 
@@ -23,29 +23,20 @@ def search_in_order(search: Search, queries: Tensor, top_k: int, passages: int) 
     Returns:
         Scores and positions, both of shape (queries, top_k).
     """
-    scores = torch.zeros(len(queries), top_k)
-    positions = torch.zeros(len(queries), top_k, dtype=torch.long)
-    rows, wanted = torch.arange(len(queries)), min(top_k + 1, passages)
+    scores = queries.new_zeros(len(queries), top_k)
+    positions = torch.zeros_like(scores, dtype=torch.long)
+    rows, wanted = torch.arange(len(queries), device=queries.device), min(top_k + 1, passages)
     while len(rows):
-        found, places = in_order(*search(queries[rows], wanted))
+        found, places = _in_order(*search(queries[rows], wanted))
         # As long as the last one found ties with the last one wanted, there may be more of them.
-        settled = found[:, top_k - 1] > found[:, -1] if wanted < passages else torch.ones(len(rows), dtype=torch.bool)
+        settled = found[:, top_k - 1] > found[:, -1] if wanted < passages else torch.ones_like(rows, dtype=torch.bool)
         scores[rows[settled]] = found[settled, :top_k]
         positions[rows[settled]] = places[settled, :top_k]
         rows, wanted = rows[~settled], min(4 * wanted, passages)
     return scores, positions
 
 
-def in_order(scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the columns of each row by score, best first, and equal scores by position.
-
-    Args:
-        scores: Tensor of shape (queries, passages).
-        positions: Tensor of the same shape.
-
-    Returns:
-        Both of them, sorted.
-    """
+def _in_order(scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     by_position = positions.argsort(dim=1)
     scores, positions = scores.gather(1, by_position), positions.gather(1, by_position)
     order = scores.argsort(dim=1, descending=True, stable=True)

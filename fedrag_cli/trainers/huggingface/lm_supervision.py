@@ -142,9 +142,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
 
     def _on_checkpoint(self, directory: Path) -> None:
         if self.config.train == "both":
-            store = self.rag_system.knowledge_store
-            embeddings = store.embeddings_at(torch.arange(len(store)))
-            save_file({"embeddings": embeddings.contiguous()}, directory / INDEX_FILE)
+            save_file({"embeddings": self.rag_system.knowledge_store.embeddings.contiguous()}, directory / INDEX_FILE)
 
     def _counts(self) -> dict[str, Any]:
         return {"scoring": self._truncation.to_dict(), "scored_pairs": len(self._scoring().cache)}
