@@ -126,6 +126,13 @@ class KnowledgeStore(ABC):
     def save(self, directory: Path) -> None:
         """Write the store; a kill leaves the old one or the new one, never half."""
 
+    def save_changes(self, directory: Path) -> None:
+        """Write what changed since the store was read from or saved to this directory; all of it where that is quicker.
+
+        A kill leaves the old store or the new one, never half.
+        """
+        self.save(directory)
+
     def build_report(self) -> dict[str, Any]:
         """Return what whoever has built the store should know of it, for instance how well its search finds."""
         return {}
