@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from toy_federation import asking
 
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError, FederationError, ModelError
+from fedrag_cli.federated.agreement import differences
+from fedrag_cli.federated.apps import ScreenedStrategy
+from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.federated.weights import Weights
+from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.run_parts import load_run_data
@@ -230,6 +235,77 @@ def test_both_encoders_and_another_generator_model(write_config: Callable[..., P
     generator = make_task(write_config, "generator")
     with pytest.raises(ModelError, match="is a SentenceTransformer, not a LlamaForCausalLM"):
         both.around(generator.trainer.rag_system.require_generator().model.base_model.model)
+
+
+HALF = FederatedConfig(transport_dtype="float16", min_clients=1)
+
+
+def test_sites_that_send_other_number_formats_refuse_each_other(write_config: Callable[..., Path]) -> None:
+    manager = make_manager(write_config, "retriever")
+    plain, half = manager.get_federated_task(), manager.get_federated_task(HALF)
+    words = 'federated.transport_dtype is "float16", but the server has "float32"'
+    assert differences(plain.agreement, half.agreement) == [words]
+    client = ClientHandler(half)
+    hello = ConfigRecord({"action": "handshake", "agreement": plain.agreement.to_json()})
+    client(asking(RecordDict({"config": hello}), "query"))
+    assert isinstance(client.failure, ConnectionFailedError)
+    assert words in client.failure.message
+
+
+def test_a_client_trains_from_float16_and_sends_float16(write_config: Callable[..., Path]) -> None:
+    task = make_manager(write_config, "retriever").get_federated_task(HALF)
+    start = task.weights()
+    arrays = to_wire(start, "float16")
+    message = asking(RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1})}))
+    reply = ClientHandler(task)(message)
+    trained = task.fit({name: tensor.half().float() for name, tensor in start.items()}, {"server-round": 1}).weights
+    sent = reply.content.array_records["arrays"]
+    assert {array.dtype for array in sent.values()} == {"float16"}
+    assert all(torch.equal(tensor, trained[name].half().float()) for name, tensor in from_wire(sent).items())
+
+
+def test_the_message_api_rounds_what_it_sends_and_aggregates_float32(write_config: Callable[..., Path]) -> None:
+    task = make_manager(write_config, "retriever").get_federated_task(HALF)
+    seen: list[ArrayRecord] = []
+
+    asking(RecordDict())  # Flower notes who sends.
+
+    class Grid:
+        def get_node_ids(self) -> list[int]:
+            return [1, 2]
+
+    from flwr.serverapp.strategy import FedAvg
+
+    strategy = ScreenedStrategy(FedAvg(fraction_evaluate=1.0), task)
+    start = {name: tensor + 1e-5 for name, tensor in task.weights().items()}
+    for messages in (
+        strategy.configure_train(1, to_wire(start), ConfigRecord(), Grid()),  # type: ignore[arg-type]
+        strategy.configure_evaluate(1, to_wire(start), ConfigRecord(), Grid()),  # type: ignore[arg-type]
+    ):
+        asked = list(messages)
+        seen += [message.content.array_records["arrays"] for message in asked]
+    assert all(torch.equal(from_wire(record)[name], start[name].half().float()) for record in seen for name in start)
+    asked = list(strategy.configure_train(1, to_wire(start), ConfigRecord(), Grid()))  # type: ignore[arg-type]
+    replies, values = [], []
+    for message, step in zip(asked, (0.125, 0.0625), strict=True):
+        values.append({name: (tensor + step).half().float() for name, tensor in start.items()})
+        metrics = MetricRecord({"num-examples": 1, "loss": 0.5})
+        content = RecordDict({"arrays": to_wire(values[-1], "float16"), "metrics": metrics})
+        reply = Message(content, reply_to=message)
+        replies.append(reply)
+    arrays, _ = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    for name, tensor in from_wire(arrays).items():
+        assert arrays[name].dtype == "float32"
+        assert torch.allclose(tensor, (values[0][name] + values[1][name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_the_classic_api_refuses_float16(write_config: Callable[..., Path]) -> None:
+    task = make_manager(write_config, "retriever").get_federated_task(HALF)
+    model = task.trainer.rag_system.retriever.query_encoder
+    for make in (lambda: task.server(model), lambda: task.client(model, [])):
+        with pytest.raises(ConfigError, match="classic API sends weights as float32, not float16"):
+            make()
 
 
 def test_client_app_and_server_app_are_flowers(write_config: Callable[..., Path]) -> None:

@@ -175,6 +175,7 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
         yield f"rag_system.retriever.{name}", getattr(retriever.config, name)
     yield "rag_system.retriever.max_length", retriever.query_encoder.max_seq_length
     yield "federated.metrics", sorted(settings.metrics)
+    yield "federated.transport_dtype", settings.transport_dtype
 
 
 def _plain(value: Any) -> Any:
