@@ -15,13 +15,17 @@ from toy_federation import asking
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError, FederationError, ModelError
-from fedrag_cli.federated.agreement import differences
+from fedrag_cli.federated.agreement import agreement_of, differences
 from fedrag_cli.federated.apps import ScreenedStrategy
 from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.local import LocalGrid
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.reporting import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
+from fedrag_cli.trainer_managers.federated_parts import run_federation
 from fedrag_cli.trainer_managers.run_parts import load_run_data
 
 NEVER = {"every": "never"}
@@ -262,6 +266,57 @@ def test_a_client_trains_from_float16_and_sends_float16(write_config: Callable[.
     sent = reply.content.array_records["arrays"]
     assert {array.dtype for array in sent.values()} == {"float16"}
     assert all(torch.equal(tensor, trained[name].half().float()) for name, tensor in from_wire(sent).items())
+
+
+@pytest.mark.parametrize("side", ["retriever", "generator"])
+def test_lent_weights_are_in_memory_once_and_come_back(write_config: Callable[..., Path], side: str) -> None:
+    task = make_task(write_config, side)
+    before, agreement = task.weights(), task.agreement
+    lent = task.lend()
+    assert largest_difference(lent, before) == 0
+    parameters = {name: item for name, item in task.trainer.model.named_parameters() if item.requires_grad}
+    assert set(parameters) == set(lent)
+    assert all(parameter.numel() == 0 for parameter in parameters.values())
+    task.load(lent)
+    assert all(parameter.data_ptr() == lent[name].data_ptr() for name, parameter in parameters.items())
+    assert largest_difference(task.weights(), before) == 0
+    task.release()
+    changed = {name: tensor + 1 for name, tensor in before.items()}
+    task.load(changed)
+    assert largest_difference(task.weights(), changed) == 0
+    assert agreement_of(task.trainer, task.settings).manifest == agreement.manifest
+    task.release()
+    with pytest.raises(ModelError, match="is missing"):
+        task.load({})
+
+
+def test_a_server_that_evaluates_between_rounds_has_its_weights_once(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    def outcome(*, shares_model: bool) -> tuple[Weights, dict[str, Any]]:
+        config = load_config(write_config(trainer=SECTIONS["retriever"], federated={"rounds": 2, "min_clients": 1}))
+        assert config.federated is not None
+        data = load_run_data(config)
+        systems = [build_rag_system(config, nodes=data.nodes) for _ in range(2)]
+        server, client = (
+            build_manager(config, system, train=data.train, validation=data.validation).get_federated_task()
+            for system in systems
+        )
+        grid = LocalGrid({"a": ClientHandler(client, "a")})
+        run = RunDirectory.create(str(tmp_path / "runs"), "server", "", command=[], seed=1)
+        arguments = (run, config, data, grid, server, systems[0], config.federated, SilentReporter())
+        state = run_federation(*arguments, shares_model=shares_model)
+        assert state.weights == {}
+        # The client ends with what the server has.
+        assert largest_difference(server.weights(), client.weights()) == 0
+        return server.weights(), state.evaluations
+
+    weights, evaluations = outcome(shares_model=False)
+    kept, plain = outcome(shares_model=True)
+    assert largest_difference(weights, kept) == 0
+    assert set(evaluations) == {"0", "1", "2"}
+    assert evaluations == plain
+    assert all("mrr" in found["server"]["metrics"] for found in evaluations.values())
 
 
 def test_the_message_api_rounds_what_it_sends_and_aggregates_float32(write_config: Callable[..., Path]) -> None:

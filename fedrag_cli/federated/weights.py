@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedrag_cli.errors import FederationError, ModelError
@@ -100,13 +100,20 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_weights(path: Path) -> Weights:
-    """Read tensors from a safetensors file.
+    """Read tensors from a safetensors file into memory of their own.
 
     Raises:
         ModelError: The file is missing or damaged.
     """
+    weights: Weights = {}
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            # What an open file has given stays in memory a second time, so it is opened for each tensor.
+            with safe_open(path, "pt") as file:
+                weights[name] = file.get_tensor(name).clone()
+        return weights
     except (OSError, SafetensorError) as error:
         raise ModelError(f"'{path}' cannot be read: {error}", "Restore the file, or start a new run.") from error
 

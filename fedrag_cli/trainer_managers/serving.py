@@ -153,7 +153,9 @@ def _see_through(
                 done=done.number if done is not None else 0,
                 min_clients=settings.min_clients,
             )
-            state = run_federation(run, config, data, server.grid, task, rag_system, settings, reporter)
+            state = run_federation(
+                run, config, data, server.grid, task, rag_system, settings, reporter, shares_model=False
+            )
         save_models(run, rag_system, config)
         summary = federation_summary(
             run,
