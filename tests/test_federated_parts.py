@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,28 @@ def test_the_mean_is_summed_in_float64_wherever_the_updates_lie(tmp_path: Path) 
     exact = sum(tensor.double() * count for tensor, count in zip(tensors, examples, strict=True)) / sum(examples)
     assert torch.equal(mean, exact.float())
     assert torch.equal(weighted_mean(updates[:1], {"w": [2 * BLOCK + 7]})["w"], tensors[0])
+
+
+def test_the_memory_of_the_mean_does_not_grow_with_the_clients(tmp_path: Path) -> None:
+    size = 4_000_000
+    data = to_wire({"w": torch.arange(float(size))})["w"].data
+    reference = to_wire({"w": torch.zeros(size)})
+    updates = []
+    for _ in range(6):
+        file = ScratchFile(tmp_path)
+        file.append(data)
+        updates.append(Update({"w": FileArray("float32", (size,), "numpy.ndarray", file, 0, len(data))}, 2, {}, 0.0))
+    tracemalloc.start()
+    mean = weighted_mean(updates, {"w": [size]})["w"]
+    update = RecordDict({"arrays": ArrayRecord(), "metrics": MetricRecord({"num-examples": 1})})
+    update.array_records["arrays"]["w"] = updates[0].arrays["w"]
+    screened = screen_update(update, {"w": [size]}, reference)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(mean, torch.arange(float(size)))
+    assert screened.norm == pytest.approx(float(mean.double().norm()), rel=1e-12)
+    # The mean, and a block of each client; the updates alone would be six times as large.
+    assert peak < 3 * 4 * size
 
 
 @pytest.mark.parametrize("cut", [-4, 4])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 BLOCK = 2**18
 """Numbers that are in memory at once."""
-WRITTEN_AT_ONCE = 2**20
+AT_ONCE = 2**20
 
 
 class MisdescribedArrayError(ValueError):
@@ -43,13 +43,17 @@ class ScratchFile:
         """Add bytes at the end; raises OSError, as where the disk is full."""
         view = memoryview(data)
         while view:
-            written = os.pwrite(self._descriptor, view[:WRITTEN_AT_ONCE], self.size)
+            written = os.pwrite(self._descriptor, view[:AT_ONCE], self.size)
             self.size += written
             view = view[written:]
 
     def read(self, count: int, offset: int) -> bytes:
-        """Return at most so many bytes from an offset on."""
-        return os.pread(self._descriptor, count, offset)
+        """Return so many bytes from an offset on; fewer where the file ends."""
+        parts: list[bytes] = []
+        while count and (part := os.pread(self._descriptor, min(count, AT_ONCE), offset)):
+            parts.append(part)
+            count, offset = count - len(part), offset + len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class FileArray(Array):

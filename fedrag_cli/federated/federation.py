@@ -129,6 +129,7 @@ class Federation:
         self._reporter.event("round_started", round=number, rounds=self._settings.rounds, clients=names, bytes=sent)
         came = self._train(number, messages, record)
         reply = Message(RecordDict(), reply_to=messages[0])
+        # What was sent is as large as the next global weights, and nobody needs it any more.
         del messages, record
         if len(came.updates) < self._settings.min_clients:
             raise FederationError(

@@ -58,8 +58,10 @@ def move_from_wire(record: ArrayRecord) -> Weights:
     return {name: torch.from_numpy(whole(record.pop(name))) for name in list(record)}
 
 
-def in_dtype(record: Mapping[str, Array], dtype: TransportDtype) -> ArrayRecord:
-    """Return a record's arrays in the number format in which they travel; see `to_wire`."""
+def in_dtype(record: ArrayRecord, dtype: TransportDtype) -> ArrayRecord:
+    """Return a record of float32 arrays in the number format in which they travel; see `to_wire`."""
+    if dtype == "float32":
+        return record
     return ArrayRecord({name: Array(_encoded(name, whole(array), dtype)) for name, array in record.items()})
 
 

@@ -39,6 +39,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.fleet.guard import RequestBounds, SpeakerCheck, check_routes
+from fedrag_cli.federated.fleet.memory import PassingMemory
 from fedrag_cli.federated.fleet.state import FleetState
 from fedrag_cli.federated.fleet.store import PieceStore
 from fedrag_cli.federated.grid import FederationGrid, Member, quiet_flower
@@ -85,6 +86,7 @@ class FleetServer:
         check_routes()
         quiet_flower()
         self._host, self._port = host, port
+        self._memory = PassingMemory()
         folder = pieces if pieces is not None else Path(tempfile.gettempdir()) / f"fedrag-{uuid.uuid4().hex}"
         self.state = FleetState(PieceStore(folder), max_message_bytes, max_message_objects)
         for name, public_key in (allowed or {}).items():
@@ -95,7 +97,11 @@ class FleetServer:
             openapi_url=None,
             generate_unique_id_function=generate_unique_route_id,
             middleware=[
-                Middleware(RequestBounds, allowed=frozenset(allowed.values()) if allowed is not None else None),
+                Middleware(
+                    RequestBounds,
+                    allowed=frozenset(allowed.values()) if allowed is not None else None,
+                    memory=self._memory,
+                ),
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
                 Middleware(ProtobufTranslationMiddleware),
                 Middleware(NodeAuthMiddleware),
@@ -144,6 +150,7 @@ class FleetServer:
                 )
             time.sleep(0.01)
         self.state.pieces.open()
+        self._memory.start()
         self.grid = self._open_run()
         return self
 
@@ -155,6 +162,7 @@ class FleetServer:
         self.state.finish_task(self._task_id, SubStatus.COMPLETED if error is None else SubStatus.FAILED, "")
         self._uvicorn.should_exit = True
         self._thread.join(5)
+        self._memory.stop()
         self.state.pieces.close()
 
     def _listen(self) -> socket.socket:
