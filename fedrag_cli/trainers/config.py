@@ -198,6 +198,9 @@ class GeneratorTrainingConfig(TrainingConfig):
     """Peak learning rate."""
     batch_size: PositiveInt = 8
     """Instances of a batch on one device."""
+    group_by_length: bool = True
+    """Put instances of similar length into the same step, which saves padding; the order of the steps stays random and
+    follows from the seed."""
 
 
 @config_class

@@ -107,6 +107,10 @@ class HuggingFaceTrainer(BaseTrainer):
         """Return the loss of outputs and labels, where the model does not compute its loss itself."""
         return None
 
+    def _lengths(self, instances: Sequence[Any]) -> list[int] | None:
+        """Return the tokens of each instance, where instances of similar length go into the same step."""
+        return None
+
     def _finish(self) -> None:
         """Do what comes after the last step, with the final weights."""
 
@@ -215,6 +219,7 @@ class HuggingFaceTrainer(BaseTrainer):
             on_batches=self._on_batches,
             loss_function=self._loss_function(),
             penalty=self._penalty if self.proximal_mu else None,
+            lengths=self._lengths(instances),
             callbacks=[callback],
         )
         loop.remove_callback(_printer())

@@ -153,6 +153,11 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         self._total = sum(len(item.prompt) + len(item.answer) for item in instances)
         return instances
 
+    def _lengths(self, instances: Sequence[AnswerInstance]) -> list[int] | None:
+        if not self.config.group_by_length:
+            return None
+        return [len(item.prompt) + len(item.answer) for item in instances]
+
     def _collate(self, instances: list[AnswerInstance]) -> dict[str, Any]:
         """Pad on the left, so that all answers end together and logits are needed for the last columns only.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerControl
 
 from fedrag_cli.errors import ModelError
 from fedrag_cli.runs.checkpoints import MARKER, PREFIX
+from fedrag_cli.trainers.huggingface.sampling import LengthGroupedOrder
 
 Validate = Callable[[], dict[str, float]]
 Penalty = Callable[[nn.Module], Tensor]
@@ -28,6 +29,7 @@ class TrainingLoop(Trainer):
         loss_function: Computes the loss, where the model does not; it gets what a batch has as `weights`.
         on_batches: Called with all batches of an optimizer step before the first of them is computed.
         penalty: Added to the loss of each optimizer step, such as FedProx's proximal term.
+        lengths: Tokens of each training instance, where instances of similar length go into the same step.
         options: Arguments of `transformers.Trainer`.
     """
 
@@ -38,6 +40,7 @@ class TrainingLoop(Trainer):
         on_batches: Callable[[Batches], None],
         loss_function: LossFunction | None = None,
         penalty: Penalty | None = None,
+        lengths: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         """Set the loop up."""
@@ -48,6 +51,14 @@ class TrainingLoop(Trainer):
         self._loss_function = loss_function
         self._weights: Tensor | None = None
         self._penalty = penalty
+        self._lengths = lengths
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Group by length where lengths are given; otherwise let transformers draw a random order."""
+        if self._lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedOrder(self._lengths, per_step, self.args.seed)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[Batches, Any]:
         """Let our code see all batches of one optimizer step together."""
