@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches, token_log_probs
-from fedrag_cli.rag.generators.shared_prefix import scoring_batches, shared_prefix_log_probs
+from fedrag_cli.rag.generators.packing import can_pack, packed_log_probs, packs
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     ModelLocation,
@@ -269,7 +270,7 @@ class CausalLMGenerator:
     ) -> None:
         """Compute log p(token | prompt, tokens before it) of each target, in eval mode, in batches of a token budget.
 
-        What prompts of a batch have in common at their beginning is computed once.
+        Where the model allows, what prompts of a batch have in common at their beginning is computed once.
 
         Args:
             pairs: (prompt ids, target ids).
@@ -280,20 +281,31 @@ class CausalLMGenerator:
             DataError: A prompt or a target has no tokens, or together they exceed the context window.
         """
         self._require_scorable(pairs)
-        for batch in scoring_batches(pairs, self.config.batch_tokens):
-            rows = self._score(([pairs[position] for position in batch.positions]), batch.shared)
-            on_batch(batch.positions, [row.cpu() for row in rows])
+        lengths = [len(prompt) + len(target) for prompt, target in pairs]
+        packing = bool(pairs) and self._can_pack(max(lengths))
+        budget = self.config.batch_tokens
+        for batch in packs(pairs, budget) if packing else length_sorted_batches(lengths, budget):
+            rows = self._score([pairs[position] for position in batch], packing)
+            on_batch(batch, [row.cpu() for row in rows])
 
     @torch.inference_mode()
-    def _score(self, pairs: Sequence[TokenPair], shared: int) -> list[Tensor]:
+    def _score(self, pairs: Sequence[TokenPair], packing: bool) -> list[Tensor]:
+        with self._evaluating(), self._autocast():
+            if packing:
+                return packed_log_probs(self.model, pairs)
+            return token_log_probs(self.model, pairs, pad_id=self.pad_id)
+
+    @torch.inference_mode()
+    def _can_pack(self, longest: int) -> bool:
+        with self._evaluating():
+            return can_pack(self.model, longest)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self._autocast():
-                rows = None
-                if shared:
-                    rows = shared_prefix_log_probs(self.model, pairs, shared=shared, pad_id=self.pad_id)
-                return rows if rows is not None else token_log_probs(self.model, pairs, pad_id=self.pad_id)
+            yield
         finally:
             self.model.train(was_training)
 
