@@ -1,0 +1,117 @@
+"""Measure the memory of training runs against the models alone, and write the figures to RESULTS.md.
+
+    python scripts/bench/memory.py DATA_FOLDER [--steps 500]
+
+Every row is a process of its own. The first loads both models and the knowledge store, and runs each model once; the
+floor is what is resident then, because reading a GGUF file takes more for a moment. The others train with the benchmark's settings; their growth is that of the resident memory from a fifth of the steps to the
+last one. A run over 500 steps takes small batches, so that it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import build_system, prepare_data
+from results import machine, write_section
+
+QUIET = ("validation.every=never", "save_every=never", "scheduler=constant", "learning_rate=1e-5")
+FEW = "dataset.train.limit=48"
+RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "LSR": ("retriever", "lsr", ("batch_size=4", "top_k=4")),
+    "RALT, LoRA": ("generator", "ralt", ("batch_size=1",)),
+    "RALT, all weights": ("generator", "ralt", ("batch_size=1", "lora=null")),
+}
+MODELS = "models"
+WEIGHTS = {"LSR": 0, "RALT, LoRA": 0, "RALT, all weights": 3}
+"""Copies of the language model's weights that training cannot do without: gradients and AdamW's two moments."""
+
+
+def main() -> None:
+    """Parse the command line, run each row in a process, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row is not None:
+        print(json.dumps(measured(options.row, options.steps)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_data(options.data.resolve(), Path(folder))
+        found = {name: in_process(options.data, name, options.steps) for name in (MODELS, *RUNS)}
+    text = table(found, options.steps)
+    print(text)
+    write_section("Memory", text)
+
+
+def in_process(data: Path, row: str, steps: int) -> dict[str, float]:
+    """Measure one row in a new process and return its numbers in bytes."""
+    command = [sys.executable, __file__, str(data), "--row", row, "--steps", str(steps)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(row: str, steps: int) -> dict[str, float]:
+    """Load or train in this process, and return its peak, its growth and the bytes of the language model."""
+    if row == MODELS:
+        rag_system = build_system("lsr", FEW)
+        (found,) = rag_system.batch_retrieve(["Where is the tower?"], 1)
+        rag_system.require_generator().target_log_probs(["Where is the tower?"], ["Paris"])
+        assert found
+        weights = rag_system.require_generator().model.parameters()
+        size = sum(parameter.numel() * parameter.element_size() for parameter in weights)
+        return {"peak": resident("VmHWM"), "resident": resident("VmRSS"), "language_model": size}
+    side, name, settings = RUNS[row]
+    overrides = [f"trainer.{side}.{setting}" for setting in (*QUIET, f"max_steps={steps}", *settings)]
+    trainer = trainer_of(side, build_system(name, FEW, *overrides))
+    sizes: list[float] = []
+    trainer._on_step = lambda _step: sizes.append(resident("VmRSS"))
+    trainer.train()
+    return {"peak": resident("VmHWM"), "growth": sizes[-1] - sizes[steps // 5]}
+
+
+def trainer_of(side: str, rag_system: Any) -> Any:
+    """Return the trainer of one side."""
+    from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT
+
+    return (HuggingFaceTrainerForLSR if side == "retriever" else HuggingFaceTrainerForRALT)(rag_system)
+
+
+def resident(name: str) -> float:
+    """Return the bytes of this process that are resident now (VmRSS), or were at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024.0 * int(status.split(f"{name}:")[1].split()[0])
+
+
+def table(found: dict[str, dict[str, float]], steps: int) -> str:
+    """Write the numbers as a Markdown table, in MB."""
+    alone, weights = found[MODELS]["resident"], found[MODELS]["language_model"]
+    rows = [
+        f"`python scripts/bench/memory.py DATA_FOLDER`: {steps} steps each; the language model has "
+        f"{weights / 1e6:.0f} MB of weights. The floor of a run is the models alone and, where all weights are tuned, "
+        "their gradients and the optimizer's two moments.",
+        "",
+        f"| what | peak, MB | of the floor | growth from step {steps // 5} to {steps}, MB |",
+        "| --- | ---: | ---: | ---: |",
+        f"| both models and the knowledge store | {found[MODELS]['peak'] / 1e6:.0f} "
+        f"| {found[MODELS]['peak'] / alone:.2f} |  |",
+    ]
+    for name in RUNS:
+        floor = alone + WEIGHTS[name] * weights
+        rows.append(
+            f"| {name} | {found[name]['peak'] / 1e6:.0f} | {found[name]['peak'] / floor:.2f} "
+            f"| {found[name]['growth'] / 1e6:+.1f} |"
+        )
+    return "\n".join([*rows, "", machine()])
+
+
+if __name__ == "__main__":
+    main()
