@@ -3,8 +3,9 @@
     python scripts/bench/memory.py DATA_FOLDER [--steps 500]
 
 Every row is a process of its own. The first loads both models and the knowledge store, and runs each model once; the
-floor is what is resident then, because reading a GGUF file takes more for a moment. The others train with the benchmark's settings; their growth is that of the resident memory from a fifth of the steps to the
-last one. A run over 500 steps takes small batches, so that it ends.
+floor is what is resident then, because reading a GGUF file takes more for a moment. The others train with the
+benchmark's settings; their growth is that of the resident memory from a fifth of the steps to the last one. Batches are
+small, so that 500 steps end.
 """
 
 from __future__ import annotations

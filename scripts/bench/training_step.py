@@ -196,8 +196,8 @@ def grouped() -> str:
     (tokens, share, seconds), (fewer, less, shorter) = found["false"], found["true"]
     return (
         f"An epoch of 160 questions in random order has {tokens:,} tokens, {share:.0%} of them padding; grouped by "
-        f"length {fewer:,}, {less:.0%} padding. Its steps take {shorter / seconds:.2f} of the time ({shorter:.0f} s instead of "
-        f"{seconds:.0f} s)."
+        f"length {fewer:,}, {less:.0%} padding. Its steps take {shorter / seconds:.2f} of the time ({shorter:.0f} s "
+        f"instead of {seconds:.0f} s)."
     )
 
 
