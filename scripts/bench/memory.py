@@ -30,8 +30,9 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "RALT, all weights": ("generator", "ralt", ("batch_size=1", "lora=null")),
 }
 MODELS = "models"
-WEIGHTS = {"LSR": 0, "RALT, LoRA": 0, "RALT, all weights": 3}
-"""Copies of the language model's weights that training cannot do without: gradients and AdamW's two moments."""
+OF_ITS_OWN = {"LSR": 4, "RALT, LoRA": 4, "RALT, all weights": 3}
+"""Numbers a trained weight that training cannot do without: gradient, AdamW's two moments, and the weight itself where
+it is not one of the models' (the queries' own copy of the encoder, or an adapter)."""
 
 
 def main() -> None:
@@ -61,22 +62,21 @@ def in_process(data: Path, row: str, steps: int) -> dict[str, float]:
 
 
 def measured(row: str, steps: int) -> dict[str, float]:
-    """Load or train in this process, and return its peak, its growth and the bytes of the language model."""
+    """Load or train in this process, and return its peak, its growth and the bytes of the trained weights."""
     if row == MODELS:
         rag_system = build_system("lsr", FEW)
         (found,) = rag_system.batch_retrieve(["Where is the tower?"], 1)
         rag_system.require_generator().target_log_probs(["Where is the tower?"], ["Paris"])
         assert found
-        weights = rag_system.require_generator().model.parameters()
-        size = sum(parameter.numel() * parameter.element_size() for parameter in weights)
-        return {"peak": resident("VmHWM"), "resident": resident("VmRSS"), "language_model": size}
+        return {"peak": resident("VmHWM"), "resident": resident("VmRSS")}
     side, name, settings = RUNS[row]
     overrides = [f"trainer.{side}.{setting}" for setting in (*QUIET, f"max_steps={steps}", *settings)]
     trainer = trainer_of(side, build_system(name, FEW, *overrides))
     sizes: list[float] = []
     trainer._on_step = lambda _step: sizes.append(resident("VmRSS"))
     trainer.train()
-    return {"peak": resident("VmHWM"), "growth": sizes[-1] - sizes[steps // 5]}
+    trained = sum(tensor.numel() * tensor.element_size() for tensor in trainer.trained_weights().values())
+    return {"peak": resident("VmHWM"), "trained": trained, "growth": sizes[-1] - sizes[steps // 5]}
 
 
 def trainer_of(side: str, rag_system: Any) -> Any:
@@ -94,21 +94,21 @@ def resident(name: str) -> float:
 
 def table(found: dict[str, dict[str, float]], steps: int) -> str:
     """Write the numbers as a Markdown table, in MB."""
-    alone, weights = found[MODELS]["resident"], found[MODELS]["language_model"]
+    alone = found[MODELS]["resident"]
     rows = [
-        f"`python scripts/bench/memory.py DATA_FOLDER`: {steps} steps each; the language model has "
-        f"{weights / 1e6:.0f} MB of weights. The floor of a run is the models alone and, where all weights are tuned, "
-        "their gradients and the optimizer's two moments.",
+        f"`python scripts/bench/memory.py DATA_FOLDER`: {steps} steps each. The floor of a run is what is resident of "
+        "the models alone, and what training cannot do without: gradients, AdamW's two moments, and an adapter or the "
+        "queries' own encoder.",
         "",
-        f"| what | peak, MB | of the floor | growth from step {steps // 5} to {steps}, MB |",
-        "| --- | ---: | ---: | ---: |",
-        f"| both models and the knowledge store | {found[MODELS]['peak'] / 1e6:.0f} "
+        f"| what | floor, MB | peak, MB | of the floor | growth from step {steps // 5} to {steps}, MB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        f"| both models and the knowledge store | {alone / 1e6:.0f} | {found[MODELS]['peak'] / 1e6:.0f} "
         f"| {found[MODELS]['peak'] / alone:.2f} |  |",
     ]
     for name in RUNS:
-        floor = alone + WEIGHTS[name] * weights
+        floor = alone + OF_ITS_OWN[name] * found[name]["trained"]
         rows.append(
-            f"| {name} | {found[name]['peak'] / 1e6:.0f} | {found[name]['peak'] / floor:.2f} "
+            f"| {name} | {floor / 1e6:.0f} | {found[name]['peak'] / 1e6:.0f} | {found[name]['peak'] / floor:.2f} "
             f"| {found[name]['growth'] / 1e6:+.1f} |"
         )
     return "\n".join([*rows, "", machine()])
