@@ -219,8 +219,8 @@ def main() -> None:
         facts = (
             f"`python scripts/bench/training_step.py DATA_FOLDER`, float32, settings of "
             f"`configs/benchmarks/xquad-ralt.yaml` and `xquad-lsr.yaml`, {torch.get_num_threads()} threads, mean of "
-            f"{options.steps} steps, of each the fastest of {options.runs} runs. Retrieval, scoring and tokenisation come before the "
-            "first step."
+            f"{options.steps} steps, of each the fastest of {options.runs} runs. Retrieval, scoring and tokenisation "
+            "come before the first step."
         )
         text = "\n".join([facts, "", *rows(options.steps, options.runs), "", grouped(), "", machine()])
     print(text)
