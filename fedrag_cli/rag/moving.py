@@ -12,7 +12,7 @@ import torch
 from fedrag_cli.config import Config
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE
 from fedrag_cli.registry import build
