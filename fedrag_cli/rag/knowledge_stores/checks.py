@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.knowledge_stores.vectors import rows_at_once
+from fedrag_cli.rag.knowledge_stores.vectors import format_name, rows_at_once
 
 
 def check_new(
@@ -50,9 +50,8 @@ def check_finite(nodes: Sequence[KnowledgeNode], embeddings: Tensor, dtype: torc
         passage = f"The embedding of the passage '{nodes[start + row].id}'"
         if not bool(torch.isfinite(block[row]).all()):
             raise KnowledgeStoreError(f"{passage} is not finite.", "Look at the weights of the passage encoder.")
-        format = str(dtype).removeprefix("torch.")
         raise KnowledgeStoreError(
-            f"{passage} has a number that is too large for {format}.",
+            f"{passage} has a number that is too large for {format_name(dtype)}.",
             "Set rag_system.knowledge_store.dtype to bfloat16 or float32.",
         )
 

@@ -105,5 +105,5 @@ def write_embeddings(
 
 def raw_bytes(embeddings: Tensor) -> memoryview:
     """Return the bytes of embeddings as they lie in memory and in files."""
-    array: Any = embeddings.cpu().contiguous().view(torch.uint8).numpy()
-    return memoryview(array).cast("B")
+    array: Any = embeddings.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)

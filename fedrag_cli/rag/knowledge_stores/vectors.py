@@ -39,6 +39,17 @@ class HeldVectors:
         """All of them, of shape (count, dimension); a view that later changes write into."""
         return self._buffer[: self._count]
 
+    @classmethod
+    def around(cls, values: Tensor) -> HeldVectors:
+        """Wrap a tensor of shape (count, dimension) without copying it; it is only to be read."""
+        held = cls(values.device, values.dtype)
+        held._buffer, held._count = values, len(values)
+        return held
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Return copies of those at a tensor of positions of any shape."""
+        return self.rows[positions.to(self._buffer.device)]
+
     def extend(self, values: Tensor, expected: int = 0) -> None:
         """Append a tensor of shape (new, dimension), in any number format.
 
@@ -91,3 +102,8 @@ class HeldVectors:
 def rows_at_once(dimension: int) -> int:
     """Return how many embeddings of a dimension are converted or copied at once."""
     return max(1, NUMBERS_AT_ONCE // max(1, dimension))
+
+
+def format_name(dtype: torch.dtype) -> str:
+    """Return a number format's name as configs write it."""
+    return str(dtype).removeprefix("torch.")
