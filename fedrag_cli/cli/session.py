@@ -135,5 +135,14 @@ def _unexpected(error: Exception) -> FedRAGError:
 
 def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
-    for name in ("transformers", "sentence_transformers", "datasets", "peft", "accelerate", "torch", "flwr"):
+    for name in (
+        "transformers",
+        "sentence_transformers",
+        "datasets",
+        "peft",
+        "accelerate",
+        "torch",
+        "flwr",
+        "bitsandbytes",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ModelError, TrainingError
-from fedrag_cli.rag.models import has_fast_bfloat16
+from fedrag_cli.rag.models import has_fast_bfloat16, require_bfloat16
 from fedrag_cli.trainers.config import TrainingConfig
 
 
@@ -80,11 +80,13 @@ def training_arguments(
 
 def _precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
     if precision == "fast":
         return "bfloat16" if has_fast_bfloat16(device) else "float32"
     if precision == "float16" and device.type != "cuda":
         raise ModelError(
             f"precision: float16 needs a cuda device, but the model is on {device.type}.", "Set precision: auto."
         )
+    if precision == "bfloat16":
+        require_bfloat16(device, "The precision of training")
     return precision
