@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedrag_cli.errors import ModelError
+from fedrag_cli.runs.launch import local_process_number, process_count
 
 PACKAGE_PREFIX = "package://"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,11 +132,20 @@ def require_vocabulary(tokenizer: Any) -> None:
 def choose_device(device: str) -> torch.device:
     """Return the torch device for a config value; `auto` takes cuda, then mps, then cpu.
 
+    With several processes on a machine each takes the GPU of its number.
+
     Raises:
-        ModelError: The device is not there.
+        ModelError: The device is not there, or several processes would share it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if process_count() > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise ModelError(
+                f"run.device is {device}, but each of {process_count()} processes needs a GPU of its own.",
+                "Set run.device to auto or cuda.",
+            )
+        device = f"cuda:{local_process_number()}"
     missing = ModelError(f"This machine has no device '{device}'.", "Set run.device to auto or cpu.")
     try:
         chosen = torch.device(device)

@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 from fedrag_cli.errors import ConfigError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.models import ModelLocation, has_fast_bfloat16
+from fedrag_cli.runs.launch import process_count
 
 
 def placement_options(config: CausalLMConfig, location: ModelLocation, device: torch.device) -> dict[str, Any]:
@@ -22,10 +23,16 @@ def placement_options(config: CausalLMConfig, location: ModelLocation, device: t
         device: The device for a model that is on one.
 
     Raises:
-        ConfigError: The package for quantization is missing, or the model is a GGUF file.
+        ConfigError: The package for quantization is missing, the model is a GGUF file, or several processes would take
+            all GPUs each.
     """
     options: dict[str, Any] = {}
     if config.device_map is not None:
+        if process_count() > 1:
+            raise ConfigError(
+                f"rag_system.generator.device_map gives all GPUs to one process, but {process_count()} were started.",
+                "Start 'fedrag train' without a launcher, or remove device_map.",
+            )
         options["device_map"] = config.device_map
     if config.quantization is not None:
         _require_quantization(location)
