@@ -75,6 +75,12 @@ class CausalLMConfig:
     precision: Literal["weights", "bfloat16", "fast"] = "weights"
     """bfloat16 computes matrix products in bfloat16 (autocast); fast does so where the device has it in hardware, where
     it is several times faster, and keeps the weights' own format elsewhere, where it would be many times slower."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """Spread a model that is too large for one GPU over all that the process sees: balanced fills them evenly, as auto
+    does, sequential one after the other. On a machine without GPU the model is on the CPU as a whole."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Load the weights in fewer bits (extra `quantization`): 8bit is LLM.int8(), 4bit the NF4 of QLoRA with double
+    quantization. Training the generator then needs lora. Slow on a CPU; not for GGUF files."""
 
 
 @config_class

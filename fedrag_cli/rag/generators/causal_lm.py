@@ -32,8 +32,10 @@ from fedrag_cli.rag.models import (
     has_fast_bfloat16,
     locate_model,
     model_errors,
+    require_bfloat16,
     require_vocabulary,
 )
+from fedrag_cli.rag.placement import placement_options, settled
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
 
 OnTexts = Callable[[list[int], list[str]], None]
@@ -82,18 +84,23 @@ class CausalLMGenerator:
             seed: Seed of sampling, as `run.seed`.
 
         Raises:
-            ModelError: The model is missing, broken or does not fit.
+            ModelError: The model is missing, broken or does not fit, or the device cannot hold or compute it.
+            ConfigError: The package for quantization is missing, or the model cannot be quantised.
         """
         location = locate_model(config.model)
         target = choose_device(device)
+        dtype = choose_dtype(config.dtype, target, small=False, setting="rag_system.generator.dtype")
+        if config.precision == "bfloat16":
+            require_bfloat16(target, "rag_system.generator.precision")
+        placement = placement_options(config, location, target)
         with model_errors(location, "generator"):
             options = _location_options(location, config.revision)
             tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **options)
             require_vocabulary(tokenizer)
-            model = AutoModelForCausalLM.from_pretrained(
-                location.name_or_path, dtype=choose_dtype(config.dtype, target, small=False), **options
-            )
-            model = (_without_quantizer(model) if location.gguf_file else model).to(target)
+            model = AutoModelForCausalLM.from_pretrained(location.name_or_path, dtype=dtype, **options, **placement)
+            if location.gguf_file:
+                model = _without_quantizer(model)
+            model = settled(model, location) if placement else model.to(target)
         if config.adapter is not None:
             model = _with_adapter(model, config.adapter)
         return cls(model, tokenizer, config, prompt, seed)

@@ -207,7 +207,9 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
             device=str(target),
             revision=config.revision,
             local_files_only=location.is_local,
-            model_kwargs={"dtype": choose_dtype(config.dtype, target, small=True)},
+            model_kwargs={
+                "dtype": choose_dtype(config.dtype, target, small=True, setting="rag_system.retriever.dtype")
+            },
         )
         for module in model.modules():
             require_vocabulary(getattr(module, "tokenizer", None))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 
@@ -19,6 +20,8 @@ Penalty = Callable[[nn.Module], Tensor]
 Batches = list[dict[str, Any]]
 LossFunction = Callable[[Any, Tensor, Tensor | int | None, Tensor | None], Tensor]
 """Outputs, labels, items of the optimizer step and weights of the instances (or None) to the loss."""
+IGNORED = -100
+"""The label of what has no loss, in torch and transformers."""
 
 
 class TrainingLoop(Trainer):
@@ -57,7 +60,7 @@ class TrainingLoop(Trainer):
         """Group by length where lengths are given; otherwise let transformers draw a random order."""
         if self._lengths is None:
             return super()._get_train_sampler(train_dataset)
-        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedOrder(self._lengths, per_step, self.args.seed)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[Batches, Any]:
@@ -65,6 +68,14 @@ class TrainingLoop(Trainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._on_batches(batches)
         return batches, items
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Let every process see all batches, as one process would: the collator takes the process's share of each."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
