@@ -36,7 +36,7 @@ from fedrag_cli.trainers.huggingface.checks import (
 from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
 from fedrag_cli.trainers.huggingface.movement import PhaseStart
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
-from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, LossFunction, TrainingLoop
+from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, Instances, LossFunction, TrainingLoop
 
 ExtraMetrics = Callable[[], Mapping[str, float]]
 
@@ -225,7 +225,7 @@ class HuggingFaceTrainer(BaseTrainer):
 
     def _loop(self, directory: Path, instances: Sequence[Any], callback: ScheduleCallback) -> TrainingLoop:
         report_to = tuple(self.rag_system.config.run.report_to) if self.rag_system.config else ()
-        loop = TrainingLoop(
+        return TrainingLoop(
             model=self.model,
             args=training_arguments(
                 self.config,
@@ -235,7 +235,7 @@ class HuggingFaceTrainer(BaseTrainer):
                 report_to=report_to,
                 unused_parameters=self.has_unused_parameters,
             ),
-            train_dataset=_Instances(instances),
+            train_dataset=Instances(instances),
             data_collator=self._collate_share,
             validate=self._validate_once,
             on_batches=self._on_batches,
@@ -244,8 +244,6 @@ class HuggingFaceTrainer(BaseTrainer):
             lengths=self._lengths(instances),
             callbacks=[callback],
         )
-        loop.remove_callback(_printer())
-        return loop
 
     def _prepare_once(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[Any]:
         instances, prepared = self.processes.main_does(
@@ -322,25 +320,8 @@ class HuggingFaceTrainer(BaseTrainer):
                 )
 
 
-class _Instances(torch.utils.data.Dataset[Any]):
-    def __init__(self, instances: Sequence[Any]) -> None:
-        self._instances = instances
-
-    def __len__(self) -> int:
-        return len(self._instances)
-
-    def __getitem__(self, position: int) -> Any:
-        return self._instances[position]
-
-
 def _newest_in(directory: Path) -> Path | None:
     """Make the folder of the checkpoints where it is missing, and return its newest one."""
     with os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     return latest_checkpoint(directory)
-
-
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback

@@ -131,7 +131,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     def _prepared(self) -> dict[str, float]:
         cache = self._scoring().cache
         cache.take_new()
-        return cache.values
+        return cache.known()
 
     def _take_over(self, prepared: dict[str, float], resuming: Path | None) -> None:
         self._scorer = LikelihoodScorer(self.rag_system.require_generator())

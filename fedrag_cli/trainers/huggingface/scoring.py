@@ -36,7 +36,7 @@ class LikelihoodCache:
 
     def __init__(self, path: Path | None = None) -> None:
         """Read what the file holds; a line that a kill cut off is dropped."""
-        self.values: dict[str, float] = {}
+        self._values: dict[str, float] = {}
         self._new: dict[str, float] = {}
         self._path = path
         if path is None:
@@ -48,21 +48,25 @@ class LikelihoodCache:
 
     def __len__(self) -> int:
         """Return the number of likelihoods."""
-        return len(self.values)
+        return len(self._values)
 
     def get(self, key: str) -> float | None:
         """Return a likelihood, or None where it was not computed yet."""
-        return self.values.get(key)
+        return self._values.get(key)
 
     def put(self, keys: Sequence[str], values: Sequence[float]) -> None:
         """Keep one batch of likelihoods."""
         added = dict(zip(keys, values, strict=True))
-        self.values.update(added)
+        self._values.update(added)
         self._new.update(added)
         if self._path is None:
             return
         with os_errors(self._path):
             append_line(self._path, {"keys": list(keys), "values": list(values)})
+
+    def known(self) -> dict[str, float]:
+        """Return all likelihoods by key."""
+        return dict(self._values)
 
     def take_new(self) -> dict[str, float]:
         """Return what was put in since the last call."""
@@ -73,7 +77,7 @@ class LikelihoodCache:
         try:
             for line in whole_lines(path):
                 record = json.loads(line)
-                self.values.update(zip(record["keys"], record["values"], strict=True))
+                self._values.update(zip(record["keys"], record["values"], strict=True))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"The likelihood cache '{path}' is damaged: {error}",

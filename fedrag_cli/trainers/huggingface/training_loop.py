@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl
+from transformers.trainer_callback import PrinterCallback
 
 from fedrag_cli.errors import ModelError
 from fedrag_cli.runs.checkpoints import MARKER, PREFIX
@@ -22,6 +24,26 @@ LossFunction = Callable[[Any, Tensor, Tensor | int | None, Tensor | None], Tenso
 """Outputs, labels, items of the optimizer step and weights of the instances (or None) to the loss."""
 IGNORED = -100
 """The label of what has no loss, in torch and transformers."""
+
+
+class Instances(Dataset[Any]):
+    """A sequence of training instances as torch wants it.
+
+    Args:
+        instances: The instances.
+    """
+
+    def __init__(self, instances: Sequence[Any]) -> None:
+        """Keep them."""
+        self._instances = instances
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._instances)
+
+    def __getitem__(self, position: int) -> Any:
+        """Return one of them."""
+        return self._instances[position]
 
 
 class TrainingLoop(Trainer):
@@ -48,6 +70,7 @@ class TrainingLoop(Trainer):
     ) -> None:
         """Set the loop up."""
         super().__init__(compute_loss_func=self._weighted_loss if loss_function is not None else None, **options)
+        self.remove_callback(PrinterCallback)
         self.control: TrainerControl
         self._validate = validate
         self._on_batches = on_batches
