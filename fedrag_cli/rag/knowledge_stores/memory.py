@@ -117,7 +117,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: The directory holds no store, or a damaged one.
         """
-        hint = "Build it anew with 'fedrag index CONFIG' after removing the folder."
+        hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
         try:
             with safe_open(directory / EMBEDDINGS_FILE, framework="pt") as file:
                 metadata, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
