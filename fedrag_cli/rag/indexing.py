@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from fedrag_cli.rag.opening import PreviousStore, open_previous
 from fedrag_cli.rag.partial_index import PartialIndex, partial_index
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.registry import build
-from fedrag_cli.runs.atomic import restore_interrupted
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
 
@@ -53,8 +53,6 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         RunInterruptedError: Ctrl-C or SIGTERM came while passages were being encoded.
     """
     settings = config.rag_system.knowledge_store
-    if settings.path is not None:
-        restore_interrupted(settings.path)
     require_place(settings)
     # Before anything is encoded, because a server may be out of reach, and a store damaged.
     previous = open_previous(settings, reporter, rebuild=rebuild)
@@ -68,21 +66,16 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     old = previous.store.nodes if previous is not None else []
     changes = find_changes(old, nodes, reusable=previous is not None and not rebuild and not is_stale)
     path, place = _partial_file(config)
-    truncated = retriever.count_truncated([node.text for node in nodes], queries=False)
-    with terminable(), partial_index(path, place, encoder, reporter, rebuild=rebuild) as partial:
-        update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
+    with (
+        terminable(),
+        partial_index(path, place, encoder, reporter, rebuild=rebuild) as partial,
+        _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path),
+    ):
         missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
-        try:
-            _encode(retriever, missing, partial, reporter)
-            written, source = update.write(settings)
-        except KeyboardInterrupt as error:
-            done = sum(nodes[row] in partial for row in changes.encoded)
-            if not done:
-                raise
-            raise RunInterruptedError(
-                f"Interrupted; {done} of {len(changes.encoded)} passages are encoded and kept in {path}.",
-                "The same command goes on from there.",
-            ) from error
+        _encode(retriever, missing, partial, reporter)
+        update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
+        written, source = update.write(settings)
+    truncated = retriever.count_truncated([node.text for node in nodes], queries=False)
     return store_report(
         written,
         source,
@@ -95,6 +88,20 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         truncated=truncated,
         encoder_changed=is_stale,
     )
+
+
+@contextmanager
+def _told_how_to_go_on(nodes: Sequence[KnowledgeNode], partial: PartialIndex, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = sum(node in partial for node in nodes)
+        if not done:
+            raise
+        raise RunInterruptedError(
+            f"Interrupted; {done} of {len(nodes)} passages are encoded and kept in {path}.",
+            "The same command goes on from there.",
+        ) from error
 
 
 def _encode(
