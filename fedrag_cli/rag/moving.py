@@ -17,6 +17,7 @@ from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE
+from fedrag_cli.rag.opening import open_store
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
 
@@ -50,7 +51,7 @@ def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, 
         raise ConfigError(f"Both configs name the same knowledge store: {place}", "Give the second another place.")
     started = time.monotonic()
     reporter.note("Opening the knowledge store")
-    store: KnowledgeStore = build("knowledge_store", source, device="cpu")
+    store = open_store(source)
     if not len(store):
         missing = f"There is no knowledge store at {place_of(source)} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
@@ -58,24 +59,31 @@ def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, 
     return written_report(store, wanted, started)
 
 
-def written_report(store: KnowledgeStore, config: Any, started: float, **counts: int) -> dict[str, Any]:
-    """Write a store with `write_store`, and return what there is to say of it.
+def written_report(store: KnowledgeStore, config: Any, started: float) -> dict[str, Any]:
+    """Write a store with `write_store`, and return what there is to say of it; see `store_report`."""
+    return store_report(write_store(store, config), store, config, started)
+
+
+def store_report(
+    written: KnowledgeStore, source: KnowledgeStore, config: Any, started: float, **counts: int | bool
+) -> dict[str, Any]:
+    """Return what there is to say of a store that was written.
 
     Args:
-        store: What to write.
-        config: The config dataclass of the store that is wanted.
+        written: The store at its place; a filter may hide a part of it.
+        source: What it was made of, all of it; or the same store.
+        config: The config dataclass that names the place.
         started: When the work began, by `time.monotonic()`.
         counts: Further numbers about the passages.
     """
-    written = write_store(store, config)
     return {
         "path": place_of(config),
         "type": config.type,
-        "passages": len(store),
+        "passages": len(source),
         **counts,
-        "dimension": store.dimension,
-        "encoder_fingerprint": store.encoder_fingerprint,
-        "corpus_fingerprint": store.corpus_fingerprint,
+        "dimension": source.dimension,
+        "encoder_fingerprint": source.encoder_fingerprint,
+        "corpus_fingerprint": source.corpus_fingerprint,
         **written.build_report(),
         "seconds": round(time.monotonic() - started, 2),
     }

@@ -163,7 +163,7 @@ class FaissKnowledgeStore(KnowledgeStore):
             KnowledgeStoreError: The directory holds no store, a damaged one, or one that was built otherwise.
         """
         store = cls(config, device)
-        hint = "Build it anew with 'fedrag index CONFIG' after removing the folder."
+        hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
         damaged = f"The knowledge store in '{directory}' is damaged"
         try:
             about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))

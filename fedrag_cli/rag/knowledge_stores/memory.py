@@ -25,7 +25,7 @@ from fedrag_cli.rag.knowledge_stores.vectors import HeldVectors, format_name
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
 FORMAT = "fedrag-memory-store-1"
-_HINT = "Build it anew with 'fedrag index CONFIG' after removing the folder."
+_HINT = "Build it anew with 'fedrag index CONFIG --rebuild'."
 
 
 class InMemoryKnowledgeStore(KnowledgeStore):

@@ -31,7 +31,7 @@ def version_of_folder(directory: Path) -> str:
     Raises:
         KnowledgeStoreError: The folder holds no store, or a damaged one.
     """
-    hint = "Build it anew with 'fedrag index CONFIG' after removing the folder."
+    hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
     try:
         about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
