@@ -512,7 +512,7 @@ def test_a_disk_that_is_full_when_the_store_is_written_loses_no_embedding(
         raise RuntimeError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(memory, "save_file", full)
+        patched.setattr(memory, "write_embeddings", full)
         with pytest.raises(FedRAGError, match="the disk is full"):
             build_index(config, SilentReporter())
     encoded.clear()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
@@ -109,7 +110,7 @@ def _config_of(wanted: Any) -> Any:
         config = registry().get("knowledge_store", found).config_class(path=wanted.path)
     try:
         return dataclasses.replace(config, **_settings_of(folder, config))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
         # The store itself says best what is damaged.
         return config
 
