@@ -9,7 +9,7 @@ from torch import Tensor
 
 LEAST_ROOM = 1024
 # What is converted or copied goes in blocks of so many numbers, small enough for a processor's cache.
-NUMBERS_AT_ONCE = 2**21
+NUMBERS_AT_ONCE = 2**20
 
 
 class HeldVectors:
