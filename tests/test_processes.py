@@ -143,6 +143,16 @@ def test_other_commands_run_in_one_process(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_folder_of_qdrant_is_for_one_process(
+    launched: None, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config()
+    store = "rag_system.knowledge_store={type: qdrant, path: store}"
+    assert main(["train", str(config), store]) == EXIT_USAGE
+    assert "for one process, but 2 were started" in capsys.readouterr().err
+    assert not (config.parent / "runs").exists()
+
+
 def test_each_process_takes_a_gpu_of_its_own(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -11,11 +11,12 @@ import yaml
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
-from fedrag_cli.errors import FedRAGError
+from fedrag_cli.errors import ConfigError, FedRAGError
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
+from fedrag_cli.runs.launch import process_count
 from fedrag_cli.runs.processes import Processes, join_processes
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
@@ -56,6 +57,7 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     """
     config = source.config
     require_training(config)
+    _require_shared_store(config)
     processes = join_processes(choose_device(config.run.device))
     with processes.failures_told():
         return _start(source, command, reporter, processes) if processes.is_main else _follow(config, processes)
@@ -91,6 +93,7 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
         The summary, with the numbers that an undisturbed run would have ended with.
     """
     config = source.config
+    _require_shared_store(config)
     processes = join_processes(choose_device(config.run.device))
     with processes.failures_told():
         return _resume(run, config, reporter, processes) if processes.is_main else _follow(config, processes)
@@ -104,6 +107,15 @@ def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Pr
         rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, rag_system, reporter, processes)
+
+
+def _require_shared_store(config: Config) -> None:
+    store = config.rag_system.knowledge_store
+    if process_count() > 1 and store.type == "qdrant" and store.path is not None:
+        raise ConfigError(
+            f"Qdrant opens the folder '{store.path}' for one process, but {process_count()} were started.",
+            "Use a Qdrant server (rag_system.knowledge_store.url), another type of store, or one process.",
+        )
 
 
 def _follow(config: Config, processes: Processes) -> dict[str, Any]:
