@@ -37,6 +37,7 @@ WriteConfig = Callable[..., Path]
 Rows = list[dict[str, Any]]
 STORES: dict[str, dict[str, Any]] = {
     "memory": {"type": "memory"},
+    "memory mapped": {"type": "memory", "memory_map": True},
     "faiss flat": {"type": "faiss"},
     "faiss hnsw mapped": {"type": "faiss", "index": "hnsw", "memory_map": True},
     "qdrant": {"type": "qdrant"},
@@ -185,6 +186,46 @@ def test_another_type_or_other_settings_take_the_embeddings_over(
     assert (told["kept"], sum(encoded), told["type"]) == (24, 0, STORES[other]["type"])
     build_index(config_of("fresh", STORES[other]), SilentReporter())
     assert_equal_stores(config_of("store", STORES[other]), config_of("fresh", STORES[other]), 0)
+
+
+def test_rounded_embeddings_are_kept_only_where_rounded_ones_are_wanted(
+    config_of: Callable[..., Config], encoded: list[int]
+) -> None:
+    half = {"type": "memory", "dtype": "float16"}
+    build_index(config_of("store", STORES["memory"]), SilentReporter())
+    told = build_index(config_of("store", half), SilentReporter())
+    assert (told["kept"], told["dtype"]) == (24, "float16")
+    build_index(config_of("fresh", half), SilentReporter())
+    assert_equal_stores(config_of("store", half), config_of("fresh", half), 0)
+    for rows in ([*ROWS, {"id": "new", "text": "new"}], [{"id": "first", "text": "first"}, *ROWS]):
+        encoded.clear()
+        told = build_index(config_of("store", half, rows), SilentReporter())
+        assert (told["kept"], sum(encoded)) == (24, 1)
+        # Nothing is measured against embeddings that have lost their digits already.
+        assert "recall@10" not in told
+        build_index(config_of("fresh", half, rows), SilentReporter(), rebuild=True)
+        assert_equal_stores(config_of("store", half), config_of("fresh", half, rows), 1e-3)
+    for store in (STORES["memory"], STORES["faiss flat"], {"type": "memory", "dtype": "bfloat16"}):
+        build_index(config_of("store", half), SilentReporter(), rebuild=True)
+        reporter = Notes()
+        told = build_index(config_of("store", store), reporter)
+        assert (told["kept"], told["encoded"], told["encoder_changed"]) == (0, 24, False)
+        assert any("rounded to float16" in note for note in reporter.notes)
+        build_index(config_of("fresh", store), SilentReporter(), rebuild=True)
+        assert_equal_stores(config_of("store", store), config_of("fresh", store), 0)
+
+
+def test_few_changes_are_added_to_the_journal_of_the_store_in_memory(
+    config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    build_index(config_of(), SilentReporter())
+    before = (tmp_path / "store" / "embeddings.safetensors").stat().st_ino
+    rows = [{**ROWS[0], "text": "the water ."}, *ROWS[2:], {"id": "new", "text": "new"}]
+    told = build_index(config_of(rows=rows), SilentReporter())
+    assert (told["encoded"], told["removed"]) == (2, 1)
+    assert (tmp_path / "store" / "embeddings.safetensors").stat().st_ino == before
+    build_index(config_of("fresh", rows=rows), SilentReporter())
+    assert_equal_stores(config_of(), config_of("fresh", rows=rows), TOLERANCE)
 
 
 def test_a_collection_of_another_name_is_taken_over(config_of: Callable[..., Config], encoded: list[int]) -> None:
@@ -492,7 +533,7 @@ def test_a_disk_that_is_full_when_the_store_is_written_loses_no_embedding(
         raise RuntimeError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(memory, "save_file", full)
+        patched.setattr(memory, "write_embeddings", full)
         with pytest.raises(FedRAGError, match="the disk is full"):
             build_index(config, SilentReporter())
     encoded.clear()

@@ -116,8 +116,8 @@ def _check_knowledge_store(config: Config) -> Iterator[Finding]:
         for name, index in _INDEX_OF_SETTING.items():
             if getattr(store, name) is not None and store.index != index:
                 yield (*path, name), f"has no effect with index: {store.index}; remove it"
-        if store.memory_map and store.path is None:
-            yield (*path, "memory_map"), "needs a path, the folder of the saved store"
+    if store.type in ("memory", "faiss") and store.memory_map and store.path is None:
+        yield (*path, "memory_map"), "needs a path, the folder of the saved store"
     if store.type == "qdrant":
         if store.path is not None and store.url is not None:
             yield (*path, "path"), "stands beside url; keep one or the other"

@@ -79,12 +79,18 @@ class CausalLMConfig:
 
 @config_class
 class MemoryStoreConfig:
-    """Exact search over embeddings held in memory."""
+    """Exact search over embeddings held in memory, or left on disk."""
 
     type: Literal["memory"] = "memory"
     """Names this store."""
     path: PathStr | None = None
     """Folder of the saved store (`fedrag index` writes it); without it the store is built anew each time."""
+    memory_map: bool = False
+    """Leaves the saved embeddings and passages on disk, where a search reads all embeddings block by block; a change
+    takes them into memory."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the saved and searched embeddings. The last two round them to half the space; scores are
+    computed in float32 all the same, and `fedrag index` reports what the rounding loses."""
 
 
 @config_class
@@ -159,7 +165,7 @@ def register(registry: Registry) -> None:
         "memory",
         MemoryStoreConfig,
         "fedrag_cli.rag.knowledge_stores.memory:InMemoryKnowledgeStore.from_config",
-        "exact search in memory, on torch",
+        "exact search on torch, in memory or from disk",
     )
     registry.register(
         "knowledge_store",

@@ -12,7 +12,9 @@ import torch
 from fedrag_cli.config import Config
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
+from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE
 from fedrag_cli.rag.opening import open_store
@@ -21,7 +23,7 @@ from fedrag_cli.runs.reporting import Reporter
 
 # What the folders of stores may hold, by the name of the file that tells its kind.
 _FOLDERS = (
-    {EMBEDDINGS_FILE, NODES_FILE},
+    {EMBEDDINGS_FILE, NODES_FILE, JOURNAL_FILE},
     {INDEX_FILE, NODES_FILE, STORE_FILE},
     {"collection", "meta.json", STORE_FILE, LOCK_FILE},
 )
@@ -110,14 +112,19 @@ def write_store(store: KnowledgeStore, config: Any) -> KnowledgeStore:
 
 
 def converted_store(store: KnowledgeStore, config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
-    """Return a store of the type that a config names with the passages of another, in memory."""
+    """Return a store of the type and number format that a config names with the passages of another, in memory."""
     # An empty store of the right type; what its place holds is not looked at.
     changes = {name: None for name in ("path", "url") if getattr(config, name, None) is not None}
     empty: KnowledgeStore = build("knowledge_store", dataclasses.replace(config, **changes), device=device)
-    if config.type == "memory" and isinstance(store, type(empty)):
+    held_as = store.dtype if isinstance(store, InMemoryKnowledgeStore) else None
+    if isinstance(empty, InMemoryKnowledgeStore) and empty.dtype == held_as:
         return store
     if len(store):
-        empty.add(store.nodes, store.embeddings)
+        embeddings = store.embeddings
+        empty.add(store.nodes, embeddings)
+        # What is rounded already cannot tell how much rounding costs.
+        if isinstance(empty, InMemoryKnowledgeStore) and held_as in (None, torch.float32):
+            empty.measure_recall(embeddings)
     empty.encoder_fingerprint, empty.corpus_fingerprint = store.encoder_fingerprint, store.corpus_fingerprint
     return empty
 

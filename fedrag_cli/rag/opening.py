@@ -6,18 +6,22 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
+from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, STORE_FILE
+from fedrag_cli.rag.knowledge_stores.vectors import format_name
 from fedrag_cli.registry import build, registry
 from fedrag_cli.runs.atomic import restore_interrupted
 from fedrag_cli.runs.reporting import Reporter
 
+FULL: Literal["float32"] = "float32"
 _QDRANT_FILE = "meta.json"
 # The file that tells the type of a store that lies in a folder.
 _TYPES = {EMBEDDINGS_FILE: "memory", INDEX_FILE: "faiss", _QDRANT_FILE: "qdrant"}
@@ -29,11 +33,17 @@ class PreviousStore:
 
     Args:
         store: The store, with all its passages.
+        nodes: The passages, in the order of their positions.
         is_as_wanted: Whether the config wants it of this type and with these settings, so that it may stay.
+        held_as: The number format that its embeddings were rounded to; None where they were not.
+        has_digits: Whether its embeddings have all the digits that the config wants.
     """
 
     store: KnowledgeStore
+    nodes: list[KnowledgeNode]
     is_as_wanted: bool
+    held_as: Literal["float16", "bfloat16"] | None
+    has_digits: bool
 
 
 def open_store(config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
@@ -77,12 +87,17 @@ def open_previous(config: Any, reporter: Reporter, *, rebuild: bool) -> Previous
     try:
         found = _config_of(wanted)
         store = open_store(found)
+        # Here, because passages that were left on disk may turn out to be damaged when they are read.
+        nodes = store.nodes
     except (KnowledgeStoreError, ConfigError) as error:
         if not rebuild:
             raise
         reporter.note(f"{error.message} It is built anew.")
         return None
-    return PreviousStore(store, found == wanted) if len(store) else None
+    if not nodes:
+        return None
+    held, needed = (getattr(settings, "dtype", FULL) for settings in (found, wanted))
+    return PreviousStore(store, nodes, found == wanted, None if held == FULL else held, held in (FULL, needed))
 
 
 def _holds_files(path: Path) -> bool:
@@ -100,7 +115,7 @@ def _config_of(wanted: Any) -> Any:
         config = registry().get("knowledge_store", found).config_class(path=wanted.path)
     try:
         return dataclasses.replace(config, **_settings_of(folder, config))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, SafetensorError):
         # The store itself says best what is damaged.
         return config
 
@@ -109,6 +124,8 @@ def _settings_of(folder: Path, config: Any) -> dict[str, Any]:
     if config.type == "faiss":
         settings: dict[str, Any] = json.loads((folder / STORE_FILE).read_text(encoding="utf-8"))["settings"]
         return settings
+    if config.type == "memory":
+        return {"dtype": format_name(EmbeddingsFile.open(folder / EMBEDDINGS_FILE).dtype)}
     if config.type == "qdrant":
         collections = json.loads((folder / _QDRANT_FILE).read_text(encoding="utf-8"))["collections"]
         return {} if config.collection in collections else {"collection": next(iter(collections))}

@@ -17,9 +17,9 @@ from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
 from fedrag_cli.rag.knowledge_stores.faiss_index import (
     add_vectors,
+    measured_recall,
     new_index,
     read_index,
-    recall,
     search_index,
     vectors_at,
     vectors_between,
@@ -128,7 +128,7 @@ class FaissKnowledgeStore(KnowledgeStore):
         if self.config.index == "ivf" and self._index is not None:
             report["nlist"] = int(self._index.nlist)
         if len(self) > 1:
-            report["recall@10"] = round(recall(self._index, self.config), 4)
+            report["recall@10"] = round(measured_recall(self._index, self.config), 4)
         return report
 
     def save(self, directory: Path) -> None:
