@@ -126,25 +126,6 @@ def assert_equal_stores(config: Config, other: Config, tolerance: float) -> None
 # What is encoded
 
 
-def test_embeddings_are_taken_over_into_half_precision_but_not_out_of_it(config_of: Callable[..., Config]) -> None:
-    def told(dtype: str) -> tuple[dict[str, Any], list[str]]:
-        notes = Notes()
-        return build_index(config_of("store", {"type": "memory", "dtype": dtype}), notes), notes.notes
-
-    assert told("float32")[0]["encoded"] == 24
-    exact = opened(config_of("store", {"type": "memory"})).embeddings.clone()
-    for _ in range(2):
-        report, notes = told("float16")
-        assert (report["kept"], report["encoded"], notes) == (24, 0, [])
-        half = opened(config_of("store", {"type": "memory", "dtype": "float16"}))
-        assert torch.equal(half.embeddings.float(), exact.half().float())
-    for dtype in ("bfloat16", "float32"):
-        report, notes = told(dtype)
-        assert (report["kept"], report["encoded"]) == (0, 24)
-        assert "fewer digits" in notes[0]
-    assert torch.equal(opened(config_of("store", {"type": "memory"})).embeddings, exact)
-
-
 @pytest.mark.parametrize(
     ("kind", "change"),
     [("memory", change) for change in CHANGES]
@@ -205,6 +186,46 @@ def test_another_type_or_other_settings_take_the_embeddings_over(
     assert (told["kept"], sum(encoded), told["type"]) == (24, 0, STORES[other]["type"])
     build_index(config_of("fresh", STORES[other]), SilentReporter())
     assert_equal_stores(config_of("store", STORES[other]), config_of("fresh", STORES[other]), 0)
+
+
+def test_rounded_embeddings_are_kept_only_where_rounded_ones_are_wanted(
+    config_of: Callable[..., Config], encoded: list[int]
+) -> None:
+    half = {"type": "memory", "dtype": "float16"}
+    build_index(config_of("store", STORES["memory"]), SilentReporter())
+    told = build_index(config_of("store", half), SilentReporter())
+    assert (told["kept"], told["dtype"]) == (24, "float16")
+    build_index(config_of("fresh", half), SilentReporter())
+    assert_equal_stores(config_of("store", half), config_of("fresh", half), 0)
+    for rows in ([*ROWS, {"id": "new", "text": "new"}], [{"id": "first", "text": "first"}, *ROWS]):
+        encoded.clear()
+        told = build_index(config_of("store", half, rows), SilentReporter())
+        assert (told["kept"], sum(encoded)) == (24, 1)
+        # Nothing is measured against embeddings that have lost their digits already.
+        assert "recall@10" not in told
+        build_index(config_of("fresh", half, rows), SilentReporter(), rebuild=True)
+        assert_equal_stores(config_of("store", half), config_of("fresh", half, rows), 1e-3)
+    for store in (STORES["memory"], STORES["faiss flat"], {"type": "memory", "dtype": "bfloat16"}):
+        build_index(config_of("store", half), SilentReporter(), rebuild=True)
+        reporter = Notes()
+        told = build_index(config_of("store", store), reporter)
+        assert (told["kept"], told["encoded"], told["encoder_changed"]) == (0, 24, False)
+        assert any("rounded to float16" in note for note in reporter.notes)
+        build_index(config_of("fresh", store), SilentReporter(), rebuild=True)
+        assert_equal_stores(config_of("store", store), config_of("fresh", store), 0)
+
+
+def test_few_changes_are_added_to_the_journal_of_the_store_in_memory(
+    config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    build_index(config_of(), SilentReporter())
+    before = (tmp_path / "store" / "embeddings.safetensors").stat().st_ino
+    rows = [{**ROWS[0], "text": "the water ."}, *ROWS[2:], {"id": "new", "text": "new"}]
+    told = build_index(config_of(rows=rows), SilentReporter())
+    assert (told["encoded"], told["removed"]) == (2, 1)
+    assert (tmp_path / "store" / "embeddings.safetensors").stat().st_ino == before
+    build_index(config_of("fresh", rows=rows), SilentReporter())
+    assert_equal_stores(config_of(), config_of("fresh", rows=rows), TOLERANCE)
 
 
 def test_a_collection_of_another_name_is_taken_over(config_of: Callable[..., Config], encoded: list[int]) -> None:

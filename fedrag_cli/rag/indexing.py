@@ -19,10 +19,11 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.rag.build import corpus_fingerprint
 from fedrag_cli.rag.changes import Changes, find_changes
+from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.moving import place_of, require_place, store_report, write_store
-from fedrag_cli.rag.opening import PreviousStore, open_previous
+from fedrag_cli.rag.opening import FULL, PreviousStore, open_previous
 from fedrag_cli.rag.partial_index import PartialIndex, partial_index
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.registry import build
@@ -60,15 +61,12 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     started = time.monotonic()
     retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
     encoder = retriever.fingerprint()
-    is_stale = previous is not None and previous.store.encoder_fingerprint != encoder
-    if is_stale:
-        reporter.note("The old knowledge store is of another encoder, so all passages are encoded anew.")
-    old = previous.store.nodes if previous is not None else []
-    reusable = previous is not None and not rebuild and not is_stale
-    if reusable and previous is not None and not previous.has_all_digits:
-        reporter.note("The old knowledge store has fewer digits than the config wants: all passages are encoded anew.")
-        reusable = False
-    changes = find_changes(old, nodes, reusable=reusable)
+    previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
+    changes = find_changes(
+        previous.nodes if previous is not None else [],
+        nodes,
+        reusable=not rebuild and _is_reusable(previous, encoder, reporter),
+    )
     path, place = _partial_file(config)
     with (
         terminable(),
@@ -90,8 +88,20 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         kept=len(changes.reused),
         removed=len(changes.removed),
         truncated=truncated,
-        encoder_changed=is_stale,
+        encoder_changed=previous is not None and previous_encoder != encoder,
     )
+
+
+def _is_reusable(previous: PreviousStore | None, encoder: str, reporter: Reporter) -> bool:
+    """Return whether the old embeddings are those that the encoder gives, and say why where they are not."""
+    if previous is None:
+        return False
+    if previous.store.encoder_fingerprint != encoder:
+        reporter.note("The old knowledge store is of another encoder, so all passages are encoded anew.")
+        return False
+    if not previous.has_digits:
+        reporter.note(f"The old knowledge store is rounded to {previous.held_as}, so all passages are encoded anew.")
+    return previous.has_digits
 
 
 @contextmanager
@@ -144,7 +154,9 @@ class _Update:
                 self._change(store, corpus)
                 store.save_changes(Path(settings.path))
                 return store, store
-        source = InMemoryKnowledgeStore()
+        # What is rounded already stays so, and must not pass for the full digits when the loss by rounding is measured.
+        rounded = self.previous.held_as if self.previous is not None and self.changes.reused else None
+        source = InMemoryKnowledgeStore(config=MemoryStoreConfig(dtype=rounded or FULL))
         source.add(self.nodes, self._embeddings(range(len(self.nodes))))
         source.encoder_fingerprint, source.corpus_fingerprint = self.encoder, corpus
         return write_store(source, settings), source

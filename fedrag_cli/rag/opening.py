@@ -6,11 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
+from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile
@@ -20,6 +21,7 @@ from fedrag_cli.registry import build, registry
 from fedrag_cli.runs.atomic import restore_interrupted
 from fedrag_cli.runs.reporting import Reporter
 
+FULL: Literal["float32"] = "float32"
 _QDRANT_FILE = "meta.json"
 # The file that tells the type of a store that lies in a folder.
 _TYPES = {EMBEDDINGS_FILE: "memory", INDEX_FILE: "faiss", _QDRANT_FILE: "qdrant"}
@@ -31,13 +33,17 @@ class PreviousStore:
 
     Args:
         store: The store, with all its passages.
+        nodes: The passages, in the order of their positions.
         is_as_wanted: Whether the config wants it of this type and with these settings, so that it may stay.
-        has_all_digits: Whether its embeddings are as precise as the config wants them.
+        held_as: The number format that its embeddings were rounded to; None where they were not.
+        has_digits: Whether its embeddings have all the digits that the config wants.
     """
 
     store: KnowledgeStore
+    nodes: list[KnowledgeNode]
     is_as_wanted: bool
-    has_all_digits: bool
+    held_as: Literal["float16", "bfloat16"] | None
+    has_digits: bool
 
 
 def open_store(config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
@@ -81,18 +87,17 @@ def open_previous(config: Any, reporter: Reporter, *, rebuild: bool) -> Previous
     try:
         found = _config_of(wanted)
         store = open_store(found)
+        # Here, because passages that were left on disk may turn out to be damaged when they are read.
+        nodes = store.nodes
     except (KnowledgeStoreError, ConfigError) as error:
         if not rebuild:
             raise
         reporter.note(f"{error.message} It is built anew.")
         return None
-    has_all_digits = _number_format(found) in ("float32", _number_format(wanted))
-    return PreviousStore(store, found == wanted, has_all_digits) if len(store) else None
-
-
-def _number_format(config: Any) -> str:
-    """Return the number format of a store's embeddings; only the store in memory has others than float32."""
-    return getattr(config, "dtype", "float32")
+    if not nodes:
+        return None
+    held, needed = (getattr(settings, "dtype", FULL) for settings in (found, wanted))
+    return PreviousStore(store, nodes, found == wanted, None if held == FULL else held, held in (FULL, needed))
 
 
 def _holds_files(path: Path) -> bool:
@@ -110,17 +115,17 @@ def _config_of(wanted: Any) -> Any:
         config = registry().get("knowledge_store", found).config_class(path=wanted.path)
     try:
         return dataclasses.replace(config, **_settings_of(folder, config))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, SafetensorError):
         # The store itself says best what is damaged.
         return config
 
 
 def _settings_of(folder: Path, config: Any) -> dict[str, Any]:
-    if config.type == "memory":
-        return {"dtype": format_name(EmbeddingsFile.open(folder / EMBEDDINGS_FILE).dtype)}
     if config.type == "faiss":
         settings: dict[str, Any] = json.loads((folder / STORE_FILE).read_text(encoding="utf-8"))["settings"]
         return settings
+    if config.type == "memory":
+        return {"dtype": format_name(EmbeddingsFile.open(folder / EMBEDDINGS_FILE).dtype)}
     if config.type == "qdrant":
         collections = json.loads((folder / _QDRANT_FILE).read_text(encoding="utf-8"))["collections"]
         return {} if config.collection in collections else {"collection": next(iter(collections))}

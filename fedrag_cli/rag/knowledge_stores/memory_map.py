@@ -90,7 +90,7 @@ class MappedPassages:
         except (ValueError, TypeError) as error:
             raise KnowledgeStoreError(
                 f"The knowledge store in '{self._path.parent}' is damaged: {error}",
-                "Build it anew with 'fedrag index CONFIG' after removing the folder.",
+                "Build it anew with 'fedrag index CONFIG --rebuild'.",
             ) from error
         _drop(self._mapping)
         return found
