@@ -234,12 +234,12 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             self._mapped = MappedStore.open(directory, file)
         else:
             nodes = read_nodes(directory)
+            _require_pairs(len(nodes), file.rows)
             for block in file.blocks():
                 self._held.extend(block, file.rows)
             check_new(nodes, self._held.rows, 0, self.dtype)
             self._passages = Passages(nodes)
-        if len(self) != file.rows:
-            raise ValueError("passages and embeddings differ in number")
+        _require_pairs(len(self), file.rows)
         self.encoder_fingerprint = file.metadata.get("encoder") or None
         self.corpus_fingerprint = file.metadata.get("corpus") or None
         self._replay(directory)
@@ -272,3 +272,8 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         for block in mapped.vectors.blocks(len(nodes)):
             self._held.extend(block, len(nodes))
         self._passages, self._mapped = Passages(nodes), None
+
+
+def _require_pairs(passages: int, embeddings: int) -> None:
+    if passages != embeddings:
+        raise ValueError(f"it has {passages} passages, but {embeddings} embeddings")
