@@ -54,6 +54,8 @@ CHANGES: dict[str, tuple[Rows, dict[str, int]]] = {
     "removed": ([*ROWS[:3], *ROWS[5:]], {"encoded": 0, "kept": 22, "removed": 2}),
     "order": (ROWS[::-1], {"encoded": 0, "kept": 24, "removed": 0}),
     "other id": ([{**ROWS[0], "id": "x"}, *ROWS[1:]], {"encoded": 0, "kept": 24, "removed": 1}),
+    "removed before changed metadata": ([*ROWS[1:7], {**ROWS[7], "title": "t"}, *ROWS[8:]],
+                                        {"encoded": 0, "kept": 23, "removed": 1}),
     "inserted": ([{"id": "new", "text": "first"}, *ROWS], {"encoded": 1, "kept": 24, "removed": 0}),
     "swapped": ([{**ROWS[0], "text": ROWS[1]["text"]}, {**ROWS[1], "text": ROWS[0]["text"]}, *ROWS[2:]],
                 {"encoded": 0, "kept": 24, "removed": 0}),

@@ -165,10 +165,12 @@ class _Update:
         return previous.is_as_wanted and self.changes.keeps_order and bool(self.changes.reused)
 
     def _change(self, store: KnowledgeStore, corpus: str) -> None:
-        store.delete(self.changes.removed)
         rows = sorted({*self.changes.written, *self.changes.encoded})
+        # Before the deletion, which moves what lies behind it to other positions.
+        embeddings = self._embeddings(rows)
+        store.delete(self.changes.removed)
         if rows:
-            store.add([self.nodes[row] for row in rows], self._embeddings(rows))
+            store.add([self.nodes[row] for row in rows], embeddings)
         store.encoder_fingerprint, store.corpus_fingerprint = self.encoder, corpus
 
     def _embeddings(self, rows: Sequence[int]) -> Tensor:

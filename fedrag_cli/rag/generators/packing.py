@@ -92,6 +92,9 @@ def can_pack(model: nn.Module, longest: int) -> bool:
         return False
     if longest > (getattr(config, "sliding_window", None) or longest):
         return False
+    # These stretch their positions with the length of the row, which a pack makes longer than its sequences.
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+        return False
     pairs: list[TokenPair] = [([1, 2, 3], [4, 3]), ([1, 2, 3, 3], [2, 1, 4]), ([2, 4], [3])]
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         packed = torch.cat(packed_log_probs(model, pairs))
