@@ -119,6 +119,12 @@ def test_a_file_in_the_way_of_a_directory_is_an_error(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def _run_until_killed(program: str, target: Path) -> None:
+    """Run a program that gets the target as its argument and kills itself."""
+    finished = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
+    assert finished.returncode == -signal.SIGKILL
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
 def test_a_kill_leaves_the_old_directory_and_a_recognisable_leftover(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
@@ -131,8 +137,7 @@ def test_a_kill_leaves_the_old_directory_and_a_recognisable_leftover(tmp_path: P
         "    (directory / 'half').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    finished = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
-    assert finished.returncode == -signal.SIGKILL
+    _run_until_killed(program, target)
     assert [entry.name for entry in target.iterdir()] == ["old"]
     removed = remove_leftovers(tmp_path)
     assert len(removed) == 1
@@ -154,8 +159,7 @@ def test_what_a_kill_between_the_two_renames_set_aside_gets_its_name_back(tmp_pa
         "    (directory / 'new').write_text('new')\n"
         "    pathlib.Path.rename = killed_after_the_first\n"
     )
-    finished = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
-    assert finished.returncode == -signal.SIGKILL
+    _run_until_killed(program, target)
     assert not target.exists()
     assert restore_interrupted(target)
     assert [entry.name for entry in target.iterdir()] == ["old"]

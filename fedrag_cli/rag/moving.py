@@ -16,7 +16,7 @@ from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
 from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
-from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE
+from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE, META_FILE
 from fedrag_cli.rag.opening import open_store
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
@@ -25,7 +25,7 @@ from fedrag_cli.runs.reporting import Reporter
 _FOLDERS = (
     {EMBEDDINGS_FILE, NODES_FILE, JOURNAL_FILE},
     {INDEX_FILE, NODES_FILE, STORE_FILE},
-    {"collection", "meta.json", STORE_FILE, LOCK_FILE},
+    {"collection", META_FILE, STORE_FILE, LOCK_FILE},
 )
 
 
@@ -56,12 +56,7 @@ def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, 
         missing = f"There is no knowledge store at {place_of(source)} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
     reporter.note(f"Writing {len(store)} passages to {place}")
-    return written_report(store, wanted, started)
-
-
-def written_report(store: KnowledgeStore, config: Any, started: float) -> dict[str, Any]:
-    """Write a store with `write_store`, and return what there is to say of it; see `store_report`."""
-    return store_report(write_store(store, config), store, config, started)
+    return store_report(write_store(store, wanted), store, wanted, started)
 
 
 def store_report(

@@ -16,15 +16,15 @@ from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, STORE_FILE
+from fedrag_cli.rag.knowledge_stores.qdrant_folder import META_FILE
 from fedrag_cli.rag.knowledge_stores.vectors import format_name
 from fedrag_cli.registry import build, registry
 from fedrag_cli.runs.atomic import restore_interrupted
 from fedrag_cli.runs.reporting import Reporter
 
 FULL: Literal["float32"] = "float32"
-_QDRANT_FILE = "meta.json"
 # The file that tells the type of a store that lies in a folder.
-_TYPES = {EMBEDDINGS_FILE: "memory", INDEX_FILE: "faiss", _QDRANT_FILE: "qdrant"}
+_TYPES = {EMBEDDINGS_FILE: "memory", INDEX_FILE: "faiss", META_FILE: "qdrant"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,6 @@ def _settings_of(folder: Path, config: Any) -> dict[str, Any]:
     if config.type == "memory":
         return {"dtype": format_name(EmbeddingsFile.open(folder / EMBEDDINGS_FILE).dtype)}
     if config.type == "qdrant":
-        collections = json.loads((folder / _QDRANT_FILE).read_text(encoding="utf-8"))["collections"]
+        collections = json.loads((folder / META_FILE).read_text(encoding="utf-8"))["collections"]
         return {} if config.collection in collections else {"collection": next(iter(collections))}
     return {}

@@ -85,7 +85,7 @@ def write_bytes_atomically(path: Path | str, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:
@@ -174,7 +174,7 @@ def restore_interrupted(path: Path | str) -> bool:
         except FileNotFoundError:
             # Another process has done so meanwhile.
             return False
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     return True
 
 
@@ -233,7 +233,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
             if set_aside.is_dir() and not path.exists():
                 set_aside.rename(path)
             raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
     _remove(set_aside)
 
 
@@ -254,15 +254,16 @@ def _remove(path: Path) -> None:
 def _sync_tree(directory: Path) -> None:
     for entry in directory.rglob("*"):
         if entry.is_dir():
-            _sync_directory(entry)
+            sync_directory(entry)
         elif entry.is_file():
             with entry.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
-def _sync_directory(directory: Path) -> None:
-    # Windows cannot open a directory, and its renames need no such call.
+def sync_directory(directory: Path) -> None:
+    """Bring a directory's own list of names to the disk, after a file in it was made or renamed."""
+    # Windows cannot open a directory, and its files and renames need no such call.
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)

@@ -19,6 +19,7 @@ DATA = "DATA_FOLDER"
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "startup": ("startup.py",),
     "search": ("search.py",),
+    "index-build": ("index_build.py", f"{DATA}/corpus.jsonl"),
     "scoring": ("scoring.py", DATA),
     "scoring-fast": ("scoring.py", DATA, "--precision", "fast"),
     "training-step": ("training_step.py", DATA),
@@ -40,7 +41,7 @@ def main() -> int:
     failed = []
     for name in options.only:
         script, *arguments = BENCHMARKS[name]
-        given = [str(options.data.resolve()) if argument == DATA else argument for argument in arguments]
+        given = [argument.replace(DATA, str(options.data.resolve())) for argument in arguments]
         started = time.monotonic()
         print(f"{name}: started", file=sys.stderr, flush=True)
         if subprocess.run([sys.executable, str(HERE / script), *given], check=False).returncode:

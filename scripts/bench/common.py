@@ -1,13 +1,9 @@
-"""What the benchmarks of speed share: the models and data of the XQuAD configs, and clocks for two sides in turn."""
+"""What the benchmarks of speed share: the models and data of the XQuAD configs, memory, and how a target is shown."""
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fedrag_cli.config import load_config
 from fedrag_cli.rag.build import build_rag_system
@@ -32,30 +28,10 @@ def build_system(name: str, *overrides: str) -> RAGSystem:
     return build_rag_system(load_config(CONFIGS / f"xquad-{name}.yaml", overrides), reporter=SilentReporter())
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the wall time of a call in seconds, and what it returned."""
-    started = time.perf_counter()
-    found = call()
-    return time.perf_counter() - started, found
-
-
-def medians_in_turn(sides: Sequence[Callable[[], Any]], runs: int) -> list[tuple[float, Any]]:
-    """Time several calls `runs` times, in turn, so that a slow moment of the machine hits all of them.
-
-    Args:
-        sides: The calls.
-        runs: How often each is made.
-
-    Returns:
-        For each side the median of its wall times in seconds, and what its last call returned.
-    """
-    seconds: list[list[float]] = [[] for _ in sides]
-    found: list[Any] = [None] * len(sides)
-    for _ in range(runs):
-        for number, side in enumerate(sides):
-            taken, found[number] = timed(side)
-            seconds[number].append(taken)
-    return [(statistics.median(taken), result) for taken, result in zip(seconds, found, strict=True)]
+def resident(name: str) -> int:
+    """Return the bytes of this process that are resident now (VmRSS), or were at most (VmHWM), as Linux tells them."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def target(value: float, limit: float) -> str:

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import build_system, prepare_data
+from common import build_system, prepare_data, resident
 from results import machine, write_section
 
 QUIET = ("validation.every=never", "save_every=never", "scheduler=constant", "learning_rate=1e-5")
@@ -84,12 +84,6 @@ def trainer_of(side: str, rag_system: Any) -> Any:
     from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT
 
     return (HuggingFaceTrainerForLSR if side == "retriever" else HuggingFaceTrainerForRALT)(rag_system)
-
-
-def resident(name: str) -> float:
-    """Return the bytes of this process that are resident now (VmRSS), or were at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024.0 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def table(found: dict[str, dict[str, float]], steps: int) -> str:

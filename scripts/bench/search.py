@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import resident
 from results import machine, write_section
 from torch import Tensor
 
@@ -195,18 +196,11 @@ def peak_of(prepare: Callable[[], Any], work: Callable[[Any], InMemoryKnowledgeS
     queries = {count: unit_vectors(count, seed=1) for count in (1, 64)}
     (queries[64] @ unit_vectors(10_000, seed=2).T).topk(TOP_K)
     needed = prepare()
-    before = memory("VmRSS")
+    before = resident("VmRSS")
     store = work(needed)
     for some in queries.values():
         store.search(some, TOP_K)
-    return {"added": memory("VmHWM") - before, "peak": memory("VmHWM")}
-
-
-def memory(name: str) -> int:
-    """Return a size that Linux tells of this process, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    (line,) = [line for line in status.splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
+    return {"added": resident("VmHWM") - before, "peak": resident("VmHWM")}
 
 
 def added(passages: int, folder: Path) -> dict[str, float]:

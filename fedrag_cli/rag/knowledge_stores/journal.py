@@ -21,7 +21,7 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, raw_bytes
-from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.atomic import os_errors, sync_directory
 
 JOURNAL_FILE = "changes.jsonl"
 # With more changes than this part of the passages, writing everything is worth it.
@@ -139,7 +139,7 @@ class Journal:
                     file.flush()
                     os.fsync(file.fileno())
                 if is_new:
-                    _sync(self._directory)
+                    sync_directory(self._directory)
             finally:
                 self._size = _size(self._path)
         self._end = self._size
@@ -205,14 +205,3 @@ def _identity(directory: Path) -> tuple[int, int, int] | None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sync(directory: Path) -> None:
-    # Windows cannot open a directory, and its new files need no such call.
-    if os.name == "nt":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

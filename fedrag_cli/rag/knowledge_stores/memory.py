@@ -232,6 +232,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
     def _read(self, directory: Path, file: EmbeddingsFile) -> None:
         if self.config.memory_map and file.rows:
             self._mapped = MappedStore.open(directory, file)
+            _require_pairs(len(self), file.rows)
         else:
             nodes = read_nodes(directory)
             _require_pairs(len(nodes), file.rows)
@@ -239,7 +240,6 @@ class InMemoryKnowledgeStore(KnowledgeStore):
                 self._held.extend(block, file.rows)
             check_new(nodes, self._held.rows, 0, self.dtype)
             self._passages = Passages(nodes)
-        _require_pairs(len(self), file.rows)
         self.encoder_fingerprint = file.metadata.get("encoder") or None
         self.corpus_fingerprint = file.metadata.get("corpus") or None
         self._replay(directory)

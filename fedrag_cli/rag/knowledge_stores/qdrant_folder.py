@@ -11,6 +11,8 @@ from fedrag_cli.rag.knowledge_stores.passages import STORE_FILE, file_fingerprin
 
 FORMAT = "fedrag-qdrant-folder-1"
 LOCK_FILE = ".lock"
+META_FILE = "meta.json"
+"""What the client writes of its collections, by its own name."""
 
 
 def seal_folder(directory: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.losses import contrastive_loss
-from fedrag_cli.rag.system import RAGSystem, refresh_store
+from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import ContrastiveConfig
 from fedrag_cli.trainers.huggingface.retriever import HuggingFaceTrainerForRetriever
 from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches
@@ -92,8 +92,7 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the loss on the validation pairs, in batches, and what `extra_validation` adds."""
-        if self.config.train == "both":
-            refresh_store(self.rag_system)
+        self._refresh_passages()
         queries = self._retriever.encode_queries([pair.query for pair in self._validation_pairs])
         total = 0.0
         for start in range(0, len(queries), self.config.batch_size):

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.prompts import TruncationCount
-from fedrag_cli.rag.system import RAGSystem, refresh_store
+from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import LMSupervisedConfig
 from fedrag_cli.trainers.huggingface.checks import require_peaked_targets
 from fedrag_cli.trainers.huggingface.retriever import HuggingFaceTrainerForRetriever
@@ -77,8 +77,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the loss on the validation examples, and what `extra_validation` adds."""
-        if self.config.train == "both":
-            refresh_store(self.rag_system)
+        self._refresh_passages()
         embeddings = self._retriever.encode_queries([example.query for example in self.validation_examples])
         scores, positions = self.rag_system.knowledge_store.search_positions(embeddings, self.config.top_k)
         losses = self._loss(scores, self._lm_scores(self.validation_examples, positions).to(scores.device))
@@ -148,8 +147,8 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
 
     def _on_step(self, step: int) -> None:
         self._exchange_likelihoods()
-        if self.config.train == "both" and step % self._refresh_every() == 0:
-            refresh_store(self.rag_system)
+        if step % self._refresh_every() == 0:
+            self._refresh_passages()
 
     def _exchange_likelihoods(self) -> None:
         """Let each process know what the others have scored, and the main one keep it for a resume."""

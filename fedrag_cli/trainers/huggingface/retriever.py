@@ -149,14 +149,17 @@ class HuggingFaceTrainerForRetriever(HuggingFaceTrainer):
             "labels": torch.zeros(len(instances), dtype=torch.long),
         }
 
-    def _on_validation(self) -> None:
+    def _refresh_passages(self) -> None:
+        """Encode all passages anew where their encoder is tuned too."""
         if self.config.train == "both":
             refresh_store(self.rag_system)
+
+    def _on_validation(self) -> None:
+        self._refresh_passages()
 
     def _with_extra(self, loss: float) -> dict[str, float]:
         """Return the validation loss and what `extra_validation` adds."""
         return {"loss": loss, **(self.extra_validation() if self.extra_validation else {})}
 
     def _finish(self) -> None:
-        if self.config.train == "both":
-            refresh_store(self.rag_system)
+        self._refresh_passages()
