@@ -45,7 +45,12 @@ class Tap:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    # A client may ask once more when the server has ended; it is told as it would be without the tap.
+                    near.close()
+                    continue
                 self._sockets += [near, far]
                 self._start(self._pump, near, far)
                 self._start(self._pump, far, near)
