@@ -67,6 +67,21 @@ class RunInterruptedError(FedRAGError):
     exit_code = EXIT_INTERRUPTED
 
 
+class OtherProcessError(FedRAGError):
+    """Another process of a training that runs in several has failed, and has said why.
+
+    Args:
+        message: Which process, and what is wrong.
+        hint: What to do next.
+        exit_code: That of the process that failed.
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_FAILED) -> None:
+        """End with the same code as the process that failed."""
+        super().__init__(message, hint)
+        self.exit_code = exit_code
+
+
 class ConnectionFailedError(FedRAGError):
     """A server or a client cannot be reached, authenticated or agreed with."""
 

@@ -17,6 +17,7 @@ from fedrag_cli.runs.atomic import (
     os_errors,
     remove_leftovers,
     replace_directory_atomically,
+    restore_interrupted,
     write_bytes_atomically,
     write_json_atomically,
     write_text_atomically,
@@ -118,6 +119,12 @@ def test_a_file_in_the_way_of_a_directory_is_an_error(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def _run_until_killed(program: str, target: Path) -> None:
+    """Run a program that gets the target as its argument and kills itself."""
+    finished = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
+    assert finished.returncode == -signal.SIGKILL
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
 def test_a_kill_leaves_the_old_directory_and_a_recognisable_leftover(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
@@ -130,11 +137,63 @@ def test_a_kill_leaves_the_old_directory_and_a_recognisable_leftover(tmp_path: P
         "    (directory / 'half').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    finished = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
-    assert finished.returncode == -signal.SIGKILL
+    _run_until_killed(program, target)
     assert [entry.name for entry in target.iterdir()] == ["old"]
     removed = remove_leftovers(tmp_path)
     assert len(removed) == 1
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_kill_between_the_two_renames_set_aside_gets_its_name_back(tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    target.mkdir()
+    (target / "old").write_text("old")
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from fedrag_cli.runs.atomic import replace_directory_atomically\n"
+        "rename = pathlib.Path.rename\n"
+        "def killed_after_the_first(self, to):\n"
+        "    rename(self, to)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with replace_directory_atomically(sys.argv[1]) as directory:\n"
+        "    (directory / 'new').write_text('new')\n"
+        "    pathlib.Path.rename = killed_after_the_first\n"
+    )
+    _run_until_killed(program, target)
+    assert not target.exists()
+    assert restore_interrupted(target)
+    assert [entry.name for entry in target.iterdir()] == ["old"]
+    assert not restore_interrupted(target)
+    assert not restore_interrupted(tmp_path / "never there")
+
+
+def test_a_directory_that_is_there_is_not_restored_over(tmp_path: Path) -> None:
+    for name in ("store", ".store.old.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert not restore_interrupted(tmp_path / "store")
+    assert (tmp_path / "store" / "store").exists()
+
+
+def test_a_reader_that_restores_between_the_two_renames_does_not_stop_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "store"
+    target.mkdir()
+    (target / "old").touch()
+    rename, restored = Path.rename, []
+
+    def with_a_reader(self: Path, to: Path) -> Path:
+        moved = rename(self, to)
+        if self == target and not restored:
+            restored.append(restore_interrupted(target))
+        return moved
+
+    with replace_directory_atomically(target) as directory:
+        (directory / "new").touch()
+        monkeypatch.setattr(Path, "rename", with_a_reader)
+    assert restored == [True]
+    assert [entry.name for entry in target.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -189,6 +248,16 @@ def test_errors_of_the_system_say_what_to_do(number: int, message: str) -> None:
 def test_a_full_disk() -> None:
     with pytest.raises(FedRAGError, match="the disk is full"), os_errors("/dev/full"):
         Path("/dev/full").write_bytes(b"text")
+
+
+def test_a_full_disk_that_a_library_met(tmp_path: Path) -> None:
+    """safetensors and FAISS write by themselves, and raise errors of their own."""
+    with (
+        pytest.raises(FedRAGError, match=r"store: the disk is full"),
+        replace_directory_atomically(tmp_path / "store"),
+    ):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_pass_through() -> None:

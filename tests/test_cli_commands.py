@@ -216,7 +216,7 @@ def test_settings_of_a_component(capsys: pytest.CaptureFixture[str]) -> None:
         "help": "Passages retrieved for each training query.",
     }
     # An inherited setting keeps its help.
-    assert settings["batch_size"]["help"] == "Examples of a batch on one device."
+    assert settings["batch_size"]["help"] == "Examples of a batch; several processes share it."
 
 
 def test_settings_of_a_kind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,26 @@ NOT_FOR_GENERATOR = f"does not measure the generator (metrics: loss, {', '.join(
         (["run.device=gpu"], "run.device: 'gpu' is no device (auto, cpu, mps, cuda, cuda:N)"),
         (["run.device='cuda:'"], "run.device: 'cuda:' is no device (auto, cpu, mps, cuda, cuda:N)"),
         (["run.device='cpu:0'"], "run.device: 'cpu:0' is no device (auto, cpu, mps, cuda, cuda:N)"),
+        (
+            ["rag_system.generator.device_map=auto", "run.device='cuda:1'"],
+            "rag_system.generator.device_map: takes all GPUs, but run.device is cuda:1; "
+            "set that to auto or cuda, or remove it",
+        ),
+        (
+            ["rag_system.generator.device_map=balanced", "run.device=cpu"],
+            "rag_system.generator.device_map: takes all GPUs, but run.device is cpu; "
+            "set that to auto or cuda, or remove it",
+        ),
+        (
+            ["rag_system.generator.quantization=4bit", "rag_system.generator.model=package://llm/m.gguf"],
+            "rag_system.generator.quantization: is not for GGUF files, which transformers turns into plain weights; "
+            "remove it",
+        ),
+        (
+            [GENERATOR, "rag_system.generator.quantization=8bit", "trainer.generator.lora=null"],
+            "trainer.generator.lora: is needed, because the weights of a quantised generator "
+            "cannot be tuned themselves",
+        ),
         (["run.name=../up"], "run.name: '../up' is no name of a folder (write the path into run.output_dir)"),
         (["run.name=a/b"], "run.name: 'a/b' is no name of a folder (write the path into run.output_dir)"),
         (["run.name=.."], "run.name: '..' is no name of a folder (write the path into run.output_dir)"),

@@ -16,8 +16,9 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE, InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
 
@@ -30,10 +31,19 @@ def faiss_store(**settings: Any) -> tuple[MakeStore, LoadStore]:
     return lambda: FaissKnowledgeStore(config), lambda directory: FaissKnowledgeStore.load(directory, config)
 
 
+def memory_store_of(**settings: Any) -> tuple[MakeStore, LoadStore]:
+    config = MemoryStoreConfig(**settings)
+    return (
+        lambda: InMemoryKnowledgeStore(config=config),
+        lambda directory: InMemoryKnowledgeStore.load(directory, config),
+    )
+
+
 # A new store comes here: its name, how to make an empty one, and how to load a saved one. The settings of approximate
 # ones make them exact over as few passages as there are here.
 STORES: dict[str, tuple[MakeStore, LoadStore]] = {
     "memory": (InMemoryKnowledgeStore, InMemoryKnowledgeStore.load),
+    "memory mapped": memory_store_of(path="unused", memory_map=True),
     "faiss flat": faiss_store(),
     "faiss ivf": faiss_store(index="ivf", nlist=4, nprobe=4),
     "faiss hnsw": faiss_store(index="hnsw", m=64, ef_search=512),

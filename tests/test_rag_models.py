@@ -101,8 +101,8 @@ def test_cpu_is_always_there_and_auto_is_something() -> None:
 
 @pytest.mark.parametrize("small", [True, False])
 def test_auto_keeps_float32_on_the_cpu(small: bool) -> None:
-    assert choose_dtype("auto", torch.device("cpu"), small=small) == torch.float32
-    assert choose_dtype("bfloat16", torch.device("cpu"), small=small) == torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu"), small=small, setting="dtype") == torch.float32
+    assert choose_dtype("bfloat16", torch.device("cpu"), small=small, setting="dtype") == torch.bfloat16
 
 
 def test_errors_of_the_libraries_become_one_line_with_a_hint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ def test_a_blank_text_is_refused_by_position(models: dict[str, Path], blank: str
         retriever.encode_queries(["a", blank])
 
 
+def test_what_follows_the_first_batches_is_the_same_without_them(models: dict[str, Path]) -> None:
+    retriever = load(models["retriever"], batch_size=2)
+    batches = list(retriever.passage_batches(TEXTS))
+    lengths = [len(TEXTS[position]) for positions, _ in batches for position in positions]
+    assert lengths == sorted(lengths, reverse=True)
+    first = batches[0][0]
+    rest = [position for position in range(len(TEXTS)) if position not in first]
+    again = list(retriever.passage_batches([TEXTS[position] for position in rest]))
+    for (positions, embeddings), (others, expected) in zip(again, batches[1:], strict=True):
+        assert [rest[position] for position in positions] == others
+        assert torch.equal(embeddings, expected)
+
+
 def test_no_texts_give_no_embeddings(models: dict[str, Path]) -> None:
     assert len(load(models["retriever"]).encode_passages([])) == 0
 
@@ -145,6 +159,19 @@ def test_truncated_texts_are_counted_exactly(models: dict[str, Path], text: str,
     whole = [row for row in texts if tokens(retriever, row) <= limit]
     features = retriever.features(whole, queries=False)
     assert features["attention_mask"].sum(dim=1).tolist() == [tokens(retriever, row) for row in whole]
+
+
+def test_a_corpus_is_tokenised_in_parts(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    retriever, sizes = load(models["retriever"], max_length=10), []
+    tokenizer = retriever.passage_encoder.tokenizer
+
+    def counting(texts: list[str], **settings: Any) -> Any:
+        sizes.append(len(texts))
+        return tokenizer(texts, **settings)
+
+    monkeypatch.setattr(type(retriever.passage_encoder), "tokenizer", property(lambda _: counting))
+    assert retriever.count_truncated(["a", LONG] * 3000, queries=False) == 3000
+    assert sizes == [4096, 1904]
 
 
 def test_prompts_count_as_length(models: dict[str, Path]) -> None:
@@ -245,6 +272,29 @@ def test_the_fingerprint_is_that_of_what_passage_embeddings_depend_on(models: di
         load(models["other_retriever"]).fingerprint(),
     ]
     assert len({base, *others}) == 5
+
+
+def test_the_fingerprint_sees_number_format_pooling_and_tokenizer(models: dict[str, Path], tmp_path: Path) -> None:
+    """What changes passage embeddings without changing a weight must not pass for the same encoder."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    base = load(models["retriever"])
+    cls_pooling = SentenceTransformer(modules=[base.passage_encoder[0], Pooling(32, "cls")], device="cpu")
+    shutil.copytree(models["retriever"], tmp_path / "lower")
+    file = next((tmp_path / "lower").rglob("tokenizer.json"))
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    others = [
+        load(models["retriever"], dtype="bfloat16"),
+        SentenceTransformerRetriever(cls_pooling, None, SentenceTransformerConfig(model="m")),
+        load(tmp_path / "lower"),
+    ]
+    text = ["Where is the OWL ?"]
+    for other in others:
+        assert (other.encode_passages(text) - base.encode_passages(text)).abs().max() > 1e-4
+    assert len({retriever.fingerprint() for retriever in (base, *others)}) == 4
+    assert len({retriever.query_fingerprint() for retriever in (base, *others)}) == 4
 
 
 def test_the_fingerprint_follows_the_weights_of_the_passage_encoder_only(models: dict[str, Path]) -> None:

@@ -23,14 +23,14 @@ class Counted:
     """A generator with the number of pairs of each batch that it has scored."""
 
     def __init__(self, folder: Path, prompt: PromptConfig | None = None, **settings: Any) -> None:
-        config = CausalLMConfig(model=str(folder), **{"batch_tokens": 400, **settings})
+        config = CausalLMConfig(model=str(folder), **{"batch_tokens": 250, **settings})
         self.generator = CausalLMGenerator.from_config(config, prompt=prompt or PromptConfig(), device="cpu")
         self.rows: list[int] = []
         score = self.generator._score
 
-        def counted(pairs: Any, shared: int) -> Any:
+        def counted(pairs: Any, packing: bool) -> Any:
             self.rows.append(len(pairs))
-            return score(pairs, shared)
+            return score(pairs, packing)
 
         self.generator._score = counted  # type: ignore[method-assign]
 

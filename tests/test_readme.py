@@ -102,6 +102,23 @@ def test_the_strategies_are_those_of_the_registry() -> None:
 
 
 @pytest.mark.fl
+def test_more_than_one_gpu_is_launched_as_printed(tmp_path: Path, models: dict[str, Path]) -> None:
+    """The launcher's command, with tiny models and two processes on the CPU."""
+    (command,) = [block.strip() for block in blocks("sh") if block.startswith("accelerate launch ")]
+    copy_configs(tmp_path)
+    small = [
+        f"rag_system.retriever.model={models['retriever']}", f"rag_system.generator.model={models['generator']}",
+        "dataset.train.limit=6", "dataset.validation.limit=4", "evaluation.limit=4", "run.device=cpu", "--json",
+    ]  # fmt: skip
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(command)[1:], *small]
+    done = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["processes"], summary["tuned"]["generator"]["adapter"]) == (2, True)
+    assert len(list((tmp_path / "runs").glob("*/*"))) == 1
+
+
+@pytest.mark.fl
 def test_two_machines_federate_as_printed(tmp_path: Path, models: dict[str, Path]) -> None:
     """The how-to's commands in its folders, with tiny models, on the loopback address."""
     section = README.split("### Two machines")[1].split("**Firewall**")[0]

@@ -57,6 +57,36 @@ def test_training_queries_moves_the_query_encoder_and_nothing_else(rag_system: R
     assert not rag_system.generator.model.training
 
 
+def test_each_query_of_a_step_is_encoded_once(rag_system: RAGSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passages are retrieved by the very embeddings that carry the gradient."""
+    config = LSRConfig(epochs=2, validation=ValidationConfig(every="never"), **{**QUICK, "batch_size": 7})
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=config)
+    embedded: list[tuple[bool, torch.Tensor]] = []
+    searched: list[torch.Tensor] = []
+    embed, search = rag_system.retriever.embed, rag_system.knowledge_store.search_positions
+
+    def noted(encoder: Any, features: dict[str, Any]) -> torch.Tensor:
+        found = embed(encoder, features)
+        embedded.append((encoder is rag_system.retriever.query_encoder, found))
+        return found
+
+    def searching(queries: torch.Tensor, top_k: int) -> Any:
+        searched.append(queries)
+        return search(queries, top_k)
+
+    monkeypatch.setattr(rag_system.retriever, "embed", noted)
+    monkeypatch.setattr(rag_system.knowledge_store, "search_positions", searching)
+    assert trainer.train().steps == 4
+    # Before the first step all 14 queries are encoded and searched once, for their likelihoods.
+    with_gradient = [found for _, found in embedded if found.requires_grad]
+    assert [len(found) for found in with_gradient] == [7, 7, 7, 7]
+    assert all(of_queries for of_queries, _ in embedded)
+    assert sum(len(found) for _, found in embedded) == 14 + 4 * 7
+    assert [len(queries) for queries in searched] == [14, 7, 7, 7, 7]
+    for queries, found in zip(searched[1:], with_gradient, strict=True):
+        assert torch.equal(queries, found)
+
+
 def test_the_first_loss_is_the_formula_on_likelihoods_computed_apart(rag_system: RAGSystem) -> None:
     """The reported loss equals KL(Q || P) computed here with single forward passes of the language model."""
     generator = rag_system.require_generator()

@@ -9,6 +9,7 @@ import typer
 
 from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import session
+from fedrag_cli.errors import ConfigError
 
 NAME = "index"
 
@@ -24,14 +25,20 @@ def command(
             "for instance from memory to faiss or qdrant.",
         ),
     ] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild", help="Encode all passages anew, whatever the old store holds, also a damaged one."),
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Encode the corpus and save the knowledge store where rag_system.knowledge_store says."""
+    """Bring the knowledge store where rag_system.knowledge_store says up to date: only what is new is encoded."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.config import load_config
 
+        if to is not None and rebuild:
+            raise ConfigError("--rebuild encodes, and --to encodes nothing.", "Leave one of them out.")
         given = sort_arguments(arguments)
         config = load_config(given.path, given.overrides)
         from fedrag_cli.rag.indexing import build_index
@@ -41,5 +48,5 @@ def command(
         if to is not None:
             report = move_index(config, load_config(to), current.reporter())
         else:
-            report = build_index(config, current.reporter())
+            report = build_index(config, current.reporter(), rebuild=rebuild)
         current.result(report, lambda renderer: renderer.fields(report))

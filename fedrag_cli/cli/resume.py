@@ -20,7 +20,7 @@ def command(
     verbose: VerboseOption = False,
 ) -> None:
     """Go on with an interrupted run; it ends with the numbers that it would have had undisturbed."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+    with session(json_output=json, quiet=quiet, verbose=verbose, in_processes=True) as current:
         from fedrag_cli.config import load_config_with_source
         from fedrag_cli.runs.directory import RunDirectory
 

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fedrag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, FedRAGError
+from fedrag_cli.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    FedRAGError,
+    OtherProcessError,
+    RunInterruptedError,
+)
+from fedrag_cli.runs.launch import process_count, process_number
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
@@ -71,21 +79,37 @@ class Session:
 
 
 @contextmanager
-def session(*, json_output: bool, quiet: bool, verbose: bool) -> Iterator[Session]:
-    """Run a command's body: errors become a message (or JSON) and the documented exit code."""
+def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool = False) -> Iterator[Session]:
+    """Run a command's body: errors become a message (or JSON) and the documented exit code.
+
+    Of several processes that a launcher has started, the main one alone prints.
+
+    Args:
+        json_output: Whether the result goes to stdout as JSON.
+        quiet: Whether to print errors only.
+        verbose: Whether to print tracebacks and the libraries' warnings.
+        in_processes: Whether the command can run in several processes.
+    """
     from fedrag_cli.cli.render import Renderer
 
+    if process_number() > 0:
+        json_output, quiet = False, True
     renderer = Renderer()
     if quiet:
         os.environ.update(NO_BARS)
     if not verbose:
         _quiet_libraries()
     try:
+        if process_count() > 1 and not in_processes:
+            raise ConfigError(
+                f"This command runs in one process, but {process_count()} were started.",
+                "Start it without accelerate launch or torchrun; 'fedrag train' is for several.",
+            )
         yield Session(json_output, quiet, verbose, renderer)
     except (typer.Exit, SystemExit):
         raise
     except KeyboardInterrupt:
-        _fail(renderer, FedRAGError("Interrupted."), EXIT_INTERRUPTED, json_output)
+        _fail(renderer, RunInterruptedError("Interrupted."), EXIT_INTERRUPTED, json_output)
     except FedRAGError as error:
         if verbose:
             traceback.print_exc()
@@ -106,6 +130,8 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) -> None:
+    if process_number() > 0 and not _is_own(error):
+        raise typer.Exit(code)
     if json_output:
         details: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
         problems = getattr(error, "problems", None)
@@ -117,6 +143,13 @@ def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) 
         print_json({"error": {**details, "exit_code": code}})
     renderer.error(error)
     raise typer.Exit(code)
+
+
+def _is_own(error: FedRAGError) -> bool:
+    """Return whether an error of a process beside the main one is its alone, so that the main one does not tell it."""
+    from fedrag_cli.runs.processes import have_joined
+
+    return have_joined() and not isinstance(error, OtherProcessError | RunInterruptedError)
 
 
 def _unexpected(error: Exception) -> FedRAGError:
@@ -135,5 +168,14 @@ def _unexpected(error: Exception) -> FedRAGError:
 
 def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
-    for name in ("transformers", "sentence_transformers", "datasets", "peft", "accelerate", "torch", "flwr"):
+    for name in (
+        "transformers",
+        "sentence_transformers",
+        "datasets",
+        "peft",
+        "accelerate",
+        "torch",
+        "flwr",
+        "bitsandbytes",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)

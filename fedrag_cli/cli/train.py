@@ -17,7 +17,7 @@ def command(
     verbose: VerboseOption = False,
 ) -> None:
     """Tune retriever, generator or both, and measure what it changed."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
+    with session(json_output=json, quiet=quiet, verbose=verbose, in_processes=True) as current:
         from fedrag_cli.config import load_config_with_source
 
         given = sort_arguments(arguments)

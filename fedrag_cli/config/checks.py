@@ -26,6 +26,7 @@ def check_config(config: Config) -> Iterator[Finding]:
     yield from _check_retriever_models(config)
     yield from _check_knowledge_store(config)
     yield from _check_inference(config)
+    yield from _check_placement(config)
     yield from _check_evaluation(config)
     yield from _check_federation(config)
     for side in tuned_sides(config):
@@ -116,8 +117,8 @@ def _check_knowledge_store(config: Config) -> Iterator[Finding]:
         for name, index in _INDEX_OF_SETTING.items():
             if getattr(store, name) is not None and store.index != index:
                 yield (*path, name), f"has no effect with index: {store.index}; remove it"
-        if store.memory_map and store.path is None:
-            yield (*path, "memory_map"), "needs a path, the folder of the saved store"
+    if store.type in ("memory", "faiss") and store.memory_map and store.path is None:
+        yield (*path, "memory_map"), "needs a path, the folder of the saved store"
     if store.type == "qdrant":
         if store.path is not None and store.url is not None:
             yield (*path, "path"), "stands beside url; keep one or the other"
@@ -131,6 +132,17 @@ def _check_inference(config: Config) -> Iterator[Finding]:
         yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
     if settings.inference == "ensemble" and settings.generator is None:
         yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
+
+
+def _check_placement(config: Config) -> Iterator[Finding]:
+    generator, path = config.rag_system.generator, ("rag_system", "generator")
+    if generator is None or generator.type != "causal_lm":
+        return
+    if generator.device_map is not None and config.run.device not in ("auto", "cuda"):
+        message = f"takes all GPUs, but run.device is {config.run.device}; set that to auto or cuda, or remove it"
+        yield (*path, "device_map"), message
+    if generator.quantization is not None and generator.model.endswith(".gguf"):
+        yield (*path, "quantization"), "is not for GGUF files, which transformers turns into plain weights; remove it"
 
 
 def _check_evaluation(config: Config) -> Iterator[Finding]:
@@ -205,6 +217,8 @@ def _check_generator_objective(config: Config, trainer: Any, path: KeyPath) -> I
         return
     if getattr(config.rag_system.generator, "adapter", None) and trainer.lora is None:
         yield (*path, "lora"), "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
+    if getattr(config.rag_system.generator, "quantization", None) and trainer.lora is None:
+        yield (*path, "lora"), "is needed, because the weights of a quantised generator cannot be tuned themselves"
     if trainer.type == "raft":
         return
     if trainer.passage_weights == "uniform":

@@ -14,6 +14,7 @@ from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.moving import converted_store, place_of
+from fedrag_cli.rag.opening import open_store
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
@@ -113,7 +114,7 @@ def _load_models(
 def _open_store(
     config: Config, retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
 ) -> KnowledgeStore:
-    store: KnowledgeStore = build("knowledge_store", config.rag_system.knowledge_store, device=retriever.device)
+    store = open_store(config.rag_system.knowledge_store, retriever.device)
     if not len(store):
         built = build_knowledge_store(retriever, nodes, reporter)
         return converted_store(built, config.rag_system.knowledge_store, retriever.device)

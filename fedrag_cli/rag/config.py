@@ -75,16 +75,28 @@ class CausalLMConfig:
     precision: Literal["weights", "bfloat16", "fast"] = "weights"
     """bfloat16 computes matrix products in bfloat16 (autocast); fast does so where the device has it in hardware, where
     it is several times faster, and keeps the weights' own format elsewhere, where it would be many times slower."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """Spread a model that is too large for one GPU over all that the process sees: balanced fills them evenly, as auto
+    does, sequential one after the other. On a machine without GPU the model is on the CPU as a whole."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Load the weights in fewer bits (extra `quantization`): 8bit is LLM.int8(), 4bit the NF4 of QLoRA with double
+    quantization. Training the generator then needs lora. Slow on a CPU; not for GGUF files."""
 
 
 @config_class
 class MemoryStoreConfig:
-    """Exact search over embeddings held in memory."""
+    """Exact search over embeddings held in memory, or left on disk."""
 
     type: Literal["memory"] = "memory"
     """Names this store."""
     path: PathStr | None = None
     """Folder of the saved store (`fedrag index` writes it); without it the store is built anew each time."""
+    memory_map: bool = False
+    """Leaves the saved embeddings and passages on disk, where a search reads all embeddings block by block; a change
+    takes them into memory."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the saved and searched embeddings. The last two round them to half the space; scores are
+    computed in float32 all the same, and `fedrag index` reports what the rounding loses."""
 
 
 @config_class
@@ -159,7 +171,7 @@ def register(registry: Registry) -> None:
         "memory",
         MemoryStoreConfig,
         "fedrag_cli.rag.knowledge_stores.memory:InMemoryKnowledgeStore.from_config",
-        "exact search in memory, on torch",
+        "exact search on torch, in memory or from disk",
     )
     registry.register(
         "knowledge_store",

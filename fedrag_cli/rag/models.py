@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedrag_cli.errors import ModelError
+from fedrag_cli.runs.launch import local_process_number, process_count
 
 PACKAGE_PREFIX = "package://"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,11 +132,20 @@ def require_vocabulary(tokenizer: Any) -> None:
 def choose_device(device: str) -> torch.device:
     """Return the torch device for a config value; `auto` takes cuda, then mps, then cpu.
 
+    With several processes on a machine each takes the GPU of its number.
+
     Raises:
-        ModelError: The device is not there.
+        ModelError: The device is not there, or several processes would share it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if process_count() > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise ModelError(
+                f"run.device is {device}, but each of {process_count()} processes needs a GPU of its own.",
+                "Set run.device to auto or cuda.",
+            )
+        device = f"cuda:{local_process_number()}"
     missing = ModelError(f"This machine has no device '{device}'.", "Set run.device to auto or cpu.")
     try:
         chosen = torch.device(device)
@@ -154,24 +164,45 @@ def choose_device(device: str) -> torch.device:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Return whether a device computes matrix products in bfloat16 in hardware."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def choose_dtype(dtype: str, device: torch.device, *, small: bool) -> torch.dtype:
+def require_bfloat16(device: torch.device, setting: str) -> None:
+    """Raise ModelError where a GPU has no bfloat16; every CPU computes it, if slowly.
+
+    Args:
+        device: Where the model will run.
+        setting: The config key that asks for bfloat16, for the message.
+    """
+    there = {
+        "cuda": lambda: has_fast_bfloat16(device),
+        "mps": lambda: bool(torch.backends.mps.is_macos_or_newer(14, 0)),
+    }
+    if device.type in there and not there[device.type]():
+        raise ModelError(f"{setting} is bfloat16, which the device '{device}' does not have.", "Set it to float32.")
+
+
+def choose_dtype(dtype: str, device: torch.device, *, small: bool, setting: str) -> torch.dtype:
     """Return the number format of the weights.
 
     Args:
         dtype: The config value.
         device: Where the model will run.
         small: Whether the model is small enough that `auto` keeps float32 everywhere (encoders are).
+        setting: The config key of `dtype`, for the message.
+
+    Raises:
+        ModelError: The device does not have the format.
     """
+    if dtype == "bfloat16":
+        require_bfloat16(device, setting)
     if dtype != "auto":
         return DTYPES[dtype]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported() and not small:
+    if device.type == "cuda" and has_fast_bfloat16(device) and not small:
         return torch.bfloat16
     return torch.float32
 

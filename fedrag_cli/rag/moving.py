@@ -12,17 +12,20 @@ import torch
 from fedrag_cli.config import Config
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
+from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
-from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE
+from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE, META_FILE
+from fedrag_cli.rag.opening import open_store
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
 
 # What the folders of stores may hold, by the name of the file that tells its kind.
 _FOLDERS = (
-    {EMBEDDINGS_FILE, NODES_FILE},
+    {EMBEDDINGS_FILE, NODES_FILE, JOURNAL_FILE},
     {INDEX_FILE, NODES_FILE, STORE_FILE},
-    {"collection", "meta.json", STORE_FILE, LOCK_FILE},
+    {"collection", META_FILE, STORE_FILE, LOCK_FILE},
 )
 
 
@@ -48,32 +51,34 @@ def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, 
         raise ConfigError(f"Both configs name the same knowledge store: {place}", "Give the second another place.")
     started = time.monotonic()
     reporter.note("Opening the knowledge store")
-    store: KnowledgeStore = build("knowledge_store", source, device="cpu")
+    store = open_store(source)
     if not len(store):
         missing = f"There is no knowledge store at {place_of(source)} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
     reporter.note(f"Writing {len(store)} passages to {place}")
-    return written_report(store, wanted, started)
+    return store_report(write_store(store, wanted), store, wanted, started)
 
 
-def written_report(store: KnowledgeStore, config: Any, started: float, **counts: int) -> dict[str, Any]:
-    """Write a store with `write_store`, and return what there is to say of it.
+def store_report(
+    written: KnowledgeStore, source: KnowledgeStore, config: Any, started: float, **counts: int | bool
+) -> dict[str, Any]:
+    """Return what there is to say of a store that was written.
 
     Args:
-        store: What to write.
-        config: The config dataclass of the store that is wanted.
+        written: The store at its place; a filter may hide a part of it.
+        source: What it was made of, all of it; or the same store.
+        config: The config dataclass that names the place.
         started: When the work began, by `time.monotonic()`.
         counts: Further numbers about the passages.
     """
-    written = write_store(store, config)
     return {
         "path": place_of(config),
         "type": config.type,
-        "passages": len(store),
+        "passages": len(source),
         **counts,
-        "dimension": store.dimension,
-        "encoder_fingerprint": store.encoder_fingerprint,
-        "corpus_fingerprint": store.corpus_fingerprint,
+        "dimension": source.dimension,
+        "encoder_fingerprint": source.encoder_fingerprint,
+        "corpus_fingerprint": source.corpus_fingerprint,
         **written.build_report(),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -102,14 +107,19 @@ def write_store(store: KnowledgeStore, config: Any) -> KnowledgeStore:
 
 
 def converted_store(store: KnowledgeStore, config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
-    """Return a store of the type that a config names with the passages of another, in memory."""
+    """Return a store of the type and number format that a config names with the passages of another, in memory."""
     # An empty store of the right type; what its place holds is not looked at.
     changes = {name: None for name in ("path", "url") if getattr(config, name, None) is not None}
     empty: KnowledgeStore = build("knowledge_store", dataclasses.replace(config, **changes), device=device)
-    if config.type == "memory" and isinstance(store, type(empty)):
+    held_as = store.dtype if isinstance(store, InMemoryKnowledgeStore) else None
+    if isinstance(empty, InMemoryKnowledgeStore) and empty.dtype == held_as:
         return store
     if len(store):
-        empty.add(store.nodes, store.embeddings)
+        embeddings = store.embeddings
+        empty.add(store.nodes, embeddings)
+        # What is rounded already cannot tell how much rounding costs.
+        if isinstance(empty, InMemoryKnowledgeStore) and held_as in (None, torch.float32):
+            empty.measure_recall(embeddings)
     empty.encoder_fingerprint, empty.corpus_fingerprint = store.encoder_fingerprint, store.corpus_fingerprint
     return empty
 

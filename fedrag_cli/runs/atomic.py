@@ -21,6 +21,7 @@ from fedrag_cli.errors import FedRAGError
 
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>[0-9a-f]{8}|old)\.tmp")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_ATTEMPTS = 5
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -35,25 +36,30 @@ def os_errors(path: Path | str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        FedRAGError: If the enclosed code raises OSError.
+        FedRAGError: If the enclosed code raises OSError, or any other error that tells of a full disk.
     """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _DISK_FULL:
-            raise FedRAGError(
-                f"Cannot write {path}: the disk is full ({reason}).",
-                "Free some space or choose another run.output_dir; what was saved before is intact.",
-            ) from error
+            raise _disk_full(path, reason) from error
         if error.errno in _NO_PERMISSION:
             raise FedRAGError(
                 f"Cannot write {path}: {reason}.",
-                "Check who owns the folder and whether it is mounted read-only, or choose another run.output_dir.",
+                "Check who owns the folder and whether it is mounted read-only, or choose another folder.",
             ) from error
         raise FedRAGError(
             f"Cannot write {path}: {error}.", "Check that the folder exists and that its disk works."
         ) from error
+    except FedRAGError:
+        raise
+    except Exception as error:
+        # Libraries that write by themselves raise errors of their own, which carry the system's words.
+        reason = os.strerror(errno.ENOSPC)
+        if reason in str(error):
+            raise _disk_full(path, reason) from error
+        raise
 
 
 def write_bytes_atomically(path: Path | str, content: bytes) -> None:
@@ -79,7 +85,7 @@ def write_bytes_atomically(path: Path | str, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:
@@ -120,7 +126,7 @@ def replace_directory_atomically(path: Path | str) -> Iterator[Path]:
     """Fill a temporary directory and put it in the place of another when all went well.
 
     The old directory is set aside by one rename and the new one takes its name by a second. A kill between the two
-    leaves the old one set aside; `remove_leftovers` puts it back.
+    leaves the old one set aside; `restore_interrupted` and `remove_leftovers` put it back.
 
     Args:
         path: The directory to replace or to make; missing parent folders are made.
@@ -144,6 +150,32 @@ def replace_directory_atomically(path: Path | str) -> Iterator[Path]:
             # The first error is the one to report; what cannot be removed now is a recognisable leftover.
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def restore_interrupted(path: Path | str) -> bool:
+    """Give a directory its name back that a kill has left set aside while it was being replaced.
+
+    Args:
+        path: The directory, as it was given to `replace_directory_atomically`.
+
+    Returns:
+        Whether it had been set aside.
+
+    Raises:
+        FedRAGError: If it cannot be renamed.
+    """
+    path = Path(path)
+    set_aside = _name_aside(path)
+    if os.path.lexists(path) or not set_aside.is_dir():
+        return False
+    with os_errors(path):
+        try:
+            set_aside.rename(path)
+        except FileNotFoundError:
+            # Another process has done so meanwhile.
+            return False
+        sync_directory(path.parent)
+    return True
 
 
 def remove_leftovers(directory: Path | str) -> list[Path]:
@@ -181,19 +213,35 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
+def _name_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old.tmp")
+
+
 def _put_in_place(temporary: Path, path: Path) -> None:
-    set_aside = path.with_name(f".{path.name}.old.tmp")
-    if path.is_dir():
-        _remove(set_aside)
-        path.rename(set_aside)
-    try:
-        temporary.rename(path)
-    except OSError:
-        if set_aside.is_dir() and not path.exists():
-            set_aside.rename(path)
-        raise
-    _sync_directory(path.parent)
+    set_aside = _name_aside(path)
+    for attempt in range(_ATTEMPTS):
+        if path.is_dir():
+            _remove(set_aside)
+            path.rename(set_aside)
+        try:
+            temporary.rename(path)
+            break
+        except OSError as error:
+            # A reader that took this for an interrupted replacement has put the old one back: set it aside once more.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.is_dir() and attempt + 1 < _ATTEMPTS:
+                continue
+            if set_aside.is_dir() and not path.exists():
+                set_aside.rename(path)
+            raise
+    sync_directory(path.parent)
     _remove(set_aside)
+
+
+def _disk_full(path: Path | str, reason: str) -> FedRAGError:
+    return FedRAGError(
+        f"Cannot write {path}: the disk is full ({reason}).",
+        "Free some space or choose a folder on another disk; what was saved before is intact.",
+    )
 
 
 def _remove(path: Path) -> None:
@@ -206,15 +254,16 @@ def _remove(path: Path) -> None:
 def _sync_tree(directory: Path) -> None:
     for entry in directory.rglob("*"):
         if entry.is_dir():
-            _sync_directory(entry)
+            sync_directory(entry)
         elif entry.is_file():
             with entry.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
-def _sync_directory(directory: Path) -> None:
-    # Windows cannot open a directory, and its renames need no such call.
+def sync_directory(directory: Path) -> None:
+    """Bring a directory's own list of names to the disk, after a file in it was made or renamed."""
+    # Windows cannot open a directory, and its files and renames need no such call.
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)

@@ -71,7 +71,7 @@ def _devices() -> list[dict[str, Any]]:
                 "name": f"cuda:{number}",
                 "model": properties.name,
                 "memory_bytes": properties.total_memory,
-                "bfloat16": torch.cuda.is_bf16_supported(),
+                "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
             }
         )
     if torch.backends.mps.is_available():

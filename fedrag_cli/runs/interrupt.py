@@ -17,9 +17,11 @@ class InterruptGuard:
     def __init__(self) -> None:
         """Start without a signal."""
         self.requested = False
+        self.ignores_repeats = False
+        """Whether a second signal means no more than the first: a launcher hands on what the terminal sends too."""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self.ignores_repeats:
             raise KeyboardInterrupt
         self.requested = True
 

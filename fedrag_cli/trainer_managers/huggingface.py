@@ -130,10 +130,14 @@ class HuggingFaceRAGTrainerManager(BaseRAGTrainerManager):
         if finished.is_dir():
             return _restore_phase(trainer, finished)
         result = trainer.train(phase=phase, checkpoints=directory)
-        with replace_directory_atomically(finished) as target, os_errors(target):
-            save_file(trainer.trained_weights(), target / "weights.safetensors")
-            (target / "result.json").write_text(json.dumps(result.to_dict()), encoding="utf-8")
+        trainer.processes.main_does(lambda: _keep_phase(trainer, result, finished))
         return result
+
+
+def _keep_phase(trainer: HuggingFaceTrainer, result: TrainResult, finished: Path) -> None:
+    with replace_directory_atomically(finished) as target, os_errors(target):
+        save_file(trainer.trained_weights(), target / "weights.safetensors")
+        (target / "result.json").write_text(json.dumps(result.to_dict()), encoding="utf-8")
 
 
 def _restore_phase(trainer: HuggingFaceTrainer, finished: Path) -> TrainResult:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fedrag_cli.config import ConfigSource
+from fedrag_cli.errors import ConfigError
 from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.launch import process_count
 from fedrag_cli.runs.reporting import Reporter
 
 
@@ -23,6 +25,12 @@ def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> d
     if run.manifest().get("status") == "done":
         reporter.note(f"The run in {run.path} is finished already.")
         return run.summary()
+    of_training = run.manifest().get("evaluation") is None and run.federation_role() is None
+    if process_count() > 1 and not of_training:
+        raise ConfigError(
+            f"Only a training runs in several processes, but {process_count()} were started for '{run.path}'.",
+            f"Start it without a launcher: fedrag resume {run.path}",
+        )
     if run.manifest().get("evaluation") is not None:
         from fedrag_cli.trainer_managers.evaluation_run import resume_evaluation
 

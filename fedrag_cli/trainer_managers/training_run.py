@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
-from fedrag_cli.errors import FedRAGError
+from fedrag_cli.errors import ConfigError, FedRAGError
 from fedrag_cli.evaluation.result import Evaluation
+from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
-from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.runs.launch import process_count
+from fedrag_cli.runs.processes import Processes, join_processes
+from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.huggingface import HuggingFaceRAGTrainerManager
 from fedrag_cli.trainer_managers.run_parts import (
@@ -53,6 +57,14 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     """
     config = source.config
     require_training(config)
+    _require_shared_store(config)
+    processes = join_processes(choose_device(config.run.device))
+    with processes.failures_told():
+        return _start(source, command, reporter, processes) if processes.is_main else _follow(config, processes)
+
+
+def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, processes: Processes) -> dict[str, Any]:
+    config = source.config
     data = load_run_data(config)
     chosen_metrics(config, data)
     run = RunDirectory.create(
@@ -66,7 +78,7 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
             # Nothing was computed that is worth keeping.
             run.remove()
             raise
-        return _see_through(run, config, data, rag_system, reporter)
+        return _see_through(run, config, data, rag_system, reporter, processes)
 
 
 def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -80,24 +92,58 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
     Returns:
         The summary, with the numbers that an undisturbed run would have ended with.
     """
+    config = source.config
+    _require_shared_store(config)
+    processes = join_processes(choose_device(config.run.device))
+    with processes.failures_told():
+        return _resume(run, config, reporter, processes) if processes.is_main else _follow(config, processes)
+
+
+def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Processes) -> dict[str, Any]:
     with run.locked():
-        config = source.config
         data = load_run_data(config)
         require_unchanged(run, "data", data_fingerprints(data))
         run.update_manifest(status="running", error=None)
         rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
-        return _see_through(run, config, data, rag_system, reporter)
+        return _see_through(run, config, data, rag_system, reporter, processes)
+
+
+def _require_shared_store(config: Config) -> None:
+    store = config.rag_system.knowledge_store
+    if process_count() > 1 and store.type == "qdrant" and store.path is not None:
+        raise ConfigError(
+            f"Qdrant opens the folder '{store.path}' for one process, but {process_count()} were started.",
+            "Use a Qdrant server (rag_system.knowledge_store.url), another type of store, or one process.",
+        )
+
+
+def _follow(config: Config, processes: Processes) -> dict[str, Any]:
+    """Take part in the steps of a training that another process starts, evaluates and saves."""
+    checkpoints: Path = processes.hear()
+    data = load_run_data(config)
+    reporter = SilentReporter()
+    rag_system = load_rag_system(config, data, reporter)
+    manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
+    manager.train(checkpoints)
+    summary: dict[str, Any] = processes.hear()
+    return summary
 
 
 def _see_through(
-    run: RunDirectory, config: Config, data: RunData, rag_system: RAGSystem, reporter: Reporter
+    run: RunDirectory,
+    config: Config,
+    data: RunData,
+    rag_system: RAGSystem,
+    reporter: Reporter,
+    processes: Processes,
 ) -> dict[str, Any]:
     started = time.monotonic()
     reporter = RunReporter(run.open_log(), reporter)
-    with recorded_end(run):
+    with recorded_end(run), processes.failures_told():
+        processes.main_does(lambda: run.checkpoints)
         record_fingerprints(run, rag_system, data)
-        reporter.event("started", mode=config.trainer.mode, **data.counts())
+        reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
@@ -105,8 +151,9 @@ def _see_through(
         after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
         save_models(run, rag_system, config)
         summary = _summary(run, config, data, manager, result, before, after, time.monotonic() - started)
+        summary["processes"] = processes.count
         write_results(run, summary)
-    return summary
+        return processes.main_does(lambda: summary)
 
 
 def _summary(

@@ -50,7 +50,7 @@ class TrainingConfig:
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps, whatever `epochs` says."""
     batch_size: PositiveInt = 16
-    """Examples of a batch on one device."""
+    """Examples of a batch; several processes share it."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches that make one optimizer step."""
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = "adamw_torch"
@@ -197,7 +197,10 @@ class GeneratorTrainingConfig(TrainingConfig):
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
     batch_size: PositiveInt = 8
-    """Instances of a batch on one device."""
+    """Instances of a batch; several processes share it."""
+    group_by_length: bool = True
+    """Put instances of similar length into the same step, which saves padding; the order of the steps stays random and
+    follows from the seed."""
 
 
 @config_class

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from common import prepare_data
 from results import machine, write_section
 
 from fedrag_cli.config import load_config
@@ -56,16 +56,6 @@ def main() -> None:
         text = table(side, found)
         print(text)
         write_section(f"XQuAD, objectives of the {side}", text)
-
-
-def prepare_data(data: Path, target: Path) -> None:
-    """Copy the data, with validation and test in one file, and let the configs find it."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("corpus", "train", "validation", "test"):
-        (target / f"{name}.jsonl").write_bytes((data / f"{name}.jsonl").read_bytes())
-    both = "".join((target / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("validation", "test"))
-    (target / "validation-and-test.jsonl").write_text(both, encoding="utf-8")
-    os.environ["FEDRAG_XQUAD"] = str(target)
 
 
 def measured(side: str, name: str, work: Path) -> dict[str, Any]:

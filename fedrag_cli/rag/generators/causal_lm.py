@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches, token_log_probs
-from fedrag_cli.rag.generators.shared_prefix import scoring_batches, shared_prefix_log_probs
+from fedrag_cli.rag.generators.packing import can_pack, packed_log_probs, packs
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     ModelLocation,
@@ -31,8 +32,10 @@ from fedrag_cli.rag.models import (
     has_fast_bfloat16,
     locate_model,
     model_errors,
+    require_bfloat16,
     require_vocabulary,
 )
+from fedrag_cli.rag.placement import placement_options, settled
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
 
 OnTexts = Callable[[list[int], list[str]], None]
@@ -81,18 +84,23 @@ class CausalLMGenerator:
             seed: Seed of sampling, as `run.seed`.
 
         Raises:
-            ModelError: The model is missing, broken or does not fit.
+            ModelError: The model is missing, broken or does not fit, or the device cannot hold or compute it.
+            ConfigError: The package for quantization is missing, or the model cannot be quantised.
         """
         location = locate_model(config.model)
         target = choose_device(device)
+        dtype = choose_dtype(config.dtype, target, small=False, setting="rag_system.generator.dtype")
+        if config.precision == "bfloat16":
+            require_bfloat16(target, "rag_system.generator.precision")
+        placement = placement_options(config, location, target)
         with model_errors(location, "generator"):
             options = _location_options(location, config.revision)
             tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **options)
             require_vocabulary(tokenizer)
-            model = AutoModelForCausalLM.from_pretrained(
-                location.name_or_path, dtype=choose_dtype(config.dtype, target, small=False), **options
-            )
-            model = (_without_quantizer(model) if location.gguf_file else model).to(target)
+            model = AutoModelForCausalLM.from_pretrained(location.name_or_path, dtype=dtype, **options, **placement)
+            if location.gguf_file:
+                model = _without_quantizer(model)
+            model = settled(model, location) if placement else model.to(target)
         if config.adapter is not None:
             model = _with_adapter(model, config.adapter)
         return cls(model, tokenizer, config, prompt, seed)
@@ -269,7 +277,7 @@ class CausalLMGenerator:
     ) -> None:
         """Compute log p(token | prompt, tokens before it) of each target, in eval mode, in batches of a token budget.
 
-        What prompts of a batch have in common at their beginning is computed once.
+        Where the model allows, what prompts of a batch have in common at their beginning is computed once.
 
         Args:
             pairs: (prompt ids, target ids).
@@ -280,20 +288,31 @@ class CausalLMGenerator:
             DataError: A prompt or a target has no tokens, or together they exceed the context window.
         """
         self._require_scorable(pairs)
-        for batch in scoring_batches(pairs, self.config.batch_tokens):
-            rows = self._score(([pairs[position] for position in batch.positions]), batch.shared)
-            on_batch(batch.positions, [row.cpu() for row in rows])
+        lengths = [len(prompt) + len(target) for prompt, target in pairs]
+        packing = bool(pairs) and self._can_pack(max(lengths))
+        budget = self.config.batch_tokens
+        for batch in packs(pairs, budget) if packing else length_sorted_batches(lengths, budget):
+            rows = self._score([pairs[position] for position in batch], packing)
+            on_batch(batch, [row.cpu() for row in rows])
 
     @torch.inference_mode()
-    def _score(self, pairs: Sequence[TokenPair], shared: int) -> list[Tensor]:
+    def _score(self, pairs: Sequence[TokenPair], packing: bool) -> list[Tensor]:
+        with self._evaluating(), self._autocast():
+            if packing:
+                return packed_log_probs(self.model, pairs)
+            return token_log_probs(self.model, pairs, pad_id=self.pad_id)
+
+    @torch.inference_mode()
+    def _can_pack(self, longest: int) -> bool:
+        with self._evaluating():
+            return can_pack(self.model, longest)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self._autocast():
-                rows = None
-                if shared:
-                    rows = shared_prefix_log_probs(self.model, pairs, shared=shared, pad_id=self.pad_id)
-                return rows if rows is not None else token_log_probs(self.model, pairs, pad_id=self.pad_id)
+            yield
         finally:
             self.model.train(was_training)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -40,8 +40,6 @@ def token_log_probs(
     *,
     pad_id: int,
     padding_side: Literal["left", "right"] = "right",
-    past_key_values: Any = None,
-    past_tokens: int = 0,
 ) -> list[Tensor]:
     """Return the log-probability of each token of each target after its prompt, in one forward pass.
 
@@ -50,8 +48,6 @@ def token_log_probs(
         pairs: (prompt ids, target ids), neither of them empty.
         pad_id: Any token id; padding never reaches a result.
         padding_side: Where the padding goes. The results agree but for rounding.
-        past_key_values: What the model remembers of tokens that come before all prompts, for as many rows.
-        past_tokens: How many tokens these are.
 
     Returns:
         For each pair a float32 tensor of shape (target tokens,) on the model's device, each value at most 0.
@@ -60,16 +56,9 @@ def token_log_probs(
     input_ids, mask, starts = _padded(pairs, pad_id, padding_side)
     # The logits at a position predict the token after it.
     first = min(start + len(prompt) for (prompt, _), start in zip(pairs, starts, strict=True)) - 1
-    positions = past_tokens + (mask.cumsum(dim=1) - 1).clamp(min=0)
-    whole_mask = torch.cat([torch.ones(len(pairs), past_tokens, dtype=torch.long), mask], dim=1)
-    logits = _tail_logits(
-        model,
-        input_ids.to(device),
-        whole_mask.to(device),
-        positions.to(device),
-        keep=input_ids.shape[1] - first,
-        past_key_values=past_key_values,
-    )
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    keep = input_ids.shape[1] - first
+    logits = _tail_logits(model, input_ids.to(device), mask.to(device), positions.to(device), keep)
     found = []
     for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
         begin = start + len(prompt) - 1 - first
@@ -102,21 +91,20 @@ def _padded(
     return input_ids, mask, starts
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the language model itself, which is the one inside where it has an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def accepted_arguments(model: nn.Module) -> frozenset[str]:
     """Return the names that a language model's `forward` takes, that of the model inside where it has an adapter."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return frozenset(inspect.signature(base.forward).parameters)
+    return frozenset(inspect.signature(base_model(model).forward).parameters)
 
 
-def _tail_logits(
-    model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int, past_key_values: Any
-) -> Tensor:
+def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
     """Run the model and return the logits of the last `keep` columns, computing no others where it can."""
     accepted = accepted_arguments(model)
-    options: dict[str, object] = {"use_cache": past_key_values is not None}
-    if past_key_values is not None:
-        # transformers 5.24 gave the argument its new name.
-        options["cache" if "cache" in accepted else "past_key_values"] = past_key_values
+    options: dict[str, object] = {"use_cache": False}
     if "position_ids" in accepted:
         options["position_ids"] = positions
     if "logits_to_keep" in accepted:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.config import FaissStoreConfig
+from fedrag_cli.rag.knowledge_stores.recall import found_at_once, recall, sampled_positions
 from fedrag_cli.rag.knowledge_stores.ties import search_in_order
 
 try:
@@ -26,7 +27,6 @@ except ImportError as import_error:
 NPROBE, M, EF_CONSTRUCTION, EF_SEARCH = 16, 32, 200, 128
 # Fewer passages of a cluster place its centre badly; FAISS warns below it.
 PASSAGES_PER_CLUSTER = 39
-RECALL_AT, RECALL_SAMPLE = 10, 200
 _CHUNK = 65536
 
 
@@ -132,14 +132,13 @@ def read_index(path: Path, *, memory_map: bool) -> Any:
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
 
 
-def recall(index: Any, config: FaissStoreConfig) -> float:
+def measured_recall(index: Any, config: FaissStoreConfig) -> float:
     """Return recall@10: which part of the 10 passages that are closest to a passage a search finds.
 
     It is a mean over a sample of 200 passages, each searched for among the others, from 0 to 1.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    sample = torch.randperm(index.ntotal, generator=generator)[:RECALL_SAMPLE]
-    queries, wanted = vectors_at(index, sample), min(RECALL_AT + 1, index.ntotal)
+    sample, wanted = sampled_positions(index.ntotal, config.seed), found_at_once(index.ntotal)
+    queries = vectors_at(index, sample)
 
     def approximately(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return search_index(index, config, rows, count)
@@ -149,11 +148,7 @@ def recall(index: Any, config: FaissStoreConfig) -> float:
 
     exact = search_in_order(exactly, queries, wanted, index.ntotal)[1]
     found = search_in_order(approximately, queries, wanted, index.ntotal)[1]
-    shares = []
-    for passage, right, got in zip(sample.tolist(), exact.tolist(), found.tolist(), strict=True):
-        others = {position for position in right if position != passage}
-        shares.append(len(others & set(got)) / max(len(others), 1))
-    return sum(shares) / len(shares)
+    return recall(sample, exact, found)
 
 
 def _rows(vectors: Tensor) -> Any:

@@ -17,9 +17,9 @@ from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
 from fedrag_cli.rag.knowledge_stores.faiss_index import (
     add_vectors,
+    measured_recall,
     new_index,
     read_index,
-    recall,
     search_index,
     vectors_at,
     vectors_between,
@@ -128,7 +128,7 @@ class FaissKnowledgeStore(KnowledgeStore):
         if self.config.index == "ivf" and self._index is not None:
             report["nlist"] = int(self._index.nlist)
         if len(self) > 1:
-            report["recall@10"] = round(recall(self._index, self.config), 4)
+            report["recall@10"] = round(measured_recall(self._index, self.config), 4)
         return report
 
     def save(self, directory: Path) -> None:
@@ -163,7 +163,7 @@ class FaissKnowledgeStore(KnowledgeStore):
             KnowledgeStoreError: The directory holds no store, a damaged one, or one that was built otherwise.
         """
         store = cls(config, device)
-        hint = "Build it anew with 'fedrag index CONFIG' after removing the folder."
+        hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
         damaged = f"The knowledge store in '{directory}' is damaged"
         try:
             about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))

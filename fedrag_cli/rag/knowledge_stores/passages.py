@@ -67,7 +67,8 @@ class Passages:
 
 def write_nodes(nodes: Sequence[KnowledgeNode], directory: Path) -> None:
     """Write passages as JSON lines."""
-    with (directory / NODES_FILE).open("w", encoding="utf-8") as file:
+    # Lone surrogates, which UTF-8 cannot hold, become escapes that JSON knows.
+    with (directory / NODES_FILE).open("w", encoding="utf-8", errors="backslashreplace") as file:
         for node in nodes:
             row = {"id": node.id, "text": node.text, "metadata": node.metadata}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -11,6 +11,8 @@ from fedrag_cli.rag.knowledge_stores.passages import STORE_FILE, file_fingerprin
 
 FORMAT = "fedrag-qdrant-folder-1"
 LOCK_FILE = ".lock"
+META_FILE = "meta.json"
+"""What the client writes of its collections, by its own name."""
 
 
 def seal_folder(directory: Path) -> None:
@@ -31,7 +33,7 @@ def version_of_folder(directory: Path) -> str:
     Raises:
         KnowledgeStoreError: The folder holds no store, or a damaged one.
     """
-    hint = "Build it anew with 'fedrag index CONFIG' after removing the folder."
+    hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
     try:
         about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:

@@ -222,7 +222,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
                 raise KnowledgeStoreError(
                     f"The collection '{name}' at {self._place} has {count} passages in the place of "
                     f"{about['passages']}.",
-                    "Refresh it with 'fedrag index CONFIG'.",
+                    "Build it anew with 'fedrag index CONFIG --rebuild'.",
                 )
             self._set_passages(*read_passages(self._client, name, self._filter))
         self._dimension = int(size) if count else 0

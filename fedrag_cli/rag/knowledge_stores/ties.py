@@ -36,7 +36,39 @@ def search_in_order(search: Search, queries: Tensor, top_k: int, passages: int) 
     return scores, positions
 
 
+def top_in_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the best scores of each row and their columns, best first, equal ones by column.
+
+    Args:
+        scores: Tensor of shape (rows, columns), without NaN.
+        top_k: How many, from 1 up; a row with fewer columns gives all of them.
+
+    Returns:
+        Scores and columns, both of shape (rows, min(top_k, columns)).
+    """
+    # One more than wanted shows whether the last place is contested.
+    best, columns = scores.topk(min(top_k + 1, scores.shape[1]), dim=1)
+    kept, places = best[:, :top_k], columns[:, :top_k]
+    if bool((best[:, 1:] < best[:, :-1]).all()):
+        return kept, places
+    if best.shape[1] > top_k:
+        contested = best[:, top_k] == best[:, top_k - 1]
+        places[contested] = _first_columns(scores[contested], kept[contested, -1:], top_k)
+        kept = scores.gather(1, places)
+    return _in_order(kept, places)
+
+
+def _first_columns(scores: Tensor, least: Tensor, top_k: int) -> Tensor:
+    """Return the columns above a row's least score, and the first of those that equal it, `top_k` in all."""
+    above, equal = scores > least, scores == least
+    missing = top_k - above.sum(dim=1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= missing))
+    return taken.nonzero()[:, 1].view(len(scores), top_k)
+
+
 def _in_order(scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    if bool((scores[:, 1:] < scores[:, :-1]).all()):
+        return scores, positions
     by_position = positions.argsort(dim=1)
     scores, positions = scores.gather(1, by_position), positions.gather(1, by_position)
     order = scores.argsort(dim=1, descending=True, stable=True)

@@ -24,8 +24,10 @@ from fedrag_cli.rag.models import (
     model_errors,
     require_vocabulary,
 )
+from fedrag_cli.rag.retrievers.structure import structure_fingerprint
 
 Progress = Callable[[int], None]
+_TOKENISED_AT_ONCE = 4096
 
 
 class SentenceTransformerRetriever:
@@ -102,14 +104,20 @@ class SentenceTransformerRetriever:
         return SentenceTransformerRetriever(encoder, encoder if shared else self.passage_encoder, self.config)
 
     def fingerprint(self) -> str:
-        """Return a hash of what passage embeddings depend on: weights, prompt, length limit and similarity."""
-        settings = (self.config.passage_prompt, self.passage_encoder.max_seq_length, self.config.similarity)
-        return f"{self._memory_of_passages.fingerprint(self.passage_encoder)}-{_short_hash(settings)}"
+        """Return a hash of what passage embeddings depend on.
+
+        This is the weights and their number format, the modules with their settings, the tokenizer, the prompt, the
+        length limit and the similarity.
+        """
+        return self._fingerprint(self.passage_encoder, self._memory_of_passages, self.config.passage_prompt)
 
     def query_fingerprint(self) -> str:
-        """Return a hash of what query embeddings depend on."""
-        settings = (self.config.query_prompt, self.query_encoder.max_seq_length, self.config.similarity)
-        return f"{self._memory_of_queries.fingerprint(self.query_encoder)}-{_short_hash(settings)}"
+        """Return a hash of what query embeddings depend on; see `fingerprint`."""
+        return self._fingerprint(self.query_encoder, self._memory_of_queries, self.config.query_prompt)
+
+    def _fingerprint(self, encoder: SentenceTransformer, memory: FingerprintMemory, prompt: str) -> str:
+        settings = (prompt, encoder.max_seq_length, self.config.similarity, structure_fingerprint(encoder))
+        return f"{memory.fingerprint(encoder)}-{_short_hash(settings)}"
 
     def encode_queries(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
         """Encode queries without gradient; see `encode_passages`."""
@@ -146,10 +154,37 @@ class SentenceTransformerRetriever:
         embeddings: Tensor = encoder(dict(features))["sentence_embedding"].float()
         return functional.normalize(embeddings, dim=-1) if self.config.similarity == "cosine" else embeddings
 
-    @torch.inference_mode()
+    def passage_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
+        """Encode passages without gradient, one batch after the other, the longest texts first.
+
+        Args:
+            texts: The passages.
+
+        Yields:
+            The positions of a batch's texts, and their embeddings as `encode_passages` returns them. Leaving out the
+            texts of the first batches gives the others in the same batches.
+        """
+        return self._batches(self.passage_encoder, texts, self.config.passage_prompt)
+
     def _encode(
         self, encoder: SentenceTransformer, texts: Sequence[str], prompt: str, progress: Progress | None
     ) -> Tensor:
+        order: list[int] = []
+        parts: list[Tensor] = []
+        for positions, part in self._batches(encoder, texts, prompt):
+            order += positions
+            parts.append(part)
+            if progress is not None:
+                progress(len(positions))
+        sorted_embeddings = torch.cat(parts) if parts else torch.zeros((0, 0), device=self.device)
+        embeddings = torch.empty_like(sorted_embeddings)
+        embeddings[order] = sorted_embeddings
+        return embeddings
+
+    @torch.inference_mode()
+    def _batches(
+        self, encoder: SentenceTransformer, texts: Sequence[str], prompt: str
+    ) -> Iterator[tuple[list[int], Tensor]]:
         blank = [position for position, text in enumerate(texts) if not text.strip()]
         if blank:
             raise DataError(f"Text {blank[0]} to encode is empty.", "Remove empty questions and passages.")
@@ -157,30 +192,27 @@ class SentenceTransformerRetriever:
         encoder.eval()
         # Texts of similar length go together, so that little is computed on padding.
         order = sorted(range(len(texts)), key=lambda position: (-len(texts[position]), position))
-        parts: list[Tensor] = []
         try:
             for batch in _chunks(order, self.config.batch_size):
                 features = encoder.preprocess([prompt + texts[position] for position in batch])
-                parts.append(self.embed(encoder, _to_device(features, self.device)))
-                if progress is not None:
-                    progress(len(batch))
+                yield batch, self.embed(encoder, _to_device(features, self.device))
         finally:
             encoder.train(was_training)
-        sorted_embeddings = torch.cat(parts) if parts else torch.zeros((0, 0), device=self.device)
-        embeddings = torch.empty_like(sorted_embeddings)
-        embeddings[order] = sorted_embeddings
-        return embeddings.clone()
 
     def count_truncated(self, texts: Sequence[str], *, queries: bool) -> int:
         """Count the texts that are longer than the encoder's limit, prompts included."""
         encoder = self.query_encoder if queries else self.passage_encoder
         prompt = self.config.query_prompt if queries else self.config.passage_prompt
         limit = encoder.max_seq_length
-        if not limit or not texts:
+        if not limit:
             return 0
+        count = 0
         # Every text is tokenised: one character may be several tokens, so the number of characters tells nothing.
-        ids = encoder.tokenizer([prompt + text for text in texts], truncation=False, verbose=False)["input_ids"]
-        return sum(len(row) > limit for row in ids)
+        for start in range(0, len(texts), _TOKENISED_AT_ONCE):
+            prompted = [prompt + text for text in texts[start : start + _TOKENISED_AT_ONCE]]
+            ids = encoder.tokenizer(prompted, truncation=False, verbose=False)["input_ids"]
+            count += sum(len(row) > limit for row in ids)
+        return count
 
     def save(self, directory: Path) -> None:
         """Write the encoder, or a Router of the two, loadable by `SentenceTransformer(directory)`.
@@ -207,7 +239,9 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
             device=str(target),
             revision=config.revision,
             local_files_only=location.is_local,
-            model_kwargs={"dtype": choose_dtype(config.dtype, target, small=True)},
+            model_kwargs={
+                "dtype": choose_dtype(config.dtype, target, small=True, setting="rag_system.retriever.dtype")
+            },
         )
         for module in model.modules():
             require_vocabulary(getattr(module, "tokenizer", None))

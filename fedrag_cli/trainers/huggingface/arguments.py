@@ -9,12 +9,19 @@ from transformers import TrainingArguments
 
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ModelError, TrainingError
-from fedrag_cli.rag.models import has_fast_bfloat16
+from fedrag_cli.rag.models import has_fast_bfloat16, require_bfloat16
+from fedrag_cli.runs.launch import process_count
 from fedrag_cli.trainers.config import TrainingConfig
 
 
 def training_arguments(
-    config: TrainingConfig, *, directory: Path, seed: int, device: torch.device, report_to: tuple[str, ...] = ()
+    config: TrainingConfig,
+    *,
+    directory: Path,
+    seed: int,
+    device: torch.device,
+    report_to: tuple[str, ...] = (),
+    unused_parameters: bool = False,
 ) -> TrainingArguments:
     """Return the arguments of transformers.Trainer for a trainer's settings.
 
@@ -26,12 +33,13 @@ def training_arguments(
         seed: Seed of data order and dropout.
         device: Where the model is.
         report_to: Experiment trackers.
+        unused_parameters: Whether the loss may leave trained parameters out, which several processes must know.
 
     Raises:
         TrainingError: The learning rate is not above 0.
         ModelError: The device cannot compute in the wanted precision, or is not the first of its kind.
     """
-    if device.type == "cuda" and device.index:
+    if device.type == "cuda" and device.index and process_count() == 1:
         # transformers.Trainer takes the first device that it sees, and would part the trained model from the rest.
         raise ModelError(
             f"Training runs on the first GPU that the process sees, but the model is on {device}.",
@@ -60,6 +68,9 @@ def training_arguments(
         fp16=precision == "float16",
         activation_checkpointing=config.gradient_checkpointing,
         use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and process_count() > 1 else None,
+        ddp_find_unused_parameters=unused_parameters,
+        ddp_broadcast_buffers=False,
         dataloader_pin_memory=device.type == "cuda",
         # The mean loss, the check for NaN and an exact resume need every step; `log_every` thins the records only.
         logging_steps=1,
@@ -73,18 +84,20 @@ def training_arguments(
         report_to=list(report_to) or "none",
         log_level="error",
     )
-    # Several devices are for `accelerate launch`, a process each; without it the model stays on the one it is on.
+    # Several devices are for a launcher, with a process each; without it the model stays on the one it is on.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def _precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
     if precision == "fast":
         return "bfloat16" if has_fast_bfloat16(device) else "float32"
     if precision == "float16" and device.type != "cuda":
         raise ModelError(
             f"precision: float16 needs a cuda device, but the model is on {device.type}.", "Set precision: auto."
         )
+    if precision == "bfloat16":
+        require_bfloat16(device, "The precision of training")
     return precision

@@ -21,6 +21,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.checkpoints import latest_checkpoint
 from fedrag_cli.runs.interrupt import deferred_interrupts
+from fedrag_cli.runs.processes import join_processes
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.trainers.base import BaseTrainer, TrainResult
 from fedrag_cli.trainers.config import TrainingConfig
@@ -35,7 +36,7 @@ from fedrag_cli.trainers.huggingface.checks import (
 from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
 from fedrag_cli.trainers.huggingface.movement import PhaseStart
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
-from fedrag_cli.trainers.huggingface.training_loop import Batches, LossFunction, TrainingLoop
+from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, Instances, LossFunction, TrainingLoop
 
 ExtraMetrics = Callable[[], Mapping[str, float]]
 
@@ -56,6 +57,8 @@ class HuggingFaceTrainer(BaseTrainer):
     config: TrainingConfig
     what: str
     """What is trained, for messages."""
+    has_unused_parameters = False
+    """Whether the loss may leave trained parameters out."""
 
     def __init__(
         self,
@@ -71,7 +74,8 @@ class HuggingFaceTrainer(BaseTrainer):
         self.rag_system = rag_system
         self.config = config or self._config_of(rag_system)
         self.seed = seed if seed is not None else rag_system.config.run.seed if rag_system.config else 42
-        self.reporter: Reporter = reporter or SilentReporter()
+        self.processes = join_processes(rag_system.retriever.device)
+        self.reporter: Reporter = reporter if reporter and self.processes.is_main else SilentReporter()
         self.train_examples = self._examples(train_dataset, "train")
         self.validation_examples = self._examples(validation_dataset, "validation")
         self.extra_validation: ExtraMetrics | None = None
@@ -79,7 +83,7 @@ class HuggingFaceTrainer(BaseTrainer):
         self.proximal_mu = 0.0
         self.cache_directory: Path | None = None
         """Folder for what stays valid from one call of `train` to the next; that of the checkpoints by default."""
-        self.diagnostics = StepDiagnostics()
+        self.diagnostics = StepDiagnostics(self.processes)
         if self.config.needs_responses:
             self._require_responses()
 
@@ -100,6 +104,13 @@ class HuggingFaceTrainer(BaseTrainer):
     def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[Any]:
         """Do what comes before the first step and return the training instances."""
 
+    def _prepared(self) -> Any:
+        """Return what `_prepare` has left in the trainer of the main process and the others need."""
+        return None
+
+    def _take_over(self, prepared: Any, resuming: Path | None) -> None:
+        """Put what `_prepared` gave into the trainer of another process."""
+
     @abstractmethod
     def _collate(self, instances: list[Any]) -> dict[str, Any]: ...
 
@@ -107,11 +118,18 @@ class HuggingFaceTrainer(BaseTrainer):
         """Return the loss of outputs and labels, where the model does not compute its loss itself."""
         return None
 
+    def _lengths(self, instances: Sequence[Any]) -> list[int] | None:
+        """Return the tokens of each instance, where instances of similar length go into the same step."""
+        return None
+
     def _finish(self) -> None:
         """Do what comes after the last step, with the final weights."""
 
     def _on_batches(self, batches: Batches) -> None:
         """Look at, or add to, the batches of one optimizer step before they are computed."""
+
+    def _on_validation(self) -> None:
+        """Do what `validate` does to the RAG system, in a process that does not validate itself."""
 
     def _on_checkpoint(self, directory: Path) -> None:
         """Add what is ours to a checkpoint."""
@@ -159,14 +177,13 @@ class HuggingFaceTrainer(BaseTrainer):
         if checkpoints is not None:
             return self._train_in(checkpoints, name, started, lasting=True)
         with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
-            return self._train_in(Path(directory), name, started, lasting=False)
+            shared = self.processes.main_does(lambda: Path(directory))
+            return self._train_in(shared, name, started, lasting=False)
 
     def _train_in(self, directory: Path, phase: str, started: float, *, lasting: bool) -> TrainResult:
-        with os_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        resuming = latest_checkpoint(directory)
-        start = PhaseStart(self.model, directory)
-        instances = self._prepare(self.cache_directory or (directory if lasting else None), resuming)
+        resuming = self.processes.main_does(lambda: _newest_in(directory))
+        start = PhaseStart(self.model, directory, writes=self.processes.is_main)
+        instances = self._prepare_once(self.cache_directory or (directory if lasting else None), resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
         with deferred_interrupts() as guard, self.reporter.task(phase, 1, "step") as advance:
@@ -180,7 +197,9 @@ class HuggingFaceTrainer(BaseTrainer):
                 on_checkpoint=self._on_checkpoint,
                 on_step=self._on_step,
                 diagnostics=self.diagnostics.take,
+                processes=self.processes,
             )
+            guard.ignores_repeats = self.processes.count > 1
             loop = self._loop(directory, instances, callback)
             try:
                 with os_errors(directory):
@@ -188,12 +207,14 @@ class HuggingFaceTrainer(BaseTrainer):
             finally:
                 # Mixed precision wraps the model's forward; what comes after training computes as before it.
                 loop.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            if guard.requested:
+            if self.processes.any(guard.requested):
                 start.keep()
                 saved = "a checkpoint is saved" if lasting else "no folder for checkpoints was given"
                 raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; {saved}.")
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()
+        # A folder that does not last may go when all have read the best weights.
+        self.processes.meet()
         self.model.eval()
         require_moved(start.fingerprint, tensors_fingerprint(trainable(self.model)), self.what, loop.state.log_history)
         require_finite(self.model, self.what)
@@ -204,21 +225,46 @@ class HuggingFaceTrainer(BaseTrainer):
 
     def _loop(self, directory: Path, instances: Sequence[Any], callback: ScheduleCallback) -> TrainingLoop:
         report_to = tuple(self.rag_system.config.run.report_to) if self.rag_system.config else ()
-        loop = TrainingLoop(
+        return TrainingLoop(
             model=self.model,
             args=training_arguments(
-                self.config, directory=directory, seed=self.seed, device=self._device(), report_to=report_to
+                self.config,
+                directory=directory,
+                seed=self.seed,
+                device=self._device(),
+                report_to=report_to,
+                unused_parameters=self.has_unused_parameters,
             ),
-            train_dataset=_Instances(instances),
-            data_collator=self._collate,
-            validate=self.validate,
+            train_dataset=Instances(instances),
+            data_collator=self._collate_share,
+            validate=self._validate_once,
             on_batches=self._on_batches,
             loss_function=self._loss_function(),
             penalty=self._penalty if self.proximal_mu else None,
+            lengths=self._lengths(instances),
             callbacks=[callback],
         )
-        loop.remove_callback(_printer())
-        return loop
+
+    def _prepare_once(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[Any]:
+        instances, prepared = self.processes.main_does(
+            lambda: (self._prepare(cache_directory, resuming), self._prepared())
+        )
+        if not self.processes.is_main:
+            self._take_over(prepared, resuming)
+        return instances
+
+    def _validate_once(self) -> dict[str, float]:
+        if not self.processes.is_main:
+            self._on_validation()
+        return self.processes.main_does(self.validate)
+
+    def _collate_share(self, instances: list[Any]) -> dict[str, Any]:
+        own = self.processes.share_of(instances)
+        if own:
+            return self._collate(list(own))
+        # Gradients are averaged over all processes, so one without an instance takes part with one that has no loss.
+        batch = self._collate(instances[:1])
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def _result(self, loop: TrainingLoop, seconds: float) -> TrainResult:
         log = loop.state.log_history
@@ -274,18 +320,8 @@ class HuggingFaceTrainer(BaseTrainer):
                 )
 
 
-class _Instances(torch.utils.data.Dataset[Any]):
-    def __init__(self, instances: Sequence[Any]) -> None:
-        self._instances = instances
-
-    def __len__(self) -> int:
-        return len(self._instances)
-
-    def __getitem__(self, position: int) -> Any:
-        return self._instances[position]
-
-
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
+def _newest_in(directory: Path) -> Path | None:
+    """Make the folder of the checkpoints where it is missing, and return its newest one."""
+    with os_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    return latest_checkpoint(directory)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.losses import contrastive_loss
-from fedrag_cli.rag.system import RAGSystem, refresh_store
+from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import ContrastiveConfig
 from fedrag_cli.trainers.huggingface.retriever import HuggingFaceTrainerForRetriever
-from fedrag_cli.trainers.huggingface.training_loop import Batches
+from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the loss on the validation pairs, in batches, and what `extra_validation` adds."""
-        if self.config.train == "both":
-            refresh_store(self.rag_system)
+        self._refresh_passages()
         queries = self._retriever.encode_queries([pair.query for pair in self._validation_pairs])
         total = 0.0
         for start in range(0, len(queries), self.config.batch_size):
@@ -123,12 +122,19 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
         self._pairs = self.pairs(self.train_examples)
         return range(len(self._pairs))
 
+    def _prepared(self) -> list[Pair]:
+        return self._pairs
+
+    def _take_over(self, prepared: list[Pair], resuming: Path | None) -> None:
+        self._pairs = prepared
+
     def _query_of(self, instance: int) -> str:
         return self._pairs[instance].query
 
     def _on_batches(self, batches: Batches) -> None:
         if batches:
-            step = torch.cat([batch["examples"] for batch in batches])
+            own = torch.cat([batch["examples"][batch["labels"] != IGNORED] for batch in batches])
+            step = torch.cat(self.processes.gather(own))
             for batch in batches:
                 batch["step"] = step
 

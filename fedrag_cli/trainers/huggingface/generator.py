@@ -21,9 +21,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import GeneratorTrainingConfig
 from fedrag_cli.trainers.huggingface.adapters import add_adapter
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
-from fedrag_cli.trainers.huggingface.training_loop import Batches, LossFunction
-
-IGNORED = -100
+from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, LossFunction
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,11 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         self._total = sum(len(item.prompt) + len(item.answer) for item in instances)
         return instances
 
+    def _lengths(self, instances: Sequence[AnswerInstance]) -> list[int] | None:
+        if not self.config.group_by_length:
+            return None
+        return [len(item.prompt) + len(item.answer) for item in instances]
+
     def _collate(self, instances: list[AnswerInstance]) -> dict[str, Any]:
         """Pad on the left, so that all answers end together and logits are needed for the last columns only.
 
@@ -178,10 +181,15 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         return batch
 
     def _on_batches(self, batches: Batches) -> None:
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        supervised = [batch["labels"] != IGNORED for batch in batches]
+        # Rows without loss only fill up the share of a process.
+        masks = [
+            batch["attention_mask"][of_batch.any(dim=1)] for batch, of_batch in zip(batches, supervised, strict=True)
+        ]
+        tokens = sum(int(mask.sum()) for mask in masks)
         if tokens:
-            supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-            self.diagnostics.add(1, supervised_share=supervised / tokens)
+            count = sum(int(of_batch.sum()) for of_batch in supervised)
+            self.diagnostics.add(tokens, supervised_share=count / tokens)
 
     def _loss_function(self) -> LossFunction:
         return answer_loss

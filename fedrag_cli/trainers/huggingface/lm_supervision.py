@@ -19,7 +19,7 @@ from torch import Tensor
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.prompts import TruncationCount
-from fedrag_cli.rag.system import RAGSystem, refresh_store
+from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import LMSupervisedConfig
 from fedrag_cli.trainers.huggingface.checks import require_peaked_targets
 from fedrag_cli.trainers.huggingface.retriever import HuggingFaceTrainerForRetriever
@@ -77,8 +77,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the loss on the validation examples, and what `extra_validation` adds."""
-        if self.config.train == "both":
-            refresh_store(self.rag_system)
+        self._refresh_passages()
         embeddings = self._retriever.encode_queries([example.query for example in self.validation_examples])
         scores, positions = self.rag_system.knowledge_store.search_positions(embeddings, self.config.top_k)
         losses = self._loss(scores, self._lm_scores(self.validation_examples, positions).to(scores.device))
@@ -125,16 +124,39 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         scores = self._lm_scores(self.train_examples, positions, show=True)
         self._truncation = self._scoring().truncation
         require_peaked_targets(self._log_targets(scores).exp(), getattr(self.config, "lm_temperature", None))
-        if resuming is not None and self.config.train == "both":
-            store.replace_embeddings(load_file(resuming / INDEX_FILE)["embeddings"])
+        self._restore_index(resuming)
         return range(len(self.train_examples))
+
+    def _prepared(self) -> dict[str, float]:
+        cache = self._scoring().cache
+        cache.take_new()
+        return cache.known()
+
+    def _take_over(self, prepared: dict[str, float], resuming: Path | None) -> None:
+        self._scorer = LikelihoodScorer(self.rag_system.require_generator())
+        self._scorer.cache.put(list(prepared), list(prepared.values()))
+        self._scorer.cache.take_new()
+        self._restore_index(resuming)
+
+    def _restore_index(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None and self.config.train == "both":
+            self.rag_system.knowledge_store.replace_embeddings(load_file(checkpoint / INDEX_FILE)["embeddings"])
 
     def _query_of(self, instance: int) -> str:
         return self.train_examples[instance].query
 
     def _on_step(self, step: int) -> None:
-        if self.config.train == "both" and step % self._refresh_every() == 0:
-            refresh_store(self.rag_system)
+        self._exchange_likelihoods()
+        if step % self._refresh_every() == 0:
+            self._refresh_passages()
+
+    def _exchange_likelihoods(self) -> None:
+        """Let each process know what the others have scored, and the main one keep it for a resume."""
+        cache = self._scoring().cache
+        for number, scored in enumerate(self.processes.gather(cache.take_new())):
+            if number != self.processes.number and scored:
+                cache.put(list(scored), list(scored.values()))
+        cache.take_new()
 
     def _refresh_every(self) -> int:
         per_step = self.config.batch_size * self.config.gradient_accumulation_steps

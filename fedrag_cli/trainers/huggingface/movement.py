@@ -31,17 +31,20 @@ class PhaseStart:
     Args:
         model: The model, before any checkpoint is loaded into it.
         directory: The folder of the phase's checkpoints.
+        writes: Whether to write into the folder; one of several processes does.
     """
 
-    def __init__(self, model: nn.Module, directory: Path) -> None:
+    def __init__(self, model: nn.Module, directory: Path, *, writes: bool = True) -> None:
         """Copy the trained weights, and note or compare their fingerprint."""
         self._directory = directory
+        self._writes = writes
         now = tensors_fingerprint(trainable(model))
         file = directory / START_FILE
         if file.is_file():
             self.fingerprint = str(json.loads(file.read_text(encoding="utf-8"))["trained_weights"])
         else:
             self.fingerprint = now
+        if writes and not file.is_file():
             write_json_atomically(file, {"trained_weights": now})
         kept = directory / START_WEIGHTS_FILE
         self._weights: dict[str, Tensor] | None = None
@@ -53,7 +56,7 @@ class PhaseStart:
     def keep(self) -> None:
         """Write the weights beside the fingerprint, for a training that goes on in the same process."""
         path = self._directory / START_WEIGHTS_FILE
-        if self._weights is not None and not path.is_file():
+        if self._writes and self._weights is not None and not path.is_file():
             write_bytes_atomically(path, save(self._weights))
 
     def movement(self, model: nn.Module) -> dict[str, dict[str, float | None]]:

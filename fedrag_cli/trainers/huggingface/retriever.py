@@ -14,6 +14,7 @@ from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRe
 from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.trainers.config import RetrieverTrainingConfig
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+from fedrag_cli.trainers.huggingface.training_loop import IGNORED
 
 
 class EncoderModel(nn.Module):
@@ -71,11 +72,14 @@ class EncoderModel(nn.Module):
         Args:
             features: Tokenised queries.
             examples: Positions of the training instances, of shape (batch,).
-            labels: Anything of shape (batch,); transformers counts the examples by it.
+            labels: Of shape (batch,), IGNORED where an example only fills the batch up; transformers counts the others.
             num_items_in_batch: Examples of the whole optimizer step, over all accumulated batches.
             **shared: What the objective put into its batches beside these.
         """
+        counted = labels != IGNORED
+        self._trainer[0].diagnostics.is_counting = bool(counted.all())
         losses = self._trainer[0].losses(features, examples.tolist(), **shared)
+        losses = losses * counted.to(losses.device)
         return {"loss": losses.sum() / (num_items_in_batch if num_items_in_batch is not None else len(losses))}
 
 
@@ -89,6 +93,8 @@ class HuggingFaceTrainerForRetriever(HuggingFaceTrainer):
 
     side = "retriever"
     what = "retriever"
+    # Encoders may have layers that their embeddings do not depend on, such as BERT's pooler.
+    has_unused_parameters = True
     config: RetrieverTrainingConfig
 
     def __init__(self, rag_system: RAGSystem, *args: Any, **kwargs: Any) -> None:
@@ -143,10 +149,17 @@ class HuggingFaceTrainerForRetriever(HuggingFaceTrainer):
             "labels": torch.zeros(len(instances), dtype=torch.long),
         }
 
+    def _refresh_passages(self) -> None:
+        """Encode all passages anew where their encoder is tuned too."""
+        if self.config.train == "both":
+            refresh_store(self.rag_system)
+
+    def _on_validation(self) -> None:
+        self._refresh_passages()
+
     def _with_extra(self, loss: float) -> dict[str, float]:
         """Return the validation loss and what `extra_validation` adds."""
         return {"loss": loss, **(self.extra_validation() if self.extra_validation else {})}
 
     def _finish(self) -> None:
-        if self.config.train == "both":
-            refresh_store(self.rag_system)
+        self._refresh_passages()

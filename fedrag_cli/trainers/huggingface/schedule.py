@@ -13,6 +13,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from fedrag_cli.errors import TrainingError
 from fedrag_cli.runs.checkpoints import PREFIX, mark_complete
 from fedrag_cli.runs.interrupt import InterruptGuard
+from fedrag_cli.runs.processes import Processes
 from fedrag_cli.runs.reporting import Advance, Reporter
 from fedrag_cli.trainers.config import Every, TrainingConfig
 
@@ -30,6 +31,7 @@ class ScheduleCallback(TrainerCallback):
         on_checkpoint: Called with each checkpoint's folder before it is marked complete.
         on_step: Called with the number of each step that was done.
         diagnostics: Returns further values of the step that was done.
+        processes: Those that train; they agree on stopping, and the main one completes the checkpoints.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ScheduleCallback(TrainerCallback):
         on_checkpoint: Callable[[Path], None],
         on_step: Callable[[int], None],
         diagnostics: Callable[[], dict[str, float]],
+        processes: Processes,
     ) -> None:
         """Keep what the callback needs."""
         self.config = config
@@ -55,6 +58,8 @@ class ScheduleCallback(TrainerCallback):
         self.on_checkpoint = on_checkpoint
         self.on_step = on_step
         self.diagnostics = diagnostics
+        self.processes = processes
+        self._interrupted = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tell how many steps there are and how many a resumed run has done."""
@@ -75,7 +80,8 @@ class ScheduleCallback(TrainerCallback):
         self._schedule(control, _due(validation, state), _due(checkpoint, state))
         if last and isinstance(validation, int):
             self._schedule(control, True, True)
-        if self.guard.requested:
+        self._interrupted = self.processes.any(self.guard.requested)
+        if self._interrupted:
             control.should_save = control.should_training_stop = True
         if validation == "epoch" and self.validates and (last or state.epoch == int(state.epoch)):
             # A checkpoint must hold its epoch's validation, or a run resumed from it would miss it.
@@ -85,7 +91,7 @@ class ScheduleCallback(TrainerCallback):
         """Schedule what is due after an epoch, which max_steps or an interruption may end early."""
         ended = state.global_step >= state.max_steps or state.epoch == int(state.epoch)
         if ended:
-            due = self.config.save_every == "epoch" or self.guard.requested or _due(self.config.save_every, state)
+            due = self.config.save_every == "epoch" or self._interrupted or _due(self.config.save_every, state)
             self._schedule(
                 control, self.config.validation.every == "epoch", due or state.global_step >= state.max_steps
             )
@@ -137,6 +143,10 @@ class ScheduleCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete a checkpoint with what is ours, and mark it whole."""
+        # Each process has written the state of its random numbers.
+        self.processes.meet()
+        if not self.processes.is_main:
+            return
         directory = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
         self.on_checkpoint(directory)
         mark_complete(directory)

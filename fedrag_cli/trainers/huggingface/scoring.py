@@ -37,6 +37,7 @@ class LikelihoodCache:
     def __init__(self, path: Path | None = None) -> None:
         """Read what the file holds; a line that a kill cut off is dropped."""
         self._values: dict[str, float] = {}
+        self._new: dict[str, float] = {}
         self._path = path
         if path is None:
             return
@@ -55,11 +56,22 @@ class LikelihoodCache:
 
     def put(self, keys: Sequence[str], values: Sequence[float]) -> None:
         """Keep one batch of likelihoods."""
-        self._values.update(zip(keys, values, strict=True))
+        added = dict(zip(keys, values, strict=True))
+        self._values.update(added)
+        self._new.update(added)
         if self._path is None:
             return
         with os_errors(self._path):
             append_line(self._path, {"keys": list(keys), "values": list(values)})
+
+    def known(self) -> dict[str, float]:
+        """Return all likelihoods by key."""
+        return dict(self._values)
+
+    def take_new(self) -> dict[str, float]:
+        """Return what was put in since the last call."""
+        new, self._new = self._new, {}
+        return new
 
     def _read(self, path: Path) -> None:
         try:

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl
+from transformers.trainer_callback import PrinterCallback
 
 from fedrag_cli.errors import ModelError
 from fedrag_cli.runs.checkpoints import MARKER, PREFIX
+from fedrag_cli.trainers.huggingface.sampling import LengthGroupedOrder
 
 Validate = Callable[[], dict[str, float]]
 Penalty = Callable[[nn.Module], Tensor]
 Batches = list[dict[str, Any]]
 LossFunction = Callable[[Any, Tensor, Tensor | int | None, Tensor | None], Tensor]
 """Outputs, labels, items of the optimizer step and weights of the instances (or None) to the loss."""
+IGNORED = -100
+"""The label of what has no loss, in torch and transformers."""
+
+
+class Instances(Dataset[Any]):
+    """A sequence of training instances as torch wants it.
+
+    Args:
+        instances: The instances.
+    """
+
+    def __init__(self, instances: Sequence[Any]) -> None:
+        """Keep them."""
+        self._instances = instances
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._instances)
+
+    def __getitem__(self, position: int) -> Any:
+        """Return one of them."""
+        return self._instances[position]
 
 
 class TrainingLoop(Trainer):
@@ -28,6 +54,7 @@ class TrainingLoop(Trainer):
         loss_function: Computes the loss, where the model does not; it gets what a batch has as `weights`.
         on_batches: Called with all batches of an optimizer step before the first of them is computed.
         penalty: Added to the loss of each optimizer step, such as FedProx's proximal term.
+        lengths: Tokens of each training instance, where instances of similar length go into the same step.
         options: Arguments of `transformers.Trainer`.
     """
 
@@ -38,22 +65,40 @@ class TrainingLoop(Trainer):
         on_batches: Callable[[Batches], None],
         loss_function: LossFunction | None = None,
         penalty: Penalty | None = None,
+        lengths: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         """Set the loop up."""
         super().__init__(compute_loss_func=self._weighted_loss if loss_function is not None else None, **options)
+        self.remove_callback(PrinterCallback)
         self.control: TrainerControl
         self._validate = validate
         self._on_batches = on_batches
         self._loss_function = loss_function
         self._weights: Tensor | None = None
         self._penalty = penalty
+        self._lengths = lengths
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Group by length where lengths are given; otherwise let transformers draw a random order."""
+        if self._lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedOrder(self._lengths, per_step, self.args.seed)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[Batches, Any]:
         """Let our code see all batches of one optimizer step together."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._on_batches(batches)
         return batches, items
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Let every process see all batches, as one process would: the collator takes the process's share of each."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

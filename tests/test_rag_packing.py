@@ -1,9 +1,11 @@
-"""Scoring with common beginnings computed once: the numbers of single forwards, and the batches that are formed."""
+"""Scoring in packs: the numbers of single forwards, and the packs that are formed."""
 
 from __future__ import annotations
 
+import inspect
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fedrag_cli.config import PromptConfig
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.likelihood import TokenPair
-from fedrag_cli.rag.generators.shared_prefix import scoring_batches, shared_prefix_log_probs
+from fedrag_cli.rag.generators.packing import PACK_TOKENS, can_pack, packs
 from fedrag_cli.trainers.config import LoRAConfig
 from fedrag_cli.trainers.huggingface.adapters import add_adapter
 
@@ -79,58 +81,67 @@ def test_common_beginnings_are_computed_once(models: dict[str, Path]) -> None:
     assert tokens < 0.6 * sum(len(prompt) + len(target) for prompt, target in pairs)
 
 
-def test_batches_hold_every_position_once_within_the_budget() -> None:
+def test_packs_hold_every_position_once_within_the_budget() -> None:
     pairs = passages_and_questions(9, 11)
     for budget in (1, 60, 200, 10_000):
-        batches = list(scoring_batches(pairs, budget))
-        assert sorted(position for batch in batches for position in batch.positions) == list(range(len(pairs)))
-        for batch in batches:
-            members = [pairs[position] for position in batch.positions]
-            rest = max(len(prompt) + len(target) for prompt, target in members) - batch.shared
-            assert batch.shared + rest * len(members) <= budget or len(members) == 1
-            assert len({tuple(prompt[: batch.shared]) for prompt, _ in members}) == 1
-            assert all(batch.shared < len(prompt) for prompt, _ in members)
-    grouped = [batch for batch in scoring_batches(pairs, 10_000) if batch.shared]
-    assert [len(batch.positions) for batch in grouped] == [11] * 9
-    assert list(scoring_batches([], 10)) == []
+        found = list(packs(pairs, budget))
+        assert sorted(position for pack in found for position in pack) == list(range(len(pairs)))
+        for pack in found:
+            branches = {tuple(tokens[:depth]) for tokens in _read(pairs, pack) for depth in range(1, len(tokens) + 1)}
+            assert len(branches) <= min(budget, PACK_TOKENS) or len(pack) == 1
+    assert list(packs([], 10)) == []
 
 
-def test_equal_prompts_keep_their_last_token_out_of_the_common_beginning(models: dict[str, Path]) -> None:
+def test_a_long_common_beginning_makes_a_larger_pack() -> None:
+    passage = [number % 300 + 5 for number in range(PACK_TOKENS)]
+    pairs: list[TokenPair] = [([*passage, 9, number], [7] * 10) for number in range(60)]
+    # 513 tokens in common, and 10 of each pair.
+    assert [len(pack) for pack in packs(pairs, 4096)] == [51, 9]
+    assert [len(pack) for pack in packs(pairs, 700)] == [18, 18, 18, 6]
+
+
+def _read(pairs: list[TokenPair], pack: list[int]) -> list[list[int]]:
+    return [pairs[position][0] + pairs[position][1][:-1] for position in pack]
+
+
+def test_equal_prompts_and_prompts_within_prompts(models: dict[str, Path]) -> None:
     generator = load(models["generator"])
-    pairs = [([7, 8, 9, 10], [11]), ([7, 8, 9, 10], [12, 13]), ([7, 8, 9], [10])]
-    batch = next(iter(scoring_batches(pairs, 1000)))
-    assert (sorted(batch.positions), batch.shared) == ([0, 1, 2], 2)
+    pairs = [([7, 8, 9, 10], [11]), ([7, 8, 9, 10], [12, 13]), ([7, 8, 9], [10]), ([7], [8, 9, 10]), ([7], [8, 9, 10])]
+    assert len(list(packs(pairs, 1000))) == 1
     expected = [sum(single(generator, pair)) for pair in pairs]
     assert generator.log_probs_of_ids(pairs).tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_a_killed_run_left_forms_the_same_batches() -> None:
+def test_what_a_killed_run_left_forms_the_same_packs() -> None:
     pairs = passages_and_questions(8, 9)
     for budget in (150, 400):
-        batches = list(scoring_batches(pairs, budget))
-        for done in range(len(batches)):
-            finished = {position for batch in batches[:done] for position in batch.positions}
+        found = list(packs(pairs, budget))
+        for done in range(len(found)):
+            finished = {position for pack in found[:done] for position in pack}
             rest = [position for position in range(len(pairs)) if position not in finished]
-            again = [
-                [rest[number] for number in batch.positions]
-                for batch in scoring_batches([pairs[position] for position in rest], budget)
-            ]
-            assert again == [batch.positions for batch in batches[done:]]
+            again = [[rest[n] for n in pack] for pack in packs([pairs[position] for position in rest], budget)]
+            assert again == found[done:]
 
 
-def test_a_model_that_cannot_share_its_memory_is_scored_the_plain_way(
+def test_models_that_read_masks_or_positions_their_own_way_are_scored_the_plain_way(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.cache_utils import DynamicLayer
-
-    from fedrag_cli.rag.generators import shared_prefix
-
-    class OtherLayer(DynamicLayer):
-        pass
-
     generator, pairs = load(models["generator"]), passages_and_questions(2, 4)
-    expected = generator.log_probs_of_ids(pairs)
-    monkeypatch.setattr(shared_prefix, "DynamicLayer", OtherLayer)
+    model = generator.model
     with torch.no_grad():
-        assert shared_prefix_log_probs(generator.model, [([5, 6, 7], [8])], shared=2, pad_id=0) is None
+        assert can_pack(model, 10)
+        for name, value in (("layer_types", ["sliding_attention"]), ("sliding_window", 9)):
+            with monkeypatch.context() as patch:
+                patch.setattr(model.config, name, value, raising=False)
+                assert not can_pack(model, 10)
+                assert can_pack(model, 9) == (name == "sliding_window")
+        expected = generator.log_probs_of_ids(pairs)
+        whole = type(model).forward
+
+        def without_positions(self: Any, *arguments: Any, position_ids: Any = None, **options: Any) -> Any:
+            return whole(self, *arguments, **options)
+
+        without_positions.__signature__ = inspect.signature(whole)  # type: ignore[attr-defined]
+        monkeypatch.setattr(type(model), "forward", without_positions)
+        assert not can_pack(model, 10)
     assert torch.allclose(generator.log_probs_of_ids(pairs), expected, atol=1e-4)

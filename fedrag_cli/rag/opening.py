@@ -1,0 +1,132 @@
+"""Opening what the place of a knowledge store holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import ConfigError, KnowledgeStoreError
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile
+from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, STORE_FILE
+from fedrag_cli.rag.knowledge_stores.qdrant_folder import META_FILE
+from fedrag_cli.rag.knowledge_stores.vectors import format_name
+from fedrag_cli.registry import build, registry
+from fedrag_cli.runs.atomic import restore_interrupted
+from fedrag_cli.runs.reporting import Reporter
+
+FULL: Literal["float32"] = "float32"
+# The file that tells the type of a store that lies in a folder.
+_TYPES = {EMBEDDINGS_FILE: "memory", INDEX_FILE: "faiss", META_FILE: "qdrant"}
+
+
+@dataclass(frozen=True)
+class PreviousStore:
+    """What a place holds that is to be indexed anew.
+
+    Args:
+        store: The store, with all its passages.
+        nodes: The passages, in the order of their positions.
+        is_as_wanted: Whether the config wants it of this type and with these settings, so that it may stay.
+        held_as: The number format that its embeddings were rounded to; None where they were not.
+        has_digits: Whether its embeddings have all the digits that the config wants.
+    """
+
+    store: KnowledgeStore
+    nodes: list[KnowledgeNode]
+    is_as_wanted: bool
+    held_as: Literal["float16", "bfloat16"] | None
+    has_digits: bool
+
+
+def open_store(config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
+    """Open the store that a config names, or start an empty one where there is none yet.
+
+    Args:
+        config: The config dataclass of a knowledge store.
+        device: Where embeddings and the results of searches are put.
+
+    Raises:
+        ConnectionFailedError: Its server cannot be reached, or refuses the key.
+        KnowledgeStoreError: It is damaged, or was built with other settings.
+    """
+    if getattr(config, "path", None) is not None:
+        restore_interrupted(config.path)
+    store: KnowledgeStore = build("knowledge_store", config, device=device)
+    return store
+
+
+def open_previous(config: Any, reporter: Reporter, *, rebuild: bool) -> PreviousStore | None:
+    """Open the store at the place that a config names, of whichever type and with whichever settings it was built.
+
+    Args:
+        config: The config dataclass of the knowledge store that is wanted.
+        reporter: Told of a store that cannot be opened, where it is to be built anew.
+        rebuild: Whether it is to be built anew.
+
+    Returns:
+        The store; None where there is none, where it is empty, or where it cannot be opened and is built anew.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The store is damaged, and not to be built anew.
+    """
+    # A filter restricts searches, not what is kept.
+    wanted = dataclasses.replace(config, filter={}) if getattr(config, "filter", None) else config
+    if wanted.path is not None:
+        restore_interrupted(wanted.path)
+        if not _holds_files(Path(wanted.path)):
+            return None
+    try:
+        found = _config_of(wanted)
+        store = open_store(found)
+        # Here, because passages that were left on disk may turn out to be damaged when they are read.
+        nodes = store.nodes
+    except (KnowledgeStoreError, ConfigError) as error:
+        if not rebuild:
+            raise
+        reporter.note(f"{error.message} It is built anew.")
+        return None
+    if not nodes:
+        return None
+    held, needed = (getattr(settings, "dtype", FULL) for settings in (found, wanted))
+    return PreviousStore(store, nodes, found == wanted, None if held == FULL else held, held in (FULL, needed))
+
+
+def _holds_files(path: Path) -> bool:
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def _config_of(wanted: Any) -> Any:
+    """Return the config of what lies in the folder of the wanted store."""
+    if wanted.path is None or wanted.type not in _TYPES.values():
+        return wanted
+    folder = Path(wanted.path)
+    found = next((kind for file, kind in _TYPES.items() if (folder / file).exists()), wanted.type)
+    config = wanted
+    if found != wanted.type:
+        config = registry().get("knowledge_store", found).config_class(path=wanted.path)
+    try:
+        return dataclasses.replace(config, **_settings_of(folder, config))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, SafetensorError):
+        # The store itself says best what is damaged.
+        return config
+
+
+def _settings_of(folder: Path, config: Any) -> dict[str, Any]:
+    if config.type == "faiss":
+        settings: dict[str, Any] = json.loads((folder / STORE_FILE).read_text(encoding="utf-8"))["settings"]
+        return settings
+    if config.type == "memory":
+        return {"dtype": format_name(EmbeddingsFile.open(folder / EMBEDDINGS_FILE).dtype)}
+    if config.type == "qdrant":
+        collections = json.loads((folder / META_FILE).read_text(encoding="utf-8"))["collections"]
+        return {} if config.collection in collections else {"collection": next(iter(collections))}
+    return {}

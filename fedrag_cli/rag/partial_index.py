@@ -1,0 +1,204 @@
+"""What an unfinished `fedrag index` has encoded already, in a file that only grows.
+
+The file begins with a line of JSON that names the encoder. A chunk follows for each batch: how many passages, their
+keys, their embeddings, and a checksum over all this. What a kill or a full disk leaves of a chunk is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.reporting import Reporter
+
+FORMAT = "fedrag-partial-index-1"
+_CHUNK = struct.Struct("<4sII")
+_MARK = b"part"
+_DIGEST_BYTES = 16
+
+
+class PartialIndex:
+    """Embeddings of passages by what the passages are.
+
+    Args:
+        file: The file, open for reading and appending without a buffer, behind its first line.
+        place: What errors of writing name.
+    """
+
+    def __init__(self, file: FileIO, place: Path | str) -> None:
+        """Read the chunks that are whole, and cut off the rest."""
+        self._file, self._place = file, place
+        self._parts: list[Tensor] = []
+        self._place_of: dict[bytes, tuple[int, int]] = {}
+        end = file.tell()
+        while chunk := _read_chunk(file):
+            self._take(*chunk)
+            end = file.tell()
+        file.truncate(end)
+
+    def __len__(self) -> int:
+        """Return the number of passages."""
+        return len(self._place_of)
+
+    def __contains__(self, node: KnowledgeNode) -> bool:
+        """Return whether a passage is encoded already."""
+        return _key(node) in self._place_of
+
+    def copy_embeddings(self, nodes: Mapping[int, KnowledgeNode], target: Tensor) -> None:
+        """Copy the embeddings of passages.
+
+        Args:
+            nodes: The passages by the rows of `target` that are theirs.
+            target: float32 tensor of shape (any, dimension) on the CPU.
+        """
+        rows_of_part: dict[int, list[tuple[int, int]]] = {}
+        for row, node in nodes.items():
+            number, position = self._place_of[_key(node)]
+            rows_of_part.setdefault(number, []).append((row, position))
+        for number, pairs in rows_of_part.items():
+            target[[row for row, _ in pairs]] = self._parts[number][[position for _, position in pairs]]
+
+    def append(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
+        """Write the embeddings of a batch; when this returns, a kill no longer loses them.
+
+        Args:
+            nodes: The passages.
+            embeddings: float32 tensor of shape (len(nodes), dimension), on the CPU.
+
+        Raises:
+            FedRAGError: The disk is full, or the file cannot be written.
+        """
+        keys = [_key(node) for node in nodes]
+        content = _CHUNK.pack(_MARK, *embeddings.shape) + b"".join(keys) + embeddings.contiguous().numpy().tobytes()
+        with os_errors(self._place):
+            _write_all(self._file, content + _digest(content))
+        self._take(keys, embeddings)
+
+    def _take(self, keys: Sequence[bytes], embeddings: Tensor) -> None:
+        number = len(self._parts)
+        self._parts.append(embeddings)
+        self._place_of.update((key, (number, position)) for position, key in enumerate(keys))
+
+
+@contextmanager
+def partial_index(
+    path: Path, place: Path | str, encoder: str, reporter: Reporter, *, rebuild: bool
+) -> Iterator[PartialIndex]:
+    """Open the partial index of a place, or start one; it is removed when the enclosed code has ended well.
+
+    Args:
+        path: Its file; missing parent folders are made.
+        place: What errors of writing name.
+        encoder: The fingerprint of the encoder; what another one has encoded is discarded.
+        reporter: Told what is discarded.
+        rebuild: Whether to take over only what a rebuild has encoded.
+
+    Yields:
+        The partial index; no other process can open it meanwhile.
+
+    Raises:
+        FedRAGError: It cannot be written.
+        KnowledgeStoreError: Another process has it open.
+    """
+    with os_errors(place):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = FileIO(path, "a+")
+    with file:
+        with os_errors(place):
+            _lock(file, place)
+            _require_beginning(file, encoder, reporter, rebuild=rebuild)
+            partial = PartialIndex(file, place)
+        try:
+            yield partial
+        except BaseException:
+            if not len(partial):
+                path.unlink(missing_ok=True)
+            raise
+        with os_errors(place):
+            path.unlink()
+
+
+def _lock(file: FileIO, place: Path | str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise KnowledgeStoreError(
+            f"Another process is building the knowledge store for {place}.", "Wait for it or stop it."
+        ) from error
+
+
+def _require_beginning(file: FileIO, encoder: str, reporter: Reporter, *, rebuild: bool) -> None:
+    """Leave the file behind its first line, after emptying it where it is not of this format, encoder and purpose."""
+    file.seek(0)
+    beginning = file.readline()
+    about = _about(beginning)
+    fits = about.get("format") == FORMAT and about.get("encoder") == encoder and (about.get("rebuild") or not rebuild)
+    if fits and beginning.endswith(b"\n"):
+        return
+    if about:
+        why = "is of another encoder" if about.get("encoder") != encoder else "does not belong to a rebuild"
+        reporter.note(f"What an unfinished index has encoded {why} and is discarded.")
+    file.truncate(0)
+    file.seek(0)
+    about = {"format": FORMAT, "encoder": encoder, "rebuild": rebuild}
+    _write_all(file, json.dumps(about).encode() + b"\n")
+
+
+def _about(line: bytes) -> dict[str, object]:
+    try:
+        about = json.loads(line)
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _read_chunk(file: FileIO) -> tuple[list[bytes], Tensor] | None:
+    head = file.read(_CHUNK.size)
+    if len(head) < _CHUNK.size:
+        return None
+    mark, count, dimension = _CHUNK.unpack(head)
+    size = count * (_DIGEST_BYTES + 4 * dimension)
+    if mark != _MARK or size > Path(file.name).stat().st_size:
+        return None
+    body, digest = _read_all(file, size), file.read(_DIGEST_BYTES)
+    if digest != _digest(head + body):
+        return None
+    keys = [body[row * _DIGEST_BYTES : (row + 1) * _DIGEST_BYTES] for row in range(count)]
+    numbers = np.frombuffer(body, dtype="<f4", offset=count * _DIGEST_BYTES)
+    return keys, torch.from_numpy(numbers.reshape(count, dimension).copy())
+
+
+def _read_all(file: FileIO, size: int) -> bytes:
+    parts = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _key(node: KnowledgeNode) -> bytes:
+    # Texts of data sets hold lone surrogates now and then.
+    return _digest(json.dumps([node.id, node.text]).encode())
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()

@@ -1,0 +1,189 @@
+"""Several processes at one training: the main one decides and writes, all of them compute.
+
+What the main process alone does may take hours, so the others wait for its results at the launcher's key-value store,
+where waiting has no time limit and notices failures, and not in a collective operation of torch.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from torch.distributed.rendezvous import rendezvous
+
+from fedrag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConnectionFailedError, OtherProcessError, TrainingError
+from fedrag_cli.runs.launch import process_count
+
+T = TypeVar("T")
+# Of one step: the slowest process may have passages to score that the others have not.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+LONGEST_PAUSE = 0.25
+# The store is shared with torch, whose keys begin otherwise.
+_FAILURE = "fedrag-failure"
+_joined: list[Processes] = []
+
+
+class Processes:
+    """The processes of a training; without a launcher it is this one alone.
+
+    All of them must make the same calls of `main_does`, `any`, `gather` and `meet` in the same order.
+
+    Args:
+        number: Which one this is; 0 is the main process.
+        count: How many there are.
+        store: Key-value store of torch that all of them see; None where there is one process.
+    """
+
+    def __init__(self, number: int = 0, count: int = 1, store: Any = None) -> None:
+        """Keep the place among the others."""
+        self.number = number
+        self.count = count
+        self._store = store
+        self._results = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that decides and writes."""
+        return self.number == 0
+
+    def main_does(self, work: Callable[[], T]) -> T:
+        """Let the main process alone do some work, and return its result in all of them.
+
+        Args:
+            work: Called in the main process; the others wait, however long it takes.
+
+        Raises:
+            OtherProcessError: Another process failed while this one waited.
+        """
+        if not self.is_main:
+            heard: T = self.hear()
+            return heard
+        result = work()
+        if self.count > 1:
+            self._results += 1
+            self._store.set(f"fedrag-result-{self._results}", pickle.dumps(result))
+        return result
+
+    def hear(self) -> Any:
+        """Return what the next `main_does` of the main process returns there; the other half of that call."""
+        self._results += 1
+        key, pause = f"fedrag-result-{self._results}", 0.01
+        while not self._store.check([key]):
+            self._raise_if_told()
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        result = pickle.loads(self._store.get(key))
+        if self._store.add(f"{key}-read", 1) == self.count - 1:
+            self._store.delete_key(key)
+        return result
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set in any of the processes."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
+
+    def meet(self) -> None:
+        """Wait until all processes are here."""
+        self.any(False)
+
+    def share_of(self, rows: Sequence[T]) -> Sequence[T]:
+        """Return those of the rows that this process computes; none where there are fewer rows than processes."""
+        return rows[self.number :: self.count]
+
+    @contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Let the other processes know how the enclosed code fails, so that they stop waiting.
+
+        Raises:
+            OtherProcessError: It fails because another process has failed.
+            TrainingError: It fails because another process is gone.
+        """
+        try:
+            yield
+        except OtherProcessError:
+            raise
+        except RuntimeError as error:
+            self._raise_if_told()
+            if self.count > 1 and _is_lost_connection(error):
+                raise TrainingError(
+                    f"The connection to another process of this training is lost: {error}",
+                    "Its own output says why. 'fedrag resume RUN_DIR', launched as before, goes on.",
+                ) from error
+            self._tell(error)
+            raise
+        except BaseException as error:
+            self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        if self.count == 1 or self._store.check([_FAILURE]):
+            return
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", EXIT_FAILED)
+        message = str(getattr(error, "message", "") or error or type(error).__name__)
+        self._store.set(_FAILURE, pickle.dumps((self.number, message, getattr(error, "hint", ""), code)))
+
+    def _raise_if_told(self) -> None:
+        if self.count == 1 or not self._store.check([_FAILURE]):
+            return
+        number, message, hint, code = pickle.loads(self._store.get(_FAILURE))
+        if number != self.number:
+            raise OtherProcessError(f"Process {number} of this training failed: {message}", hint, code)
+
+
+def join_processes(device: torch.device) -> Processes:
+    """Return the processes of this launch, after connecting them when it is called for the first time.
+
+    Args:
+        device: Where this process computes.
+
+    Raises:
+        ConnectionFailedError: They cannot reach each other.
+    """
+    if process_count() == 1:
+        return Processes()
+    if not _joined:
+        try:
+            store, number, count = next(iter(rendezvous("env://")))
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            distributed.init_process_group(
+                "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=number,
+                world_size=count,
+                timeout=COLLECTIVE_TIMEOUT,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ConnectionFailedError(
+                f"The processes of this launch cannot reach each other: {error}",
+                "Start them with 'torchrun --nproc_per_node N -m fedrag_cli train CONFIG' or with accelerate launch.",
+            ) from error
+        _joined.append(Processes(number, count, store))
+    return _joined[0]
+
+
+def have_joined() -> bool:
+    """Return whether this process is connected to others."""
+    return bool(_joined)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, distributed.DistError) or any(name in text for name in ("gloo", "nccl", "by peer"))

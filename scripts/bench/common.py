@@ -1,0 +1,39 @@
+"""What the benchmarks of speed share: the models and data of the XQuAD configs, memory, and how a target is shown."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedrag_cli.config import load_config
+from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.reporting import SilentReporter
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmarks"
+
+
+def prepare_data(data: Path, target: Path) -> None:
+    """Copy the data, with validation and test in one file, and let the configs find it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("corpus", "train", "validation", "test"):
+        (target / f"{name}.jsonl").write_bytes((data / f"{name}.jsonl").read_bytes())
+    both = "".join((target / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("validation", "test"))
+    (target / "validation-and-test.jsonl").write_text(both, encoding="utf-8")
+    os.environ["FEDRAG_XQUAD"] = str(target)
+
+
+def build_system(name: str, *overrides: str) -> RAGSystem:
+    """Build the RAG system of `configs/benchmarks/xquad-NAME.yaml`; see `prepare_data`."""
+    return build_rag_system(load_config(CONFIGS / f"xquad-{name}.yaml", overrides), reporter=SilentReporter())
+
+
+def resident(name: str) -> int:
+    """Return the bytes of this process that are resident now (VmRSS), or were at most (VmHWM), as Linux tells them."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
+
+
+def target(value: float, limit: float) -> str:
+    """Return a limit as a table's cell, with a mark where a value misses it."""
+    return f"<= {limit}" + ("" if value <= limit else " (missed)")
