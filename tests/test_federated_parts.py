@@ -82,11 +82,15 @@ def test_what_float16_cannot_carry_is_refused_by_the_tensors_name(value: float) 
 
 def test_an_update_in_float16_is_screened_as_float32() -> None:
     given = {"a": np.full((1, 1), 0.1, np.float16), "b": np.zeros(2, np.float16)}
-    update = screen_update(content(given), MANIFEST, REFERENCE, dtype="float16")
+    before = to_wire({"a": torch.full((1, 1), 3.0), "b": torch.ones(2)})
+    update = screen_update(content(given), MANIFEST, before, dtype="float16")
     (arrays,) = update.content().array_records.values()
     assert {array.dtype for array in arrays.values()} == {"float32"}
-    assert arrays["a"].numpy().tolist() == [[float(np.float16(0.1))]]
+    assert arrays["a"].numpy().tolist() == [[float(np.float32(3) + np.float32(np.float16(0.1)))]]
+    assert arrays["b"].numpy().tolist() == [1.0, 1.0]
     assert update.norm == pytest.approx(float(np.float16(0.1)), rel=1e-12)
+    with pytest.raises(RefusedUpdateError, match="above the bound"):
+        screen_update(content(given), MANIFEST, before, dtype="float16", max_norm=0.09)
     with pytest.raises(RefusedUpdateError, match="a is float16, not float32"):
         screen_update(content(given), MANIFEST, REFERENCE)
     with pytest.raises(RefusedUpdateError, match="a is float32, not float16"):

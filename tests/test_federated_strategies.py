@@ -88,8 +88,9 @@ def test_float16_on_the_wire_is_aggregated_as_float32() -> None:
     rounded = start.half().float()
     for client in clients:
         assert torch.equal(client.received[0]["w"], rounded)
-    sent = {client.name: (rounded + client.step).half().double() for client in clients}
-    mean = sum(EXAMPLES[name] * values for name, values in sent.items()) / sum(EXAMPLES.values())
+    # What training has changed travels, and is added to the weights as the server has them.
+    sent = {client.name: ((rounded + client.step) - rounded).half().double() for client in clients}
+    mean = start.double() + sum(EXAMPLES[name] * change for name, change in sent.items()) / sum(EXAMPLES.values())
     assert after.weights["w"].dtype == torch.float32
     assert after.weights["w"].tolist() == pytest.approx(mean.tolist(), rel=2e-7)
     # The server keeps more than what travels; the clients end with what travelled.
@@ -102,7 +103,17 @@ def test_float16_on_the_wire_is_aggregated_as_float32() -> None:
     traffic = {started["bytes"], *(event["bytes_sent"] for event in updates), *(e["bytes_received"] for e in updates)}
     assert traffic == {3 * 2 + 128}
     norms = {event["client"]: event["norm"] for event in updates}
-    assert norms["a"] == pytest.approx(float((sent["a"] - rounded).norm()), rel=1e-6)
+    assert norms["a"] == pytest.approx(float(sent["a"].norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedMedian"])
+def test_steps_below_the_precision_of_a_float16_weight_add_up(name: str) -> None:
+    # Weights of 3 lie 0.002 apart as float16, so these steps would be lost in weights that travel back.
+    clients = [ToyClient(site, [1e-4, -1e-4, 2e-5], dtype="float16") for site in "abc"]
+    state = RoundState(0, {"w": torch.full((3,), 3.0)})
+    options = {"server_momentum": 0.0} if name == "FedAvgM" else {}
+    after = federate(strategy(name, **options), clients, rounds=4, state=state, transport_dtype="float16")
+    assert (after.weights["w"] - 3).tolist() == pytest.approx([4e-4, -4e-4, 8e-5], rel=0.02)
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))

@@ -26,7 +26,7 @@ from fedrag_cli.federated.fleet.node import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.rounds import RoundState
-from fedrag_cli.federated.weights import TransportDtype, Weights, from_wire, to_wire
+from fedrag_cli.federated.weights import TransportDtype, Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import SilentReporter
 
@@ -74,7 +74,7 @@ class ToyClient:
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
         self.configs.append(config)
         self.received.append(weights)
-        arrays = to_wire(self.change({"w": weights["w"] + self.step}), self.dtype)
+        arrays = update_to_wire(self.change({"w": weights["w"] + self.step}), weights, self.dtype)
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 

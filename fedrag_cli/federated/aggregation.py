@@ -17,7 +17,6 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.arrays import blocks_of
 from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import Manifest, Weights, move_to_wire
@@ -65,7 +64,7 @@ def weighted_mean(updates: list[Update], manifest: Manifest) -> Weights:
     for name, shape in manifest.items():
         mean = np.empty(math.prod(shape), np.float32)
         done = 0
-        for blocks in zip(*(blocks_of(update.arrays[name]) for update in updates), strict=True):
+        for blocks in zip(*(update.blocks(name) for update in updates), strict=True):
             summed = np.zeros(len(blocks[0]), np.float64)
             for update, block in zip(updates, blocks, strict=True):
                 summed += block.astype(np.float64) * update.examples

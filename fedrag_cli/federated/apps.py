@@ -14,7 +14,7 @@ from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.screening import RefusedUpdateError, screen_update
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.federated.weights import from_wire, in_dtype, save_weights, to_wire
+from fedrag_cli.federated.weights import from_wire, in_dtype, save_weights, send_instead, to_wire
 from fedrag_cli.registry import build
 from fedrag_cli.runs.atomic import replace_directory_atomically
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
@@ -41,9 +41,10 @@ class ScreenedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Note the global weights of this round, as the clients get them."""
-        self._reference = in_dtype(arrays, self.task.settings.transport_dtype)
-        return self.strategy.configure_train(server_round, self._reference, config, grid)
+        """Note the global weights of this round, and send them in the agreed number format."""
+        self._reference = arrays
+        sent = in_dtype(arrays, self.task.settings.transport_dtype)
+        return send_instead(self.strategy.configure_train(server_round, arrays, config, grid), sent)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -79,7 +80,7 @@ class ScreenedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Hand the call on, with the global weights as the clients get them."""
         sent = in_dtype(arrays, self.task.settings.transport_dtype)
-        return self.strategy.configure_evaluate(server_round, sent, config, grid)
+        return send_instead(self.strategy.configure_evaluate(server_round, arrays, config, grid), sent)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Leave out clients without validation examples; none at all gives no metrics."""

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -139,12 +139,17 @@ def blocks_of(array: Array) -> Iterator[NDArray[np.float32]]:
 
 def whole(array: Array) -> NDArray[np.float32]:
     """Return an array as float32, in memory of its own; see `blocks_of`."""
-    values = np.empty(math.prod(array.shape), np.float32)
+    return joined(blocks_of(array), array.shape)
+
+
+def joined(blocks: Iterable[NDArray[np.float32]], shape: Sequence[int]) -> NDArray[np.float32]:
+    """Return blocks, row by row, as one array of a shape."""
+    values = np.empty(math.prod(shape), np.float32)
     done = 0
-    for block in blocks_of(array):
+    for block in blocks:
         values[done : done + len(block)] = block
         done += len(block)
-    return values.reshape(array.shape)
+    return values.reshape(tuple(shape))
 
 
 def _header(stream: _Stream) -> tuple[tuple[int, ...], np.dtype[np.generic]]:

@@ -31,7 +31,7 @@ from fedrag_cli.federated.screening import (
 )
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
 from fedrag_cli.federated.task import SERVER_ROUND
-from fedrag_cli.federated.weights import Weights, move_from_wire, move_to_wire, to_wire
+from fedrag_cli.federated.weights import Weights, in_dtype, move_from_wire, move_to_wire, send_instead, to_wire
 from fedrag_cli.runs.reporting import Reporter
 
 SECONDS_BETWEEN_NOTES = 10.0
@@ -118,19 +118,20 @@ class Federation:
     def _run_round(self, state: RoundState) -> None:
         number, started = state.number + 1, time.monotonic()
         chosen = self._gather()
-        # Strategies see what the clients get, so that what is rounded on the way is no part of an update.
-        record = move_to_wire(state.weights, self._settings.transport_dtype)
+        # Strategies and sums have the weights as they are; what is rounded for the way is no part of a step.
+        weights = move_to_wire(state.weights)
+        record = in_dtype(weights, self._settings.transport_dtype)
         config = ConfigRecord({ROUNDS: self._settings.rounds, EVALUATE_FIRST: True})
         with _seeded(f"{self._seed}-{number}"):
             grid = ChosenNodes(self._grid, chosen)
-            messages = list(self._strategy.configure_train(number, record, config, grid))
+            messages = send_instead(self._strategy.configure_train(number, weights, config, grid), record)
         names = sorted(self.roster.participant_at(message.metadata.dst_node_id).name for message in messages)
         sent = record_bytes(record)
         self._reporter.event("round_started", round=number, rounds=self._settings.rounds, clients=names, bytes=sent)
-        came = self._train(number, messages, record)
+        came = self._train(number, messages, weights, sent)
         reply = Message(RecordDict(), reply_to=messages[0])
         # What was sent is as large as the next global weights, and nobody needs it any more.
-        del messages, record
+        del messages, record, weights
         if len(came.updates) < self._settings.min_clients:
             raise FederationError(
                 f"Round {number} has {len(came.updates)} usable updates, but needs {self._settings.min_clients}"
@@ -144,8 +145,8 @@ class Federation:
         self._record_round(state, came, time.monotonic() - started)
         self._measure_globally(state)
 
-    def _train(self, number: int, messages: list[Message], reference: ArrayRecord) -> _Round:
-        came, sent = _Round(), record_bytes(reference)
+    def _train(self, number: int, messages: list[Message], reference: ArrayRecord, sent: int) -> _Round:
+        came = _Round()
 
         def on_reply(name: str, reply: Message, seconds: float) -> None:
             size = sum(record_bytes(record) for record in reply.content.array_records.values())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedrag_cli.federated.arrays import MisdescribedArrayError, blocks_of, whole
+from fedrag_cli.federated.arrays import MisdescribedArrayError, blocks_of, joined
 from fedrag_cli.federated.weights import Manifest, TransportDtype
 
 EXAMPLES = "num-examples"
@@ -30,21 +31,34 @@ class Update:
     """A client's update that passed.
 
     Args:
-        arrays: Trained weights by name, in the order of the manifest, as they came and wherever they lie.
+        arrays: Trained weights by name, in the order of the manifest, as they came and wherever they lie; or what
+            training has changed, where there is a base.
         examples: Number of training examples.
         metrics: Reported metrics, finite, of the agreed names only.
         norm: L2 norm of the trained weights minus the global ones.
+        base: The global weights, to which the arrays are to be added; empty where they are weights themselves.
     """
 
     arrays: dict[str, Array]
     examples: int
     metrics: dict[str, float]
     norm: float
+    base: Mapping[str, Array] = field(default_factory=dict)
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """Yield the trained weights of a tensor, a block at a time; see `blocks_of`."""
+        if not self.base:
+            yield from blocks_of(self.arrays[name])
+            return
+        for before, change in zip(blocks_of(self.base[name]), blocks_of(self.arrays[name]), strict=True):
+            yield before + change
 
     def content(self) -> RecordDict:
         """Return the update as strategies take it, with all its weights in memory as float32."""
         metrics: dict[str, int | float] = {EXAMPLES: self.examples, STRATEGY_LOSS: self.metrics.get("loss", 0.0)}
-        arrays = ArrayRecord({name: Array(whole(array)) for name, array in self.arrays.items()})
+        arrays = ArrayRecord(
+            {name: Array(joined(self.blocks(name), array.shape)) for name, array in self.arrays.items()}
+        )
         return RecordDict({"arrays": arrays, "metrics": MetricRecord(dict(metrics))})
 
 
@@ -62,22 +76,25 @@ def screen_update(
     Args:
         content: What the client sent.
         manifest: Names and shapes that were agreed on.
-        reference: The global weights of this round, as the clients got them.
+        reference: The global weights of this round.
         metrics: Names of the metrics that were agreed on.
         max_norm: Largest L2 norm of the difference to the global weights.
-        dtype: Number format that was agreed on.
+        dtype: Number format that was agreed on; as float16 comes what training has changed, see `update_to_wire`.
 
     Raises:
         RefusedUpdateError: The update may not count.
     """
     arrays = _described_arrays(content, manifest, dtype)
-    norm = math.sqrt(sum(_squared_distance(name, array, reference[name]) for name, array in arrays.items()))
+    is_change = dtype != "float32"
+    norm = math.sqrt(
+        sum(_squared_norm(name, array, None if is_change else reference[name]) for name, array in arrays.items())
+    )
     if max_norm is not None and norm > max_norm:
         raise RefusedUpdateError(f"its norm {norm:.4g} is above the bound {max_norm:g}")
     examples, reported = read_metrics(content, metrics)
     if examples < 1:
         raise RefusedUpdateError("it reports no training example")
-    return Update(arrays, examples, reported, norm)
+    return Update(arrays, examples, reported, norm, reference if is_change else {})
 
 
 def read_metrics(content: RecordDict, metrics: Sequence[str]) -> tuple[int, dict[str, float]]:
@@ -132,10 +149,14 @@ def _check_names(record: Mapping[str, Array], manifest: Manifest) -> None:
         raise RefusedUpdateError(f"it has {len(unknown)} tensors that were not agreed on")
 
 
-def _squared_distance(name: str, array: Array, reference: Array) -> float:
-    """Return the squared L2 norm of the difference to the global weights, in float64, which no float32 overflows."""
+def _squared_norm(name: str, array: Array, reference: Array | None) -> float:
+    """Return the squared L2 norm of an array, or of its difference to another one.
+
+    It is summed in float64, which no float32 overflows.
+    """
     total = 0.0
-    for values, before in zip(_readable(name, blocks_of(array)), blocks_of(reference), strict=True):
+    others: Iterable[NDArray[np.float32] | float] = blocks_of(reference) if reference is not None else repeat(0.0)
+    for values, before in zip(_readable(name, blocks_of(array)), others, strict=False):
         if not bool(np.isfinite(values).all()):
             raise RefusedUpdateError(f"{name} holds values that are not finite")
         difference = values.astype(np.float64) - before

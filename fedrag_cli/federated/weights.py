@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -45,11 +45,30 @@ def to_wire(weights: Mapping[str, Tensor], dtype: TransportDtype = "float32") ->
     return ArrayRecord({name: Array(_encoded(name, _float32(weights[name]), dtype)) for name in sorted(weights)})
 
 
-def move_to_wire(weights: Weights, dtype: TransportDtype = "float32") -> ArrayRecord:
+def update_to_wire(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], dtype: TransportDtype) -> ArrayRecord:
+    """Return what a client sends: its weights as float32, or what training has changed of them as float16.
+
+    A step is often smaller than the precision of a float16 weight; as a difference it keeps 11 bits of its own.
+
+    Args:
+        trained: Tensors by name after training.
+        received: The global weights that training began with.
+        dtype: The number format in which they travel.
+
+    Raises:
+        FederationError: A difference is too large for float16.
+    """
+    if dtype == "float32":
+        return to_wire(trained)
+    changed = {name: torch.from_numpy(_float32(trained[name]) - _float32(received[name])) for name in trained}
+    return to_wire(changed, dtype)
+
+
+def move_to_wire(weights: Weights) -> ArrayRecord:
     """Do as `to_wire`, and empty the given dict meanwhile, so that the weights are in memory once."""
     record = ArrayRecord()
     for name in sorted(weights):
-        record[name] = Array(_encoded(name, _float32(weights.pop(name)), dtype))
+        record[name] = Array(_float32(weights.pop(name)))
     return record
 
 
@@ -63,6 +82,16 @@ def in_dtype(record: ArrayRecord, dtype: TransportDtype) -> ArrayRecord:
     if dtype == "float32":
         return record
     return ArrayRecord({name: Array(_encoded(name, whole(array), dtype)) for name, array in record.items()})
+
+
+def send_instead(messages: Iterable[Message], record: ArrayRecord) -> list[Message]:
+    """Return messages with this record in place of the arrays that a strategy has put into them."""
+    replaced = []
+    for message in messages:
+        for key in list(message.content.array_records):
+            message.content[key] = record
+        replaced.append(message)
+    return replaced
 
 
 def from_wire(record: Mapping[str, Array]) -> Weights:
