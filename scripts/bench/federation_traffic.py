@@ -244,13 +244,14 @@ def high_water_mark(pid: int) -> Iterator[list[int]]:
 
 def peak_of_imports() -> int:
     """Return the peak resident bytes of a process that imports what a server needs."""
+    # The high-water mark of this program image; what getrusage tells begins with the process that started it.
     code = (
-        "import resource, peft, transformers.models.llama.modeling_llama, fedrag_cli.trainer_managers.serving, "
+        "import peft, transformers.models.llama.modeling_llama, fedrag_cli.trainer_managers.serving, "
         "fedrag_cli.trainers.huggingface, sentence_transformers\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return int(found.stdout)
+    return int(found.stdout) * 1024
 
 
 if __name__ == "__main__":
