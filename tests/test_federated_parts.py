@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from toy_federation import asking
 
-from fedrag_cli.errors import ConnectionFailedError, ModelError
+from fedrag_cli.errors import ConnectionFailedError, FederationError, FedRAGError, ModelError
+from fedrag_cli.federated.aggregation import weighted_mean
 from fedrag_cli.federated.agreement import Agreement, base_fingerprint, differences
+from fedrag_cli.federated.arrays import BLOCK, FileArray, ScratchFile, record_bytes, whole
+from fedrag_cli.federated.fleet.replies import ReplyReader
+from fedrag_cli.federated.fleet.store import PieceStore
 from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
-from fedrag_cli.federated.screening import RefusedUpdateError, screen_update
+from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
 from fedrag_cli.federated.weights import (
     from_wire,
+    in_dtype,
     manifest_of,
-    record_bytes,
     record_digest,
     to_arrays,
     to_wire,
@@ -27,7 +39,7 @@ from fedrag_cli.federated.weights import (
 
 WEIGHTS = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([[0.5]])}
 MANIFEST = {"a": [1, 1], "b": [2]}
-REFERENCE = {"a": np.zeros((1, 1), np.float32), "b": np.zeros(2, np.float32)}
+REFERENCE = to_wire({"a": torch.zeros(1, 1), "b": torch.zeros(2)})
 
 
 def content(arrays: dict[str, Any] | None = None, **metrics: Any) -> RecordDict:
@@ -45,6 +57,47 @@ def test_tensors_cross_the_wire_as_float32_by_name(dtype: torch.dtype) -> None:
     back = from_wire(record)
     assert all(torch.equal(back[name], weights[name].float()) for name in weights)
     back["a"].add_(1)  # owns its memory
+
+
+def test_float16_on_the_wire_rounds_once_and_halves_the_bytes() -> None:
+    weights = {"w": torch.tensor([0.1, -65504.0, 1.0 + 2**-12, 3e-8])}
+    record = to_wire(weights, "float16")
+    assert record["w"].dtype == "float16"
+    assert record_bytes(record) == 4 * 2 + 128
+    back = from_wire(record)["w"]
+    assert back.dtype == torch.float32
+    assert torch.equal(back, weights["w"].half().float())
+    assert torch.equal(from_wire(in_dtype(to_wire(weights), "float16"))["w"], back)
+
+
+@pytest.mark.parametrize("value", [1e5, -65504.1, float("inf")])
+def test_what_float16_cannot_carry_is_refused_by_the_tensors_name(value: float) -> None:
+    weights = {"fits": torch.ones(2), "layer.weight": torch.tensor([1.0, value])}
+    with pytest.raises(FederationError, match=r"layer\.weight holds values above 65504") as error:
+        to_wire(weights, "float16")
+    assert "transport_dtype" in error.value.hint
+    with pytest.raises(FederationError, match=r"layer\.weight"):
+        in_dtype(to_wire(weights), "float16")
+
+
+def test_an_update_in_float16_is_screened_as_float32() -> None:
+    given = {"a": np.full((1, 1), 0.1, np.float16), "b": np.zeros(2, np.float16)}
+    before = to_wire({"a": torch.full((1, 1), 3.0), "b": torch.ones(2)})
+    update = screen_update(content(given), MANIFEST, before, dtype="float16")
+    (arrays,) = update.content().array_records.values()
+    assert {array.dtype for array in arrays.values()} == {"float32"}
+    assert arrays["a"].numpy().tolist() == [[float(np.float32(3) + np.float32(np.float16(0.1)))]]
+    assert arrays["b"].numpy().tolist() == [1.0, 1.0]
+    assert update.norm == pytest.approx(float(np.float16(0.1)), rel=1e-12)
+    with pytest.raises(RefusedUpdateError, match="above the bound"):
+        screen_update(content(given), MANIFEST, before, dtype="float16", max_norm=0.09)
+    with pytest.raises(RefusedUpdateError, match="a is float16, not float32"):
+        screen_update(content(given), MANIFEST, REFERENCE)
+    with pytest.raises(RefusedUpdateError, match="a is float32, not float16"):
+        screen_update(content(), MANIFEST, REFERENCE, dtype="float16")
+    liar = Array(dtype="float16", shape=(1, 1), stype="numpy.ndarray", data=Array(np.ones((1, 1), np.float32)).data)
+    with pytest.raises(RefusedUpdateError, match="not what its header says"):
+        screen_update(content({**given, "a": liar}), MANIFEST, REFERENCE, dtype="float16")
 
 
 def test_manifest_bytes_and_digest() -> None:
@@ -199,18 +252,145 @@ def test_rounds_are_saved_whole_and_the_newest_two_are_kept(tmp_path: Path) -> N
     assert "round-0003" in error.value.message
 
 
-def test_a_small_reply_that_would_become_huge_is_seen_before_it_does() -> None:
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+def pieces_of(message: Message) -> tuple[str, dict[str, bytes]]:
+    """Return the id of a message, and its objects as a client pushes them."""
+    message.metadata.__dict__["_message_id"] = message.object_id
+    with no_object_id_recompute():
+        return message.object_id, {key: item.deflate() for key, item in get_all_nested_objects(message).items()}
 
-    from fedrag_cli.federated.fleet.state import expanded_bytes
 
-    record = ArrayRecord({"w": Array(np.zeros(4_000_000, np.float32))})
-    contents = {key: value.deflate() for key, value in get_all_nested_objects(record).items()}
+def read_reply(reply_id: str, pieces: dict[str, bytes], folder: Path, most: int = 2**30, count: int = 1000) -> Message:
+    return ReplyReader(pieces.get, set(pieces), folder, most, count).read(reply_id)
+
+
+def test_a_reply_is_put_together_in_a_file_without_a_name(tmp_path: Path) -> None:
     # Zeros are one piece that occurs three times, and a last shorter one.
-    assert sum(map(len, contents.values())) < 12_000_000
-    assert 16_000_000 <= expanded_bytes(contents) < 16_001_000
-    with pytest.raises((KeyError, ValueError)):
-        expanded_bytes({"x": b"garbage"})
+    tensors = {"zeros": torch.zeros(4_000_000), "noise": torch.randn(3_000_000), "one": torch.tensor(1.5)}
+    sent = RecordDict({"arrays": to_wire(tensors), "metrics": MetricRecord({"num-examples": 3})})
+    content = read_reply(*pieces_of(asking(sent)), tmp_path).content
+    assert content["metrics"] == sent["metrics"]
+    arrays = content.array_records["arrays"]
+    assert list(tmp_path.iterdir()) == []
+    assert record_bytes(arrays) == record_bytes(sent.array_records["arrays"]) == 28_000_004 + 3 * 128
+    for name, tensor in tensors.items():
+        assert isinstance(arrays[name], FileArray)
+        assert torch.equal(torch.from_numpy(whole(arrays[name])), tensor)
+        assert arrays[name].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+def test_a_reply_that_lies_about_its_pieces_is_none(tmp_path: Path) -> None:
+    sent = RecordDict({"arrays": to_wire({"w": torch.zeros(4_000_000)})})
+    reply_id, pieces = pieces_of(asking(sent))
+    assert sum(map(len, pieces.values())) < 12_000_000
+    # What would become huge is seen before it does.
+    with pytest.raises(ValueError, match="too large"):
+        read_reply(reply_id, pieces, tmp_path, most=12_000_000)
+    with pytest.raises(ValueError, match="too large"):
+        read_reply(reply_id, pieces, tmp_path, count=3)
+    for missing in pieces:
+        with pytest.raises(ValueError, match="not there"):
+            read_reply(reply_id, {key: value for key, value in pieces.items() if key != missing}, tmp_path)
+    with pytest.raises(ValueError, match="not enough values"):
+        read_reply("x", {"x": b"garbage"}, tmp_path)
+    chunk = next(key for key, value in pieces.items() if value.startswith(b"ArrayChunk"))
+    with pytest.raises(ValueError, match="no message"):
+        read_reply(chunk, pieces, tmp_path)
+
+
+def test_pieces_are_kept_in_files_of_their_owner(tmp_path: Path) -> None:
+    store = PieceStore(tmp_path / "pieces")
+    (tmp_path / "pieces").mkdir()
+    (tmp_path / "pieces" / "left").write_text("from a process that was killed")
+    store.open()
+    assert list(store.directory.iterdir()) == []
+    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
+    message = asking(RecordDict({"arrays": to_wire({"w": torch.arange(4_000_000.0)})}))
+    message_id, pieces = pieces_of(message)
+    with no_object_id_recompute():
+        store.preregister(1, get_object_tree(message))
+    for key, value in pieces.items():
+        assert not store.has(key)
+        store.put(key, value)
+        assert store.has(key)
+    # Three whole pieces and a part of one; the rest is small.
+    files = list(store.directory.iterdir())
+    assert len(files) == 4
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    assert sum(len(entry.content) for entry in store.store.values()) < 10_000
+    assert all(store.get(key) == value for key, value in pieces.items())
+    with pytest.raises(ValueError, match="does not match"):
+        store.put(message_id, b"something else")
+    store.delete(message_id)
+    assert (len(store), list(store.directory.iterdir())) == (0, [])
+    store.close()
+    assert not store.directory.exists()
+
+
+def test_a_disk_that_takes_no_piece_ends_the_round_in_words(tmp_path: Path) -> None:
+    store = PieceStore(tmp_path / "never made")
+    message = asking(RecordDict({"arrays": to_wire({"w": torch.arange(100_000.0)})}))
+    _, pieces = pieces_of(message)
+    with no_object_id_recompute():
+        store.preregister(1, get_object_tree(message))
+    store.raise_failure()
+    (large,) = (key for key, value in pieces.items() if value.startswith(b"ArrayChunk"))
+    with pytest.raises(OSError, match="No such file"):
+        store.put(large, pieces[large])
+    with pytest.raises(FedRAGError, match=r"Cannot write .*never made"):
+        store.raise_failure()
+
+
+def test_the_mean_is_summed_in_float64_wherever_the_updates_lie(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # Longer than two blocks; and so far apart that float32 sums would lose the small ones.
+    tensors = [torch.randn(2 * BLOCK + 7, generator=generator) * scale for scale in (1e4, 1.0, 1e-3)]
+    examples = [3, 1_000_001, 7]
+    updates = []
+    for tensor, count in zip(tensors, examples, strict=True):
+        array = to_wire({"w": tensor})["w"]
+        file = ScratchFile(tmp_path)
+        file.append(b"before")
+        file.append(array.data)
+        lying = FileArray(array.dtype, array.shape, array.stype, file, 6, len(array.data))
+        updates.append(Update({"w": lying if count == 7 else array}, count, {}, 0.0))
+    mean = weighted_mean(updates, {"w": [2 * BLOCK + 7]})["w"]
+    exact = sum(tensor.double() * count for tensor, count in zip(tensors, examples, strict=True)) / sum(examples)
+    assert torch.equal(mean, exact.float())
+    assert torch.equal(weighted_mean(updates[:1], {"w": [2 * BLOCK + 7]})["w"], tensors[0])
+
+
+def test_the_memory_of_the_mean_does_not_grow_with_the_clients(tmp_path: Path) -> None:
+    size = 4_000_000
+    data = to_wire({"w": torch.arange(float(size))})["w"].data
+    reference = to_wire({"w": torch.zeros(size)})
+    updates = []
+    for _ in range(6):
+        file = ScratchFile(tmp_path)
+        file.append(data)
+        updates.append(Update({"w": FileArray("float32", (size,), "numpy.ndarray", file, 0, len(data))}, 2, {}, 0.0))
+    tracemalloc.start()
+    mean = weighted_mean(updates, {"w": [size]})["w"]
+    update = RecordDict({"arrays": ArrayRecord(), "metrics": MetricRecord({"num-examples": 1})})
+    update.array_records["arrays"]["w"] = updates[0].arrays["w"]
+    screened = screen_update(update, {"w": [size]}, reference)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(mean, torch.arange(float(size)))
+    assert screened.norm == pytest.approx(float(mean.double().norm()), rel=1e-12)
+    # The mean, and a block of each client; the updates alone would be six times as large.
+    assert peak < 3 * 4 * size
+
+
+@pytest.mark.parametrize("cut", [-4, 4])
+def test_an_array_that_ends_elsewhere_than_it_says_is_refused(cut: int) -> None:
+    honest = Array(np.ones(2, np.float32))
+    data = honest.data[:cut] if cut < 0 else honest.data + b"\0" * cut
+    liar = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=data)
+    with pytest.raises(RefusedUpdateError, match="b cannot be read"):
+        screen_update(content({"a": np.ones((1, 1), np.float32), "b": liar}), MANIFEST, REFERENCE)
+    columns = Array(np.asfortranarray(np.arange(4, dtype=np.float32).reshape(2, 2)))
+    with pytest.raises(RefusedUpdateError, match="c cannot be read"):
+        screen_update(content({"c": columns}), {"c": [2, 2]}, to_wire({"c": torch.zeros(2, 2)}))
 
 
 def test_to_arrays_is_ordered_by_name() -> None:

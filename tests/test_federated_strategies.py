@@ -34,7 +34,11 @@ EXAMPLES = {"a": 1, "b": 2, "c": 5}
 def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options: Any) -> RoundState:
     names = {client.name: client for client in clients}
     settings = FederatedConfig(
-        rounds=rounds, min_clients=options.pop("min_clients", len(clients)), strategy=strategy, rejoin_timeout=0.01
+        rounds=rounds,
+        min_clients=options.pop("min_clients", len(clients)),
+        strategy=strategy,
+        rejoin_timeout=0.01,
+        transport_dtype=options.pop("transport_dtype", "float32"),
     )
     built = build("strategy", strategy, min_clients=settings.min_clients, learning_rate=0.5)
     state = options.pop("state", None) or RoundState(0, {"w": START.clone()})
@@ -70,6 +74,70 @@ def test_every_strategy_of_the_issue_is_registered() -> None:
 
 def test_fedavg_is_the_mean_weighted_by_examples() -> None:
     assert moved(federate(strategy("FedAvg"), toys())) == pytest.approx([1 / 8, 4 / 8, 20 / 8], abs=1e-6)
+
+
+def test_float16_on_the_wire_is_aggregated_as_float32() -> None:
+    start = torch.tensor([0.1, 1.0 / 3.0, 3.0])
+    clients = [ToyClient(name, [0.1, 0.01, 0.001], EXAMPLES[name], dtype="float16") for name in "abc"]
+    clients[0].step = torch.tensor([0.7, 0.07, 0.007])
+    told: list[dict[str, Any]] = []
+    reporter = SilentReporter()
+    reporter.event = lambda name, **fields: told.append({"event": name, **fields})  # type: ignore[method-assign]
+    state = RoundState(0, {"w": start.clone()})
+    after = federate(strategy("FedAvg"), clients, state=state, transport_dtype="float16", reporter=reporter)
+    rounded = start.half().float()
+    for client in clients:
+        assert torch.equal(client.received[0]["w"], rounded)
+    # What training has changed travels, and is added to the weights as the server has them.
+    sent = {client.name: ((rounded + client.step) - rounded).half().double() for client in clients}
+    mean = start.double() + sum(EXAMPLES[name] * change for name, change in sent.items()) / sum(EXAMPLES.values())
+    assert after.weights["w"].dtype == torch.float32
+    assert after.weights["w"].tolist() == pytest.approx(mean.tolist(), rel=2e-7)
+    # The server keeps more than what travels; the clients end with what travelled.
+    assert not torch.equal(after.weights["w"], after.weights["w"].half().float())
+    for client in clients:
+        assert client.final is not None
+        assert torch.equal(client.final["w"], after.weights["w"].half().float())
+    (started,) = [event for event in told if event["event"] == "round_started"]
+    updates = [event for event in told if event["event"] == "client_update"]
+    traffic = {started["bytes"], *(event["bytes_sent"] for event in updates), *(e["bytes_received"] for e in updates)}
+    assert traffic == {3 * 2 + 128}
+    norms = {event["client"]: event["norm"] for event in updates}
+    assert norms["a"] == pytest.approx(float(sent["a"].norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedMedian"])
+def test_steps_below_the_precision_of_a_float16_weight_add_up(name: str) -> None:
+    # Weights of 3 lie 0.002 apart as float16, so these steps would be lost in weights that travel back.
+    clients = [ToyClient(site, [1e-4, -1e-4, 2e-5], dtype="float16") for site in "abc"]
+    state = RoundState(0, {"w": torch.full((3,), 3.0)})
+    options = {"server_momentum": 0.0} if name == "FedAvgM" else {}
+    after = federate(strategy(name, **options), clients, rounds=4, state=state, transport_dtype="float16")
+    assert (after.weights["w"] - 3).tolist() == pytest.approx([4e-4, -4e-4, 8e-5], rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_strategy_takes_float16(name: str) -> None:
+    def clients(dtype: Any) -> list[ToyClient]:
+        # Steps and start are exact in float16, so only a wrong number format could make a difference.
+        return [ToyClient(f"c{n}", [0.5, 0.25, n / 8], dtype=dtype) for n in range(7)]
+
+    options = {"num_malicious_nodes": 1} if name in ("Krum", "MultiKrum", "Bulyan") else {}
+    plain = federate(strategy(name, **options), clients("float32"), rounds=1)
+    half = federate(strategy(name, **options), clients("float16"), rounds=1, transport_dtype="float16")
+    assert moved(half) == pytest.approx(moved(plain), abs=1e-6)
+    assert any(moved(half))
+
+
+def test_a_global_value_that_float16_cannot_carry_ends_the_federation() -> None:
+    clients = [ToyClient("a", [6e4, 0, 0], dtype="float16"), ToyClient("b", [6e4, 0, 0], dtype="float16")]
+    state = RoundState(0, {"w": torch.tensor([1e5, 0.0, 0.0])})
+    with pytest.raises(FederationError, match="The tensor w holds values above 65504"):
+        federate(strategy("FedAvg"), clients, state=state, transport_dtype="float16")
+    # A client refuses by itself, and the server names it.
+    many = [*clients, ToyClient("c", [1e5, 0, 0], dtype="float16")]
+    state = federate(strategy("FedAvg"), many, min_clients=2, transport_dtype="float16")
+    assert state.history[0]["refused"] == {"c": "its work failed; its own messages say why"}
 
 
 def test_fedavgm_keeps_momentum_over_rounds() -> None:

@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from toy_federation import asking
 
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError, FederationError, ModelError
+from fedrag_cli.federated.agreement import agreement_of, differences
+from fedrag_cli.federated.apps import ScreenedStrategy
+from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.local import LocalGrid
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.federated.weights import Weights
+from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.reporting import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
+from fedrag_cli.trainer_managers.federated_parts import run_federation
 from fedrag_cli.trainer_managers.run_parts import load_run_data
 
 NEVER = {"every": "never"}
@@ -230,6 +239,130 @@ def test_both_encoders_and_another_generator_model(write_config: Callable[..., P
     generator = make_task(write_config, "generator")
     with pytest.raises(ModelError, match="is a SentenceTransformer, not a LlamaForCausalLM"):
         both.around(generator.trainer.rag_system.require_generator().model.base_model.model)
+
+
+HALF = FederatedConfig(transport_dtype="float16", min_clients=1)
+
+
+def test_sites_that_send_other_number_formats_refuse_each_other(write_config: Callable[..., Path]) -> None:
+    manager = make_manager(write_config, "retriever")
+    plain, half = manager.get_federated_task(), manager.get_federated_task(HALF)
+    words = 'federated.transport_dtype is "float16", but the server has "float32"'
+    assert differences(plain.agreement, half.agreement) == [words]
+    client = ClientHandler(half)
+    hello = ConfigRecord({"action": "handshake", "agreement": plain.agreement.to_json()})
+    client(asking(RecordDict({"config": hello}), "query"))
+    assert isinstance(client.failure, ConnectionFailedError)
+    assert words in client.failure.message
+
+
+def test_a_client_trains_from_float16_and_sends_float16(write_config: Callable[..., Path]) -> None:
+    task = make_manager(write_config, "retriever").get_federated_task(HALF)
+    start = task.weights()
+    arrays = to_wire(start, "float16")
+    message = asking(RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1})}))
+    reply = ClientHandler(task)(message)
+    trained = task.fit({name: tensor.half().float() for name, tensor in start.items()}, {"server-round": 1}).weights
+    sent = reply.content.array_records["arrays"]
+    assert {array.dtype for array in sent.values()} == {"float16"}
+    changes = {name: (trained[name] - start[name].half().float()).half().float() for name in trained}
+    assert all(torch.equal(tensor, changes[name]) for name, tensor in from_wire(sent).items())
+    assert any(bool(change.any()) for change in changes.values())
+
+
+@pytest.mark.parametrize("side", ["retriever", "generator"])
+def test_lent_weights_are_in_memory_once_and_come_back(write_config: Callable[..., Path], side: str) -> None:
+    task = make_task(write_config, side)
+    before, agreement = task.weights(), task.agreement
+    lent = task.lend()
+    assert largest_difference(lent, before) == 0
+    parameters = {name: item for name, item in task.trainer.model.named_parameters() if item.requires_grad}
+    assert set(parameters) == set(lent)
+    assert all(parameter.numel() == 0 for parameter in parameters.values())
+    task.load(lent)
+    assert all(parameter.data_ptr() == lent[name].data_ptr() for name, parameter in parameters.items())
+    assert largest_difference(task.weights(), before) == 0
+    task.release()
+    changed = {name: tensor + 1 for name, tensor in before.items()}
+    task.load(changed)
+    assert largest_difference(task.weights(), changed) == 0
+    assert agreement_of(task.trainer, task.settings).manifest == agreement.manifest
+    task.release()
+    with pytest.raises(ModelError, match="is missing"):
+        task.load({})
+
+
+def test_a_server_that_evaluates_between_rounds_has_its_weights_once(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    def outcome(*, shares_model: bool) -> tuple[Weights, dict[str, Any]]:
+        config = load_config(write_config(trainer=SECTIONS["retriever"], federated={"rounds": 2, "min_clients": 1}))
+        assert config.federated is not None
+        data = load_run_data(config)
+        systems = [build_rag_system(config, nodes=data.nodes) for _ in range(2)]
+        server, client = (
+            build_manager(config, system, train=data.train, validation=data.validation).get_federated_task()
+            for system in systems
+        )
+        grid = LocalGrid({"a": ClientHandler(client, "a")})
+        run = RunDirectory.create(str(tmp_path / "runs"), "server", "", command=[], seed=1)
+        arguments = (run, config, data, grid, server, systems[0], config.federated, SilentReporter())
+        state = run_federation(*arguments, shares_model=shares_model)
+        assert state.weights == {}
+        # The client ends with what the server has.
+        assert largest_difference(server.weights(), client.weights()) == 0
+        return server.weights(), state.evaluations
+
+    weights, evaluations = outcome(shares_model=False)
+    kept, plain = outcome(shares_model=True)
+    assert largest_difference(weights, kept) == 0
+    assert set(evaluations) == {"0", "1", "2"}
+    assert evaluations == plain
+    assert all("mrr" in found["server"]["metrics"] for found in evaluations.values())
+
+
+def test_the_message_api_rounds_what_it_sends_and_aggregates_float32(write_config: Callable[..., Path]) -> None:
+    task = make_manager(write_config, "retriever").get_federated_task(HALF)
+    seen: list[ArrayRecord] = []
+
+    asking(RecordDict())  # Flower notes who sends.
+
+    class Grid:
+        def get_node_ids(self) -> list[int]:
+            return [1, 2]
+
+    from flwr.serverapp.strategy import FedAvg
+
+    strategy = ScreenedStrategy(FedAvg(fraction_evaluate=1.0), task)
+    start = {name: tensor + 1e-5 for name, tensor in task.weights().items()}
+    for messages in (
+        strategy.configure_train(1, to_wire(start), ConfigRecord(), Grid()),  # type: ignore[arg-type]
+        strategy.configure_evaluate(1, to_wire(start), ConfigRecord(), Grid()),  # type: ignore[arg-type]
+    ):
+        asked = list(messages)
+        seen += [message.content.array_records["arrays"] for message in asked]
+    assert all(torch.equal(from_wire(record)[name], start[name].half().float()) for record in seen for name in start)
+    asked = list(strategy.configure_train(1, to_wire(start), ConfigRecord(), Grid()))  # type: ignore[arg-type]
+    replies, values = [], []
+    for message, step in zip(asked, (0.125, 0.0625), strict=True):
+        values.append({name: torch.full_like(tensor, step) for name, tensor in start.items()})
+        metrics = MetricRecord({"num-examples": 1, "loss": 0.5})
+        content = RecordDict({"arrays": to_wire(values[-1], "float16"), "metrics": metrics})
+        reply = Message(content, reply_to=message)
+        replies.append(reply)
+    arrays, _ = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    for name, tensor in from_wire(arrays).items():
+        assert arrays[name].dtype == "float32"
+        assert torch.allclose(tensor, start[name] + 0.09375, rtol=0, atol=1e-6)
+
+
+def test_the_classic_api_refuses_float16(write_config: Callable[..., Path]) -> None:
+    task = make_manager(write_config, "retriever").get_federated_task(HALF)
+    model = task.trainer.rag_system.retriever.query_encoder
+    for make in (lambda: task.server(model), lambda: task.client(model, [])):
+        with pytest.raises(ConfigError, match="classic API sends weights as float32, not float16"):
+            make()
 
 
 def test_client_app_and_server_app_are_flowers(write_config: Callable[..., Path]) -> None:

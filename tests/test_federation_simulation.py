@@ -92,6 +92,19 @@ def test_the_generator_and_fedprox(simulate: Callable[..., Any]) -> None:
     assert all(event["norm"] > 0 for event in updates)
 
 
+def test_float16_halves_what_a_simulation_would_send(simulate: Callable[..., Any]) -> None:
+    plain = events(simulate("federated.rounds=1")[0], "client_update")
+    run, _ = simulate("federated.rounds=1", "federated.transport_dtype=float16", folder="b")
+    half = events(run, "client_update")
+    heads = 128 * len({name for name in tuned_weights(run) if name.startswith("retriever/query")})
+    for before, after in zip(plain, half, strict=True):
+        for key in ("bytes_sent", "bytes_received"):
+            assert (before[key] - heads) == 2 * (after[key] - heads) > 0
+    # The saved model is the float32 aggregate, not what travels.
+    saved = tuned_weights(run).values()
+    assert any(not torch.equal(tensor, tensor.half().float()) for tensor in saved)
+
+
 def test_both_encoders_move_and_every_store_follows(simulate: Callable[..., Any]) -> None:
     _, summary = simulate("trainer.retriever.train=both")
     assert len(summary["rounds"]) == 2

@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import data_rows
 from cryptography.hazmat.primitives.asymmetric import utils
-from federation import Federation, events
+from federation import Federation, events, tuned_weights
 
 pytestmark = pytest.mark.fl
 
@@ -129,6 +130,37 @@ def test_texts_ids_and_paths_stay_at_home(federation: Federation) -> None:
     for name in (b"validation_loss", b"seconds", b"\x0a\x03mrr", b'"mrr"'):
         assert name not in seen, name
     assert all(set(event["metrics"]) <= {"loss", "validation-examples"} for event in updates)
+
+
+def test_float16_halves_the_traffic_and_the_server_keeps_float32(tmp_path: Path, models: dict[str, Path]) -> None:
+    captured = {}
+    for dtype in ("float32", "float16"):
+        settings = {"rounds": 1, "min_clients": 1, "transport_dtype": dtype}
+        federation = Federation(tmp_path / dtype, models, sites=1, federated=settings)
+        try:
+            server = federation.serve()
+            server.wait_for("Listening on")
+            tap = Tap(federation.port)
+            client = federation.join(0, port=tap.port)
+            run = Path(server.finish()["run_dir"])
+            client.finish()
+            tap.close()
+        finally:
+            federation.stop()
+        captured[dtype] = bytes(tap.seen)
+    sizes = [tensor.numel() for name, tensor in tuned_weights(run).items() if "/query_" in name]
+    # Out, back, and the final model out: two bytes less each time for each number. Clients ask for messages meanwhile,
+    # the longer the more often.
+    saved = len(captured["float32"]) - len(captured["float16"])
+    assert saved == pytest.approx(3 * 2 * sum(sizes), rel=0.3)
+    # A tensor that the other side has already, such as biases that are all zero, does not travel again.
+    assert len(sizes) < captured["float16"].count(b"'descr': '<f2'") <= 3 * len(sizes)
+    assert b"'descr': '<f4'" not in captured["float16"]
+    assert events(run, "client_update")[0]["bytes_received"] == sum(2 * size + 128 for size in sizes)
+    theirs = tuned_weights(client.run_directory())
+    for name, tensor in tuned_weights(run).items():
+        if "/query_" in name:
+            assert torch.equal(theirs[name], tensor.half().float()), name
 
 
 def test_with_tls_nothing_can_be_read(tmp_path: Path, models: dict[str, Path]) -> None:

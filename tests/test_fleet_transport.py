@@ -22,6 +22,7 @@ from toy_federation import ToyClient, common, federate, new_key, node, serving, 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate
 from fedrag_cli.federated.fleet.state import limits_of
+from fedrag_cli.federated.fleet.store import PieceStore
 from fedrag_cli.federated.keys import (
     load_allowed_keys,
     load_private_key,
@@ -58,12 +59,22 @@ def test_rounds_over_the_wire_give_the_weighted_mean_and_everybody_gets_it() -> 
         assert torch.equal(client.final["w"], state.weights["w"])
 
 
-def test_large_tensors_cross_in_many_pieces() -> None:
-    size = 4_000_000
+def test_large_tensors_cross_in_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, pieces, modes = 4_000_000, tmp_path / "pieces", []
+    write = PieceStore._write
+
+    def noted(store: PieceStore, object_id: str, content: bytes) -> None:
+        write(store, object_id, content)
+        modes.append((pieces / object_id).stat().st_mode & 0o777)
+
+    monkeypatch.setattr(PieceStore, "_write", noted)
     clients = [ToyClient(name, [0.5] * size, agreement=common(size)) for name in ("a", "b")]
     max_bytes, max_objects = limits_of([4 * size])
-    with serving(max_message_bytes=max_bytes, max_message_objects=max_objects) as server:
+    with serving(max_message_bytes=max_bytes, max_message_objects=max_objects, pieces=pieces) as server:
         state = federate(server, clients, rounds=1)
+        assert list(pieces.iterdir()) == []
+    assert not pieces.exists()
+    assert set(modes) == {0o600}
     assert float(state.weights["w"].sum()) == size / 2
 
 

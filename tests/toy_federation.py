@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.federated.agreement import Agreement
@@ -25,7 +26,7 @@ from fedrag_cli.federated.fleet.node import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.rounds import RoundState
-from fedrag_cli.federated.weights import Weights, from_wire, to_wire
+from fedrag_cli.federated.weights import TransportDtype, Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import SilentReporter
 
@@ -50,10 +51,13 @@ class ToyClient:
         loss: float = 1.0,
         change: Callable[[Weights], Weights] = lambda weights: weights,
         agreement: Agreement | None = None,
+        dtype: TransportDtype = "float32",
     ) -> None:
         self.name, self.step, self.examples, self.loss = name, torch.tensor(step), examples, loss
         self.change, self.agreement = change, agreement or common()
+        self.dtype = dtype
         self.configs: list[dict[str, Any]] = []
+        self.received: list[Weights] = []
         self.final: Weights | None = None
         self.ended = False
 
@@ -69,8 +73,15 @@ class ToyClient:
             self.final, self.ended = weights, True
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
         self.configs.append(config)
-        arrays = to_wire(self.change({"w": weights["w"] + self.step}))
+        self.received.append(weights)
+        arrays = update_to_wire(self.change({"w": weights["w"] + self.step}), weights, self.dtype)
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def asking(content: RecordDict, kind: str = "train") -> Message:
+    """Return a message of a server, outside of any federation."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    return Message(content, 2, kind)
 
 
 def common(size: int = 3) -> Agreement:

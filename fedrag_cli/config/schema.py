@@ -176,6 +176,10 @@ class FederatedConfig:
     """Seconds that a client which vanished in a round is waited for, after it was found to be gone."""
     connect_timeout: PositiveFloat = 600.0
     """Seconds that a client tries to reach a server that does not answer."""
+    transport_dtype: Literal["float32", "float16"] = "float32"
+    """How tuned weights travel. float16 halves the traffic: clients get the global weights rounded to 11 bits of
+    precision and send what training has changed, so that small steps are kept; values above 65504 are refused by the
+    tensor's name. What is aggregated and saved is float32."""
     max_update_norm: PositiveFloat | None = None
     """Largest L2 norm of an update (trained weights minus global weights); a larger one is refused."""
     metrics: tuple[FederatedMetricName, ...] = ("loss", "validation_loss")

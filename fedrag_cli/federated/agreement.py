@@ -16,6 +16,7 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.weights import Manifest, manifest_of
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+from fedrag_cli.trainers.huggingface.checks import trainable
 
 PROTOCOL = 1
 # What each site sets for its own hardware and its own records.
@@ -87,7 +88,7 @@ def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agre
     return Agreement(
         PROTOCOL,
         trainer.side,
-        manifest_of(trainer.trained_weights()),
+        manifest_of(trainable(trainer.model)),
         _fingerprints(trainer),
         dict(_settings(trainer, settings)),
     )
@@ -175,6 +176,7 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
         yield f"rag_system.retriever.{name}", getattr(retriever.config, name)
     yield "rag_system.retriever.max_length", retriever.query_encoder.max_seq_length
     yield "federated.metrics", sorted(settings.metrics)
+    yield "federated.transport_dtype", settings.transport_dtype
 
 
 def _plain(value: Any) -> Any:

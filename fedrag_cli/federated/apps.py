@@ -14,7 +14,7 @@ from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.screening import RefusedUpdateError, screen_update
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.federated.weights import Arrays, from_wire, save_weights, to_wire
+from fedrag_cli.federated.weights import from_wire, in_dtype, save_weights, send_instead, to_wire
 from fedrag_cli.registry import build
 from fedrag_cli.runs.atomic import replace_directory_atomically
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
@@ -36,14 +36,15 @@ class ScreenedStrategy(Strategy):
         self.strategy = strategy
         self.task = task
         self.reporter: Reporter = reporter or SilentReporter()
-        self._reference: Arrays = {}
+        self._reference = ArrayRecord()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Note the global weights of this round."""
-        self._reference = {name: array.numpy() for name, array in arrays.items()}
-        return self.strategy.configure_train(server_round, arrays, config, grid)
+        """Note the global weights of this round, and send them in the agreed number format."""
+        self._reference = arrays
+        sent = in_dtype(arrays, self.task.settings.transport_dtype)
+        return send_instead(self.strategy.configure_train(server_round, arrays, config, grid), sent)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -61,6 +62,7 @@ class ScreenedStrategy(Strategy):
                     self._reference,
                     metrics=settings.metrics,
                     max_norm=settings.max_update_norm,
+                    dtype=settings.transport_dtype,
                 )
             except RefusedUpdateError as refusal:
                 self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
@@ -76,8 +78,9 @@ class ScreenedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Hand the call on."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        """Hand the call on, with the global weights as the clients get them."""
+        sent = in_dtype(arrays, self.task.settings.transport_dtype)
+        return send_instead(self.strategy.configure_evaluate(server_round, arrays, config, grid), sent)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Leave out clients without validation examples; none at all gives no metrics."""

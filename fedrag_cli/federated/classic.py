@@ -18,7 +18,7 @@ from flwr.server.history import History
 from flwr.server.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
-from fedrag_cli.errors import ConnectionFailedError, FederationError
+from fedrag_cli.errors import ConfigError, ConnectionFailedError, FederationError
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, to_arrays
 
@@ -33,7 +33,8 @@ class ClassicClient(NumPyClient):
     """
 
     def __init__(self, task: FLTask) -> None:
-        """Keep the task."""
+        """Keep the task; raises ConfigError where its settings ask for what this API cannot do."""
+        _require_float32(task)
         self.task = task
 
     def get_parameters(self, config: dict[str, Scalar]) -> list[NDArray[Any]]:
@@ -75,7 +76,12 @@ class ClassicServer(Server):
     """
 
     def __init__(self, task: FLTask, strategy: Strategy | None = None) -> None:
-        """Give the strategy the model's weights where it has none of its own."""
+        """Give the strategy the model's weights where it has none of its own.
+
+        Raises:
+            ConfigError: The settings ask for what this API cannot do.
+        """
+        _require_float32(task)
         self.task = task
         initial = ndarrays_to_parameters(list(to_arrays(task.weights()).values()))
         chosen: Any = strategy if strategy is not None else _fedavg(task)
@@ -125,6 +131,14 @@ class MeasuredFedAvg(FedAvg):
         if not measured:
             return None, {}
         return super().aggregate_evaluate(server_round, measured, failures)
+
+
+def _require_float32(task: FLTask) -> None:
+    if task.settings.transport_dtype != "float32":
+        raise ConfigError(
+            f"Flower's classic API sends weights as float32, not {task.settings.transport_dtype}.",
+            "Set federated.transport_dtype to float32, or use server_app() and client_app().",
+        )
 
 
 def _fedavg(task: FLTask) -> FedAvg:

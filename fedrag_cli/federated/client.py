@@ -12,9 +12,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 
 from fedrag_cli.errors import ConnectionFailedError, FederationError, FedRAGError
 from fedrag_cli.federated.agreement import Agreement, differences
+from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
 from fedrag_cli.federated.task import SERVER_ROUND, EvaluateResult, FLTask
-from fedrag_cli.federated.weights import from_wire, record_bytes, to_wire
+from fedrag_cli.federated.weights import from_wire, update_to_wire
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
 ACTION, AGREEMENT, NAME, FINAL, EVALUATE_FIRST, ROUNDS = (
@@ -96,7 +97,7 @@ class ClientHandler:
             self._measure(weights, config, f"round {number}, before training") if config.get(EVALUATE_FIRST) else None
         )
         result = self.task.fit(weights, config)
-        arrays = to_wire(result.weights)
+        arrays = update_to_wire(result.weights, weights, self.task.settings.transport_dtype)
         reported = dict(result.metrics) | (before.metrics if before else {})
         self.reporter.event(
             "client_round",

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
+from fedrag_cli.federated.aggregation import aggregate
 from fedrag_cli.federated.agreement import Agreement
+from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.client import ACTION, EVALUATE_FIRST, FINAL, ROUNDS, STOP
 from fedrag_cli.federated.exchange import Exchange
 from fedrag_cli.federated.grid import POLL_SECONDS, ChosenNodes, FederationGrid, quiet_flower
@@ -31,7 +31,7 @@ from fedrag_cli.federated.screening import (
 )
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
 from fedrag_cli.federated.task import SERVER_ROUND
-from fedrag_cli.federated.weights import Weights, record_bytes, to_arrays, to_wire
+from fedrag_cli.federated.weights import Weights, in_dtype, move_from_wire, move_to_wire, send_instead, to_wire
 from fedrag_cli.runs.reporting import Reporter
 
 SECONDS_BETWEEN_NOTES = 10.0
@@ -45,7 +45,6 @@ EvaluateGlobal = Callable[[int, Weights], Mapping[str, Any] | None]
 class _Round:
     """What has come back in a round."""
 
-    replies: dict[str, Message] = field(default_factory=dict)
     updates: dict[str, Update] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -119,15 +118,20 @@ class Federation:
     def _run_round(self, state: RoundState) -> None:
         number, started = state.number + 1, time.monotonic()
         chosen = self._gather()
-        record = to_wire(state.weights)
+        # Strategies and sums have the weights as they are; what is rounded for the way is no part of a step.
+        weights = move_to_wire(state.weights)
+        record = in_dtype(weights, self._settings.transport_dtype)
         config = ConfigRecord({ROUNDS: self._settings.rounds, EVALUATE_FIRST: True})
         with _seeded(f"{self._seed}-{number}"):
             grid = ChosenNodes(self._grid, chosen)
-            messages = list(self._strategy.configure_train(number, record, config, grid))
+            messages = send_instead(self._strategy.configure_train(number, weights, config, grid), record)
         names = sorted(self.roster.participant_at(message.metadata.dst_node_id).name for message in messages)
         sent = record_bytes(record)
         self._reporter.event("round_started", round=number, rounds=self._settings.rounds, clients=names, bytes=sent)
-        came = self._train(number, messages, state.weights, sent)
+        came = self._train(number, messages, weights, sent)
+        reply = Message(RecordDict(), reply_to=messages[0])
+        # What was sent is as large as the next global weights, and nobody needs it any more.
+        del messages, record, weights
         if len(came.updates) < self._settings.min_clients:
             raise FederationError(
                 f"Round {number} has {len(came.updates)} usable updates, but needs {self._settings.min_clients}"
@@ -135,14 +139,14 @@ class Federation:
                 + ".",
                 "Look at the refused clients' own messages, and go on with 'fedrag resume' and this run's directory.",
             )
-        state.weights = self._aggregate(number, came)
+        state.weights = aggregate(self._strategy, number, came.updates, reply, self._agreement.manifest)
         state.number = number
         state.strategy = strategy_state(self._strategy)
         self._record_round(state, came, time.monotonic() - started)
         self._measure_globally(state)
 
-    def _train(self, number: int, messages: list[Message], weights: Weights, sent: int) -> _Round:
-        came, reference = _Round(), to_arrays(weights)
+    def _train(self, number: int, messages: list[Message], reference: ArrayRecord, sent: int) -> _Round:
+        came = _Round()
 
         def on_reply(name: str, reply: Message, seconds: float) -> None:
             size = sum(record_bytes(record) for record in reply.content.array_records.values())
@@ -153,13 +157,14 @@ class Federation:
                     reference,
                     metrics=self._settings.metrics,
                     max_norm=self._settings.max_update_norm,
+                    dtype=self._settings.transport_dtype,
                 )
                 if update.metrics.get("loss", 0.0) < 0:
                     raise RefusedUpdateError("its loss is negative")
             except RefusedUpdateError as refusal:
                 on_failure(name, str(refusal))
                 return
-            came.updates[name], came.replies[name] = update, reply
+            came.updates[name] = update
             self._reporter.event(
                 "client_update",
                 round=number,
@@ -214,36 +219,6 @@ class Federation:
             "federated.min_clients.",
         )
 
-    def _aggregate(self, number: int, came: _Round) -> Weights:
-        """Return the next global weights; the order of the updates is that of the names, so sums are reproducible."""
-        replies = []
-        for name in sorted(came.updates):
-            came.replies[name].content = came.updates[name].content()
-            replies.append(came.replies[name])
-        try:
-            arrays, _ = self._strategy.aggregate_train(number, replies)
-        except (AppExitException, ValueError, ZeroDivisionError, FloatingPointError) as error:
-            raise FederationError(f"The strategy could not aggregate round {number}: {error}") from error
-        if arrays is None:
-            raise FederationError(
-                f"The strategy gave no weights for the {len(replies)} updates of round {number}.",
-                "It may need more clients, or fewer that it must allow to be malicious.",
-            )
-        return self._checked(number, arrays)
-
-    def _checked(self, number: int, arrays: ArrayRecord) -> Weights:
-        """Return aggregated weights as float32, in the order of the agreement."""
-        weights = {}
-        for name, shape in self._agreement.manifest.items():
-            tensor = torch.from_numpy(arrays[name].numpy().copy()).float()
-            if list(tensor.shape) != shape or not bool(torch.isfinite(tensor).all()):
-                raise FederationError(
-                    f"The strategy made weights in round {number} that are not finite or of another shape: {name}.",
-                    "Lower the strategy's learning rate; the round before is saved.",
-                )
-            weights[name] = tensor
-        return weights
-
     def _record_round(self, state: RoundState, came: _Round, seconds: float) -> None:
         examples = sum(update.examples for update in came.updates.values())
         loss = _mean([(update.examples, update.metrics.get("loss")) for update in came.updates.values()])
@@ -288,7 +263,11 @@ class Federation:
             # The rounds are done and saved; who is there gets the weights.
             self._reporter.note(error.message)
         config = ConfigRecord({SERVER_ROUND: state.number, FINAL: True})
-        content = RecordDict({"arrays": to_wire(state.weights), "config": config})
+        # What travels as float32 is the weights themselves; otherwise they are more than what travels.
+        dtype = self._settings.transport_dtype
+        is_whole = dtype == "float32"
+        arrays = move_to_wire(state.weights) if is_whole else to_wire(state.weights, dtype)
+        content = RecordDict({"arrays": arrays, "config": config})
         messages = [Message(content, p.node_id, MessageType.EVALUATE) for p in self.roster.ready()]
         measured: list[dict[str, float]] = []
 
@@ -305,6 +284,8 @@ class Federation:
             self._reporter.event("client_final", client=name, received=False, reason=reason)
 
         self._exchange(messages, self._settings.round_timeout, on_reply, on_failure)
+        if is_whole:
+            state.weights = move_from_wire(arrays)
         self._note_evaluation(state, state.number, "clients", measured)
 
     def _await_absent(self) -> None:

@@ -27,7 +27,7 @@ class RoundState:
 
     Args:
         number: The last round that is finished; 0 before the first.
-        weights: The global weights after it.
+        weights: The global weights after it; empty while the next round runs.
         strategy: What the strategy keeps from round to round.
         history: A summary of each round so far.
         evaluations: Metrics of the global weights by round, as clients and server measured them.

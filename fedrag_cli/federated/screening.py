@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
-from fedrag_cli.federated.weights import Arrays, Manifest
+from fedrag_cli.federated.arrays import MisdescribedArrayError, blocks_of, joined
+from fedrag_cli.federated.weights import Manifest, TransportDtype
 
 EXAMPLES = "num-examples"
 VALIDATION_EXAMPLES = "validation-examples"
@@ -17,7 +20,6 @@ VALIDATION_EXAMPLES = "validation-examples"
 STRATEGY_LOSS = "train_loss"
 MOST_EXAMPLES = 2**40
 LARGEST_METRIC = 1e12
-NUMPY_FILE = b"\x93NUMPY"
 
 
 class RefusedUpdateError(Exception):
@@ -29,31 +31,45 @@ class Update:
     """A client's update that passed.
 
     Args:
-        arrays: Trained weights, by name, in the order of the manifest.
+        arrays: Trained weights by name, in the order of the manifest, as they came and wherever they lie; or what
+            training has changed, where there is a base.
         examples: Number of training examples.
         metrics: Reported metrics, finite, of the agreed names only.
         norm: L2 norm of the trained weights minus the global ones.
+        base: The global weights, to which the arrays are to be added; empty where they are weights themselves.
     """
 
-    arrays: Arrays
+    arrays: dict[str, Array]
     examples: int
     metrics: dict[str, float]
     norm: float
+    base: Mapping[str, Array] = field(default_factory=dict)
+
+    def blocks(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """Yield the trained weights of a tensor, a block at a time; see `blocks_of`."""
+        if not self.base:
+            yield from blocks_of(self.arrays[name])
+            return
+        for before, change in zip(blocks_of(self.base[name]), blocks_of(self.arrays[name]), strict=True):
+            yield before + change
 
     def content(self) -> RecordDict:
-        """Return the update as strategies take it."""
+        """Return the update as strategies take it, with all its weights in memory as float32."""
         metrics: dict[str, int | float] = {EXAMPLES: self.examples, STRATEGY_LOSS: self.metrics.get("loss", 0.0)}
-        arrays = ArrayRecord({name: Array(values) for name, values in self.arrays.items()})
+        arrays = ArrayRecord(
+            {name: Array(joined(self.blocks(name), array.shape)) for name, array in self.arrays.items()}
+        )
         return RecordDict({"arrays": arrays, "metrics": MetricRecord(dict(metrics))})
 
 
 def screen_update(
     content: RecordDict,
     manifest: Manifest,
-    reference: Arrays,
+    reference: Mapping[str, Array],
     *,
     metrics: Sequence[str] = (),
     max_norm: float | None = None,
+    dtype: TransportDtype = "float32",
 ) -> Update:
     """Check an update.
 
@@ -63,23 +79,22 @@ def screen_update(
         reference: The global weights of this round.
         metrics: Names of the metrics that were agreed on.
         max_norm: Largest L2 norm of the difference to the global weights.
+        dtype: Number format that was agreed on; as float16 comes what training has changed, see `update_to_wire`.
 
     Raises:
         RefusedUpdateError: The update may not count.
     """
-    arrays = _checked_arrays(content, manifest)
-    # The sum of squares over all tensors in float64: float32 would overflow for a hostile update.
-    squares = [
-        float(np.square(arrays[name].astype(np.float64) - reference[name].astype(np.float64)).sum())
-        for name in manifest
-    ]
-    norm = math.sqrt(sum(squares))
+    arrays = _described_arrays(content, manifest, dtype)
+    is_change = dtype != "float32"
+    norm = math.sqrt(
+        sum(_squared_norm(name, array, None if is_change else reference[name]) for name, array in arrays.items())
+    )
     if max_norm is not None and norm > max_norm:
         raise RefusedUpdateError(f"its norm {norm:.4g} is above the bound {max_norm:g}")
     examples, reported = read_metrics(content, metrics)
     if examples < 1:
         raise RefusedUpdateError("it reports no training example")
-    return Update(arrays, examples, reported, norm)
+    return Update(arrays, examples, reported, norm, reference if is_change else {})
 
 
 def read_metrics(content: RecordDict, metrics: Sequence[str]) -> tuple[int, dict[str, float]]:
@@ -110,15 +125,19 @@ def read_metrics(content: RecordDict, metrics: Sequence[str]) -> tuple[int, dict
     return examples, reported
 
 
-def _checked_arrays(content: RecordDict, manifest: Manifest) -> Arrays:
+def _described_arrays(content: RecordDict, manifest: Manifest, dtype: TransportDtype) -> dict[str, Array]:
+    """Return the arrays, whose bytes were not looked at yet, so that a false description costs nothing."""
     records = list(content.array_records.values())
     if len(records) != 1:
         raise RefusedUpdateError("it has no tensors")
     _check_names(records[0], manifest)
-    arrays: Arrays = {}
     for name, shape in manifest.items():
-        arrays[name] = _checked_array(name, records[0][name], shape)
-    return arrays
+        array = records[0][name]
+        if list(array.shape) != shape:
+            raise RefusedUpdateError(f"{name} has the shape {tuple(array.shape)}, not {tuple(shape)}")
+        if array.dtype != dtype:
+            raise RefusedUpdateError(f"{name} is {array.dtype[:20]}, not {dtype}")
+    return {name: records[0][name] for name in manifest}
 
 
 def _check_names(record: Mapping[str, Array], manifest: Manifest) -> None:
@@ -130,24 +149,30 @@ def _check_names(record: Mapping[str, Array], manifest: Manifest) -> None:
         raise RefusedUpdateError(f"it has {len(unknown)} tensors that were not agreed on")
 
 
-def _checked_array(name: str, array: Array, shape: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    # Looked at before the data are read, so that a false header costs nothing.
-    if list(array.shape) != shape:
-        raise RefusedUpdateError(f"{name} has the shape {tuple(array.shape)}, not {tuple(shape)}")
-    if array.dtype != "float32":
-        raise RefusedUpdateError(f"{name} is {array.dtype[:20]}, not float32")
+def _squared_norm(name: str, array: Array, reference: Array | None) -> float:
+    """Return the squared L2 norm of an array, or of its difference to another one.
+
+    It is summed in float64, which no float32 overflows.
+    """
+    total = 0.0
+    others: Iterable[NDArray[np.float32] | float] = blocks_of(reference) if reference is not None else repeat(0.0)
+    for values, before in zip(_readable(name, blocks_of(array)), others, strict=False):
+        if not bool(np.isfinite(values).all()):
+            raise RefusedUpdateError(f"{name} holds values that are not finite")
+        difference = values.astype(np.float64) - before
+        total += float(np.dot(difference, difference))
+    return total
+
+
+def _readable(name: str, blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
     try:
-        # numpy would also open archives.
-        if bytes(array.data[: len(NUMPY_FILE)]) != NUMPY_FILE:
-            raise ValueError("no numpy file")
-        values = array.numpy()
+        yield from blocks
+    except MisdescribedArrayError as error:
+        raise RefusedUpdateError(f"{name} is not what its header says") from error
+    except OSError:
+        raise
     except Exception as error:  # Whatever hostile bytes make numpy raise, the update is refused.
         raise RefusedUpdateError(f"{name} cannot be read") from error
-    if list(values.shape) != shape or values.dtype != np.float32:
-        raise RefusedUpdateError(f"{name} is not what its header says")
-    if not bool(np.isfinite(values).all()):
-        raise RefusedUpdateError(f"{name} holds values that are not finite")
-    return values
 
 
 def _more(names: list[str]) -> str:

@@ -14,6 +14,15 @@ from numpy.typing import NDArray
 
 State = dict[str, NDArray[Any]]
 SEPARATOR = "/"
+# The mean of the updates, weighted by examples, is the result.
+MEANS: tuple[type[Strategy], ...] = (flower.FedAvg, flower.FedProx)
+# Of the updates only that mean matters.
+STEPS_FROM_MEANS: tuple[type[Strategy], ...] = (
+    flower.FedAvgM,
+    flower.FedAdagrad,
+    flower.FedAdam,
+    flower.FedYogi,
+)
 
 
 def build_strategy(config: Any, *, min_clients: int, learning_rate: float) -> Strategy:

@@ -16,6 +16,7 @@ from fedrag_cli.federated.agreement import Agreement, agreement_of
 from fedrag_cli.federated.site import trainer_around
 from fedrag_cli.federated.weights import Weights, manifest_digest, record_digest, to_wire
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+from fedrag_cli.trainers.huggingface.checks import trainable
 
 if TYPE_CHECKING:
     from flwr.client import Client
@@ -81,6 +82,7 @@ class FLTask:
         self.work_directory = work_directory
         self.agreement: Agreement = agreement_of(trainer, self.settings)
         self._seed = trainer.seed
+        self._is_whole = True
         self._newest: tuple[tuple[object, ...], FitResult] | None = None
         if work_directory is not None:
             trainer.cache_directory = work_directory / "cache"
@@ -98,6 +100,21 @@ class FLTask:
     def weights(self) -> Weights:
         """Return copies of the trained tensors as they are now, by name."""
         return self.trainer.trained_weights()
+
+    def lend(self) -> Weights:
+        """Return the trained tensors themselves, and leave the model without them until `load`.
+
+        For a server, whose model does nothing while a round runs: the weights are in memory once.
+        """
+        weights = {name: parameter.detach().cpu() for name, parameter in trainable(self.trainer.model).items()}
+        self.release()
+        return weights
+
+    def release(self) -> None:
+        """Leave the model without the trained tensors until `load`, because somebody else has them."""
+        for parameter in trainable(self.trainer.model).values():
+            parameter.data = parameter.new_empty(0)
+        self._is_whole = False
 
     def fit(self, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> FitResult:
         """Train on this site's examples, starting from the given weights.
@@ -139,7 +156,12 @@ class FLTask:
         return EvaluateResult(len(self.trainer.validation_examples), metrics)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Put weights into the model."""
+        """Put weights into the model; one that was left without tensors takes the given ones themselves."""
+        if not self._is_whole:
+            for name, parameter in trainable(self.trainer.model).items():
+                if name in weights:
+                    parameter.data = weights[name].to(parameter.device, parameter.dtype)
+            self._is_whole = True
         self.trainer.load_trained_weights(weights)
 
     def around(self, model: nn.Module | None, train_dataset: Any = None, val_dataset: Any = None) -> FLTask:

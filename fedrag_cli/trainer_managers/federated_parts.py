@@ -77,6 +77,8 @@ def run_federation(
     rag_system: RAGSystem,
     settings: FederatedConfig,
     reporter: Reporter,
+    *,
+    shares_model: bool,
 ) -> RoundState:
     """Run the rounds that are left, saving each, and leave the final weights in the model.
 
@@ -89,9 +91,11 @@ def run_federation(
         rag_system: The RAG system that is measured; it shares its models with the task.
         settings: The federation's settings.
         reporter: Shows what happens.
+        shares_model: Whether clients use the task's model too. Where they do not, the global weights are in memory
+            once: in the model, or outside of it while a round runs.
 
     Returns:
-        The state after the last round.
+        The state after the last round; its weights are in the model.
     """
     strategy = build(
         "strategy",
@@ -107,12 +111,20 @@ def run_federation(
         seed=config.run.seed,
         reporter=reporter,
         save_round=lambda reached: save_round(run.checkpoints, reached),
-        evaluate_global=_evaluation_of(run, config, data, task, rag_system, settings, reporter),
+        evaluate_global=_evaluation_of(run, config, data, task, rag_system, settings, reporter, shares_model),
     )
-    state = load_newest_round(run.checkpoints) or RoundState(0, task.weights())
+    state = load_newest_round(run.checkpoints)
+    if state is None and not shares_model:
+        # A model that was just loaded lies in its file, all of it or nothing; what is read back can go piece by piece.
+        save_round(run.checkpoints, RoundState(0, task.lend()))
+        state = load_newest_round(run.checkpoints)
+    elif not shares_model:
+        task.release()
+    state = state or RoundState(0, task.weights())
     _forget_evaluations(run, settings, state.number)
     state = federation.run(state)
     task.load(state.weights)
+    state.weights = {}
     refresh_stale_store(rag_system)
     return state
 
@@ -139,6 +151,7 @@ def _evaluation_of(
     rag_system: RAGSystem,
     settings: FederatedConfig,
     reporter: Reporter,
+    shares_model: bool,
 ) -> EvaluateGlobal:
     """Return a function that measures global weights: the first, the last, and those of every so many rounds."""
 
@@ -150,6 +163,8 @@ def _evaluation_of(
         refresh_stale_store(rag_system)
         stage = "before" if number == 0 else "after" if last else f"round-{number}"
         found = evaluate_once(run, stage, config, data, rag_system, chosen_metrics(config, data), reporter)
+        if not shares_model:
+            task.release()
         return {"examples": found.n, "metrics": found.means()} if found is not None else None
 
     return measure

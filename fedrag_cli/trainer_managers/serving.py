@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_allowed_keys
 from fedrag_cli.federated.rounds import load_newest_round
 from fedrag_cli.federated.task import FLTask
+from fedrag_cli.federated.weights import BYTES_OF
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
@@ -43,6 +45,7 @@ from fedrag_cli.trainer_managers.run_parts import (
 )
 
 SERVER = "server"
+PIECES = "pieces"
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _see_through(
         rag_system = task.trainer.rag_system
         record_fingerprints(run, rag_system)
         done = load_newest_round(run.checkpoints)
-        with _server(where, protection, task) as server:
+        with _server(where, protection, task, run.path / PIECES) as server:
             assert server.grid is not None
             port = server.address[1]
             run.update_manifest(listening=str(Address(where.host, port)))
@@ -150,7 +153,9 @@ def _see_through(
                 done=done.number if done is not None else 0,
                 min_clients=settings.min_clients,
             )
-            state = run_federation(run, config, data, server.grid, task, rag_system, settings, reporter)
+            state = run_federation(
+                run, config, data, server.grid, task, rag_system, settings, reporter, shares_model=False
+            )
         save_models(run, rag_system, config)
         summary = federation_summary(
             run,
@@ -177,8 +182,9 @@ def _protection(settings: FederatedConfig, where: Address, *, insecure: bool) ->
     return Protection(certificate, load_allowed_keys(Path(str(settings.allowed_keys))) if keys else None)
 
 
-def _server(where: Address, protection: Protection, task: FLTask) -> FleetServer:
-    max_bytes, max_objects = limits_of([tensor.numel() * 4 for tensor in task.weights().values()])
+def _server(where: Address, protection: Protection, task: FLTask, pieces: Path) -> FleetServer:
+    width = BYTES_OF[task.settings.transport_dtype]
+    max_bytes, max_objects = limits_of([width * math.prod(shape) for shape in task.agreement.manifest.values()])
     return FleetServer(
         where.host,
         where.port,
@@ -186,4 +192,5 @@ def _server(where: Address, protection: Protection, task: FLTask) -> FleetServer
         allowed=protection.allowed,
         max_message_bytes=max_bytes,
         max_message_objects=max_objects,
+        pieces=pieces,
     )

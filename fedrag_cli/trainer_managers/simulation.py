@@ -194,7 +194,9 @@ def _see_through(
         }
         task = next(iter(handlers.values())).task
         initial = task.weights()
-        state = run_federation(run, config, data, LocalGrid(handlers, reporter), task, rag_system, settings, reporter)
+        state = run_federation(
+            run, config, data, LocalGrid(handlers, reporter), task, rag_system, settings, reporter, shares_model=True
+        )
         save_models(run, rag_system, config)
         summary = federation_summary(
             run,

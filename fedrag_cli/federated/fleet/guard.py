@@ -16,6 +16,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from fedrag_cli.federated.fleet.memory import PassingMemory
 from fedrag_cli.federated.fleet.state import FleetState
 
 Scope = MutableMapping[str, Any]
@@ -53,12 +54,14 @@ class RequestBounds:
     Args:
         app: The application behind it.
         allowed: Public keys that may speak at all; None for any.
+        memory: Told how many bytes pass.
     """
 
-    def __init__(self, app: Application, allowed: Collection[bytes] | None) -> None:
-        """Keep both."""
+    def __init__(self, app: Application, allowed: Collection[bytes] | None, memory: PassingMemory) -> None:
+        """Keep all three."""
         self._app = app
         self._allowed = allowed
+        self._memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or hand it on with a count of its bytes."""
@@ -79,16 +82,21 @@ class RequestBounds:
         if body is None:
             await PlainTextResponse("Request too large", 413)(scope, receive, send)
             return
-        given = False
+        waiting, passed = [body], len(body)
 
         async def replay() -> MutableMapping[str, Any]:
-            nonlocal given
-            if given:
+            if not waiting:
                 return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
 
-        await self._app(scope, replay, send)
+        async def count(message: MutableMapping[str, Any]) -> None:
+            nonlocal passed
+            passed += len(message.get("body", b""))
+            await send(message)
+
+        del body
+        await self._app(scope, replay, count)
+        self._memory.note(passed)
 
     async def _read(self, scope: Scope, receive: Receive, most: int) -> bytes | None:
         """Return the whole body, or None where it is too large or was cut off."""

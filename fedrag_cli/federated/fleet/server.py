@@ -7,8 +7,10 @@ only the routes that clients need exist.
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +39,11 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.fleet.guard import RequestBounds, SpeakerCheck, check_routes
+from fedrag_cli.federated.fleet.memory import PassingMemory
 from fedrag_cli.federated.fleet.state import FleetState
+from fedrag_cli.federated.fleet.store import PieceStore
 from fedrag_cli.federated.grid import FederationGrid, Member, quiet_flower
+from fedrag_cli.runs.atomic import os_errors
 
 HEARTBEAT_SECONDS = 10.0
 START_SECONDS = 30.0
@@ -63,6 +68,7 @@ class FleetServer:
         allowed: Public keys (SSH format) by client name; None lets every client in that signs with a key of its own.
         max_message_bytes: Largest reply of a client.
         max_message_objects: Most objects of a reply.
+        pieces: Folder for the tensors of messages that are on their way, which is emptied; a temporary one by default.
     """
 
     def __init__(
@@ -74,12 +80,15 @@ class FleetServer:
         allowed: Mapping[str, bytes] | None = None,
         max_message_bytes: int = 2**40,
         max_message_objects: int = 2**20,
+        pieces: Path | None = None,
     ) -> None:
         """Prepare the state and the application."""
         check_routes()
         quiet_flower()
         self._host, self._port = host, port
-        self.state = FleetState(max_message_bytes, max_message_objects)
+        self._memory = PassingMemory()
+        folder = pieces if pieces is not None else Path(tempfile.gettempdir()) / f"fedrag-{uuid.uuid4().hex}"
+        self.state = FleetState(PieceStore(folder), max_message_bytes, max_message_objects)
         for name, public_key in (allowed or {}).items():
             self.state.allow(name, public_key)
         app = FastAPI(
@@ -88,7 +97,11 @@ class FleetServer:
             openapi_url=None,
             generate_unique_id_function=generate_unique_route_id,
             middleware=[
-                Middleware(RequestBounds, allowed=frozenset(allowed.values()) if allowed is not None else None),
+                Middleware(
+                    RequestBounds,
+                    allowed=frozenset(allowed.values()) if allowed is not None else None,
+                    memory=self._memory,
+                ),
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
                 Middleware(ProtobufTranslationMiddleware),
                 Middleware(NodeAuthMiddleware),
@@ -136,6 +149,8 @@ class FleetServer:
                     "Check federated.certificate and federated.certificate_key.",
                 )
             time.sleep(0.01)
+        self.state.pieces.open()
+        self._memory.start()
         self.grid = self._open_run()
         return self
 
@@ -147,6 +162,8 @@ class FleetServer:
         self.state.finish_task(self._task_id, SubStatus.COMPLETED if error is None else SubStatus.FAILED, "")
         self._uvicorn.should_exit = True
         self._thread.join(5)
+        self._memory.stop()
+        self.state.pieces.close()
 
     def _listen(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
@@ -216,8 +233,14 @@ class FleetGrid(FederationGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the complete replies that have come since the last call."""
-        replies = (self._state.take_reply(self._run.run_id, message_id) for message_id in message_ids if message_id)
+        """Return the complete replies that have come since the last call, with their tensors in files.
+
+        Raises:
+            FedRAGError: What clients have sent cannot be written.
+        """
+        self._state.pieces.raise_failure()
+        with os_errors(self._state.pieces.directory):
+            replies = [self._state.take_reply(self._run.run_id, message_id) for message_id in message_ids if message_id]
         return [reply for reply in replies if reply is not None]
 
     def forget(self, message_ids: Iterable[str]) -> None:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NodeStatus
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_head_values_from_object_content,
-    iterate_object_tree,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.config_loader import get_federation_manager
 
+from fedrag_cli.federated.fleet.replies import ReplyReader
+from fedrag_cli.federated.fleet.store import PieceStore
 from fedrag_cli.federated.grid import Member
 
 MOST_CLIENTS = 1000
@@ -31,30 +26,19 @@ MOST_CLIENTS = 1000
 OBJECTS_OF_A_MESSAGE = 64
 
 
-class AtomicObjectStore(InMemoryObjectStore):
-    """Registers an object tree in one step.
-
-    Objects are addressed by content. Flower 1.41 registers a tree node by node, so deleting one client's reply can
-    remove an array that another client, whose reply holds the same array, is registering at that moment.
-    """
-
-    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
-        """Register a tree while nobody else changes the store."""
-        with self.lock_store:
-            return super().preregister(run_id, object_tree)
-
-
 class FleetState(InMemoryLinkState):
     """Flower's link state in memory.
 
     Args:
+        pieces: Keeps the objects of messages.
         max_message_bytes: Largest reply of a client, all its objects together.
         max_message_objects: Most objects of a reply.
     """
 
-    def __init__(self, max_message_bytes: int, max_message_objects: int) -> None:
+    def __init__(self, pieces: PieceStore, max_message_bytes: int, max_message_objects: int) -> None:
         """Start without clients."""
-        super().__init__(get_federation_manager(), AtomicObjectStore())
+        super().__init__(get_federation_manager(), pieces)
+        self.pieces = pieces
         self._limits = (max_message_bytes, max_message_objects)
         self._sizes: dict[int, int] = {}
         self._node_of_session: dict[str, int] = {}
@@ -165,7 +149,11 @@ class FleetState(InMemoryLinkState):
             return super().store_object(run_id, session_id, object_id, object_content)
 
     def take_reply(self, run_id: int, message_id: str) -> Message | None:
-        """Return the reply to a message once all of it is there, and drop both."""
+        """Return the reply to a message once all of it is there, and drop both; its tensors stay in a file.
+
+        Raises:
+            OSError: There is no room for the file.
+        """
         with self.lock:
             reply_id = self.message_ins_id_to_message_res_id.get(message_id)
             reply = self.message_res_store.get(reply_id) if reply_id is not None else None
@@ -175,23 +163,24 @@ class FleetState(InMemoryLinkState):
         failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no usable reply")
         answer = Message(failure, reply_to=asked)
         if not reply.has_error():
-            contents = self._contents(run_id, reply_id)
-            if contents is None:
+            announced = self._announced(run_id, reply_id)
+            if announced is None:
                 return None
-            content = self._inflated(reply_id, contents)
+            content = self._content(reply_id, announced)
             if content is not None:
                 # Who answers what is known from the question; the client's own word on it does not count.
                 answer = Message(content, reply_to=asked)
         self.drop([message_id])
         return answer
 
-    def _inflated(self, reply_id: str, contents: dict[str, bytes]) -> RecordDict | None:
+    def _content(self, reply_id: str, announced: frozenset[str]) -> RecordDict | None:
         """Return the content of a reply; None where its bytes are no message, or would become too large."""
+        reader = ReplyReader(self.pieces.get, announced, self.pieces.directory, *self._limits)
         try:
-            if expanded_bytes(contents) > self._limits[0]:
-                return None
-            message = inflate_object_from_contents(reply_id, contents)
-            return message.content if isinstance(message, Message) and message.has_content() else None
+            message = reader.read(reply_id)
+            return message.content if message.has_content() else None
+        except OSError:
+            raise
         except Exception:  # noqa: BLE001  (whatever hostile bytes make Flower raise, there is no usable reply)
             return None
 
@@ -210,35 +199,18 @@ class FleetState(InMemoryLinkState):
                     self.object_store.delete(object_id)
             self.delete_messages({message_id})
 
-    def _contents(self, run_id: int, object_id: str) -> dict[str, bytes] | None:
-        """Return the objects of a message, or None while one is missing."""
+    def _announced(self, run_id: int, reply_id: str) -> frozenset[str] | None:
+        """Return the ids of a reply's objects, or None while one is missing."""
         try:
-            tree = self.object_store.get_object_tree(object_id)
+            tree = self.pieces.get_object_tree(reply_id)
         except NoObjectInStoreError:
             return None
-        contents: dict[str, bytes] = {}
-        for node in iterate_object_tree(tree):
-            content = self.get_object(run_id, node.object_id)
-            if not content:
+        announced = frozenset(node.object_id for node in iterate_object_tree(tree))
+        for object_id in announced:
+            # Flower looks for pushes that have come to nothing where an object is asked for that is not there.
+            if not self.pieces.has(object_id) and not self.get_object(run_id, object_id):
                 return None
-            contents[node.object_id] = content
-        return contents
-
-
-def expanded_bytes(contents: Mapping[str, bytes]) -> int:
-    """Return how many bytes the arrays of a message have once their pieces are joined; a piece may occur repeatedly.
-
-    Raises:
-        ValueError: An object is none of Flower's, or names a piece that is not there.
-    """
-    total = 0
-    for content in contents.values():
-        kind, children, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            pieces = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            sizes = [len(contents[child]) for child in children]
-            total += sum(sizes[int(piece)] for piece in pieces)
-    return total
+        return announced
 
 
 def limits_of(sizes: Sequence[int]) -> tuple[int, int]:

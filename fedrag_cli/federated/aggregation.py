@@ -1,0 +1,114 @@
+"""From the updates of a round to the next global weights.
+
+Where a strategy needs no more than the mean of the updates, they are read side by side, a block of a tensor at a time,
+so that memory does not grow with the number of clients. Median, trimmed mean, Krum, Bulyan and QFedAvg compare whole
+updates and get all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
+from flwr.serverapp.strategy import Strategy
+
+from fedrag_cli.errors import FederationError
+from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
+from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
+from fedrag_cli.federated.weights import Manifest, Weights, move_to_wire
+
+
+def aggregate(
+    strategy: Strategy, number: int, updates: Mapping[str, Update], reply: Message, manifest: Manifest
+) -> Weights:
+    """Return the next global weights.
+
+    The order of the updates is that of the clients' names, so that sums do not depend on who came first.
+
+    Args:
+        strategy: Says how updates become weights.
+        number: The round.
+        updates: What passed the screening, by client; at least one.
+        reply: Any reply of the round; its content is replaced.
+        manifest: Names and shapes of the weights.
+
+    Returns:
+        float32 tensors in the order of the manifest.
+
+    Raises:
+        FederationError: The strategy could not aggregate them, or made weights that are not finite.
+    """
+    ordered = [updates[name] for name in sorted(updates)]
+    if type(strategy) in MEANS:
+        return weighted_mean(ordered, manifest)
+    if type(strategy) in STEPS_FROM_MEANS:
+        contents = [_mean_content(ordered, manifest)]
+    else:
+        contents = [update.content() for update in ordered]
+    return _checked(number, _by_strategy(strategy, number, contents, reply), manifest)
+
+
+def weighted_mean(updates: list[Update], manifest: Manifest) -> Weights:
+    """Return the mean of updates, weighted by examples: summed in float64 and rounded once to float32.
+
+    Args:
+        updates: At least one.
+        manifest: Names and shapes of the weights.
+    """
+    total = sum(update.examples for update in updates)
+    weights: Weights = {}
+    for name, shape in manifest.items():
+        mean = np.empty(math.prod(shape), np.float32)
+        done = 0
+        for blocks in zip(*(update.blocks(name) for update in updates), strict=True):
+            summed = np.zeros(len(blocks[0]), np.float64)
+            for update, block in zip(updates, blocks, strict=True):
+                summed += block.astype(np.float64) * update.examples
+            mean[done : done + len(summed)] = summed / total
+            done += len(summed)
+        weights[name] = torch.from_numpy(mean.reshape(shape))
+    return weights
+
+
+def _mean_content(updates: list[Update], manifest: Manifest) -> RecordDict:
+    """Return one update that stands for all: their mean, with the sum of their examples."""
+    examples = sum(update.examples for update in updates)
+    loss = sum(update.examples * update.metrics.get("loss", 0.0) for update in updates) / examples
+    metrics = MetricRecord({EXAMPLES: examples, STRATEGY_LOSS: loss})
+    return RecordDict({"arrays": move_to_wire(weighted_mean(updates, manifest)), "metrics": metrics})
+
+
+def _by_strategy(strategy: Strategy, number: int, contents: list[RecordDict], reply: Message) -> ArrayRecord:
+    replies = []
+    for content in contents:
+        # Strategies look at nothing else of a reply.
+        message = Message(content, reply_to=reply)
+        replies.append(message)
+    try:
+        arrays, _ = strategy.aggregate_train(number, replies)
+    except (AppExitException, ValueError, ZeroDivisionError, FloatingPointError) as error:
+        raise FederationError(f"The strategy could not aggregate round {number}: {error}") from error
+    if arrays is None:
+        raise FederationError(
+            f"The strategy gave no weights for the {len(replies)} updates of round {number}.",
+            "It may need more clients, or fewer that it must allow to be malicious.",
+        )
+    return arrays
+
+
+def _checked(number: int, arrays: ArrayRecord, manifest: Manifest) -> Weights:
+    """Return aggregated weights as float32, in the order of the agreement."""
+    weights: Weights = {}
+    for name, shape in manifest.items():
+        tensor = torch.from_numpy(arrays[name].numpy().astype(np.float32))
+        if list(tensor.shape) != shape or not bool(torch.isfinite(tensor).all()):
+            raise FederationError(
+                f"The strategy made weights in round {number} that are not finite or of another shape: {name}.",
+                "Lower the strategy's learning rate; the round before is saved.",
+            )
+        weights[name] = tensor
+    return weights
