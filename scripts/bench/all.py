@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "training-step": ("training_step.py", DATA),
     "memory": ("memory.py", DATA),
     "federation-overhead": ("federation_overhead.py",),
+    "federation-traffic": ("federation_traffic.py",),
     "objectives-retriever": ("objectives.py", DATA, "retriever"),
     "objectives-generator": ("objectives.py", DATA, "generator"),
     "federation-lsr": ("federation.py", DATA, "lsr"),
