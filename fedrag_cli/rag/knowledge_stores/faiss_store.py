@@ -25,6 +25,7 @@ from fedrag_cli.rag.knowledge_stores.faiss_index import (
     vectors_between,
     write_index,
 )
+from fedrag_cli.rag.knowledge_stores.folders import read_one_state
 from fedrag_cli.rag.knowledge_stores.passages import (
     INDEX_FILE,
     STORE_FILE,
@@ -162,6 +163,10 @@ class FaissKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: The directory holds no store, a damaged one, or one that was built otherwise.
         """
+        return read_one_state(directory, lambda: cls._load(directory, config, device))
+
+    @classmethod
+    def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> FaissKnowledgeStore:
         store = cls(config, device)
         hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
         damaged = f"The knowledge store in '{directory}' is damaged"

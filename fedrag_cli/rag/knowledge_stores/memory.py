@@ -17,6 +17,7 @@ from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.blocks import search_blocks
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
 from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile, write_embeddings
+from fedrag_cli.rag.knowledge_stores.folders import read_one_state
 from fedrag_cli.rag.knowledge_stores.journal import Change, Journal
 from fedrag_cli.rag.knowledge_stores.memory_map import MappedStore, MappedVectors
 from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE, Passages, read_nodes, write_nodes
@@ -206,6 +207,12 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: The directory holds no store, a damaged one, or one of another number format.
         """
+        return read_one_state(directory, lambda: cls._load(directory, config, device))
+
+    @classmethod
+    def _load(
+        cls, directory: Path, config: MemoryStoreConfig | None, device: torch.device | str
+    ) -> InMemoryKnowledgeStore:
         try:
             file = EmbeddingsFile.open(directory / EMBEDDINGS_FILE)
             if file.metadata.get("format") != FORMAT:
