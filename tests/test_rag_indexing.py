@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config, load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import FedRAGError, KnowledgeStoreError, RunInterruptedError
+from fedrag_cli.rag import indexing
 from fedrag_cli.rag import partial_index as partial_index_module
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.changes import find_changes
@@ -30,6 +32,7 @@ from fedrag_cli.rag.indexing import build_index
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.qdrant_connection import in_memory
 from fedrag_cli.rag.opening import open_store
+from fedrag_cli.rag.partial_index import partial_file
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.runs.reporting import SilentReporter
 
@@ -556,6 +559,57 @@ def test_two_builds_of_one_place_do_not_mix(config_of: Callable[..., Config], tm
     reporter.task = task  # type: ignore[method-assign]
     assert build_index(config, reporter)["encoded"] == 24
     assert seen
+
+
+@pytest.mark.parametrize("when", ["opened", "locked"])
+def test_a_build_whose_file_another_has_removed_meanwhile_locks_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path, flock, calls = tmp_path / ".store.partial", fcntl.flock, []
+
+    def with_another_that_ends(file: Any, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1 and when == "opened":
+            path.unlink()
+        flock(file, how)
+        if len(calls) == 1 and when == "locked":
+            path.unlink()
+            path.touch()
+
+    monkeypatch.setattr(fcntl, "flock", with_another_that_ends)
+    with partial_file(path, "store"):
+        assert len(calls) == 2
+        with pytest.raises(KnowledgeStoreError, match="Another process is building"), partial_file(path, "store"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_store_is_read_by_one_build_at_a_time(
+    config_of: Callable[..., Config], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another build writes after it was read would be lost."""
+    build_index(config_of(), SilentReporter())
+    config, open_previous, seen = config_of(), indexing.open_previous, []
+
+    def opened(*arguments: Any, **settings: Any) -> Any:
+        found = open_previous(*arguments, **settings)
+        if not seen:
+            seen.append(True)
+            with pytest.raises(KnowledgeStoreError, match="Another process is building"):
+                build_index(config, SilentReporter())
+        return found
+
+    monkeypatch.setattr(indexing, "open_previous", opened)
+    assert build_index(config, SilentReporter())["kept"] == 24
+    assert seen
+
+
+def test_folders_that_were_made_for_nothing_are_removed(config_of: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    config = config_of("there/deep/deeper/store", rows=[])
+    with pytest.raises(FedRAGError, match="corpus"):
+        build_index(config, SilentReporter())
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_an_interruption_before_the_first_batch_leaves_nothing(

@@ -24,7 +24,7 @@ from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.moving import place_of, require_place, store_report, write_store
 from fedrag_cli.rag.opening import FULL, PreviousStore, open_previous
-from fedrag_cli.rag.partial_index import PartialIndex, partial_index
+from fedrag_cli.rag.partial_index import PartialIndex, partial_file
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.registry import build
 from fedrag_cli.runs.interrupt import terminable
@@ -55,28 +55,28 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     """
     settings = config.rag_system.knowledge_store
     require_place(settings)
-    # Before anything is encoded, because a server may be out of reach, and a store damaged.
-    previous = open_previous(settings, reporter, rebuild=rebuild)
-    nodes = load_corpus(config.dataset.corpus)
-    started = time.monotonic()
-    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
-    encoder = retriever.fingerprint()
-    previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
-    changes = find_changes(
-        previous.nodes if previous is not None else [],
-        nodes,
-        reusable=not rebuild and _is_reusable(previous, encoder, reporter),
-    )
     path, place = _partial_file(config)
-    with (
-        terminable(),
-        partial_index(path, place, encoder, reporter, rebuild=rebuild) as partial,
-        _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path),
-    ):
-        missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
-        _encode(retriever, missing, partial, reporter)
-        update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
-        written, source = update.write(settings)
+    with terminable(), partial_file(path, place) as file:
+        # Before anything is encoded, because a server may be out of reach, and a store damaged.
+        previous = open_previous(settings, reporter, rebuild=rebuild)
+        nodes = load_corpus(config.dataset.corpus)
+        started = time.monotonic()
+        retriever: SentenceTransformerRetriever = build(
+            "retriever", config.rag_system.retriever, device=config.run.device
+        )
+        encoder = retriever.fingerprint()
+        previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
+        changes = find_changes(
+            previous.nodes if previous is not None else [],
+            nodes,
+            reusable=not rebuild and _is_reusable(previous, encoder, reporter),
+        )
+        partial = file.begin(encoder, reporter, rebuild=rebuild)
+        with _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path):
+            missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
+            _encode(retriever, missing, partial, reporter)
+            update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
+            written, source = update.write(settings)
     truncated = retriever.count_truncated([node.text for node in nodes], queries=False)
     return store_report(
         written,

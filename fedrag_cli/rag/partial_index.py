@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,51 +94,97 @@ class PartialIndex:
         self._place_of.update((key, (number, position)) for position, key in enumerate(keys))
 
 
-@contextmanager
-def partial_index(
-    path: Path, place: Path | str, encoder: str, reporter: Reporter, *, rebuild: bool
-) -> Iterator[PartialIndex]:
-    """Open the partial index of a place, or start one; it is removed when the enclosed code has ended well.
+class PartialFile:
+    """The locked file of a partial index, of which nothing has been read yet.
 
     Args:
-        path: Its file; missing parent folders are made.
+        file: The file, open for reading and appending without a buffer.
         place: What errors of writing name.
-        encoder: The fingerprint of the encoder; what another one has encoded is discarded.
-        reporter: Told what is discarded.
-        rebuild: Whether to take over only what a rebuild has encoded.
+    """
+
+    def __init__(self, file: FileIO, place: Path | str) -> None:
+        """Keep the file for `begin`."""
+        self._file, self._place = file, place
+        self._begun: PartialIndex | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no passage is lost with the file."""
+        return not (self._size if self._begun is None else len(self._begun))
+
+    @property
+    def _size(self) -> int:
+        return Path(self._file.name).stat().st_size
+
+    def begin(self, encoder: str, reporter: Reporter, *, rebuild: bool) -> PartialIndex:
+        """Read what is encoded already, or start anew.
+
+        Args:
+            encoder: The fingerprint of the encoder; what another one has encoded is discarded.
+            reporter: Told what is discarded.
+            rebuild: Whether to take over only what a rebuild has encoded.
+
+        Raises:
+            FedRAGError: The file cannot be written.
+        """
+        with os_errors(self._place):
+            _require_beginning(self._file, encoder, reporter, rebuild=rebuild)
+            self._begun = PartialIndex(self._file, self._place)
+        return self._begun
+
+
+@contextmanager
+def partial_file(path: Path, place: Path | str) -> Iterator[PartialFile]:
+    """Lock the file of a place's partial index; it is removed when the enclosed code has ended well.
+
+    Args:
+        path: The file; missing parent folders are made, and removed again where nothing came of it.
+        place: What errors of writing name.
 
     Yields:
-        The partial index; no other process can open it meanwhile.
+        The file; no other process can have it meanwhile.
 
     Raises:
         FedRAGError: It cannot be written.
-        KnowledgeStoreError: Another process has it open.
+        KnowledgeStoreError: Another process has it.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     with os_errors(place):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = FileIO(path, "a+")
+        file = _open_locked(path, place)
     with file:
-        with os_errors(place):
-            _lock(file, place)
-            _require_beginning(file, encoder, reporter, rebuild=rebuild)
-            partial = PartialIndex(file, place)
+        partial = PartialFile(file, place)
         try:
             yield partial
         except BaseException:
-            if not len(partial):
+            if partial.is_empty:
                 path.unlink(missing_ok=True)
+                _remove_empty(made)
             raise
         with os_errors(place):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
-def _lock(file: FileIO, place: Path | str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise KnowledgeStoreError(
-            f"Another process is building the knowledge store for {place}.", "Wait for it or stop it."
-        ) from error
+def _open_locked(path: Path, place: Path | str) -> FileIO:
+    while True:
+        file = FileIO(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise KnowledgeStoreError(
+                f"Another process is building the knowledge store for {place}.", "Wait for it or stop it."
+            ) from error
+        # A build that ended between the two calls has removed the file, and the next would lock another one.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _require_beginning(file: FileIO, encoder: str, reporter: Reporter, *, rebuild: bool) -> None:
