@@ -31,6 +31,7 @@ from fedrag_cli.rag.changes import find_changes
 from fedrag_cli.rag.indexing import build_index
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.qdrant_connection import in_memory
+from fedrag_cli.rag.moving import move_index
 from fedrag_cli.rag.opening import open_store
 from fedrag_cli.rag.partial_index import partial_file
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
@@ -218,6 +219,77 @@ def test_rounded_embeddings_are_kept_only_where_rounded_ones_are_wanted(
         assert any("rounded to float16" in note for note in reporter.notes)
         build_index(config_of("fresh", store), SilentReporter(), rebuild=True)
         assert_equal_stores(config_of("store", store), config_of("fresh", store), 0)
+
+
+@pytest.mark.parametrize("kind", ["memory", "memory mapped", "faiss flat", "qdrant"])
+def test_a_moved_store_knows_that_its_embeddings_were_rounded(
+    config_of: Callable[..., Config], encoded: list[int], kind: str
+) -> None:
+    half = config_of("half", {"type": "memory", "dtype": "float16"})
+    build_index(half, SilentReporter())
+    moved, reporter = config_of("moved", STORES[kind]), Notes()
+    assert move_index(half, moved, reporter)["rounded_to"] == "float16"
+    assert any("rounded to float16 and stay so" in note and "--rebuild" in note for note in reporter.notes)
+    encoded.clear()
+    rows: Rows = [{"id": "new", "text": "new"}, *ROWS]
+    for new in (0, 1):
+        reporter = Notes()
+        told = build_index(config_of("moved", STORES[kind], rows[1 - new :]), reporter)
+        assert (told["kept"], sum(encoded), told["rounded_to"]) == (24, new, "float16")
+        assert any("rounded to float16 before" in note and "--rebuild" in note for note in reporter.notes)
+        assert opened(moved).rounded_to == "float16"
+    # No digits come back on the way through another half, and no loss is measured against what lost some.
+    for dtype in ("bfloat16", "float16"):
+        told = move_index(moved, config_of(dtype, {"type": "memory", "dtype": dtype}, rows), SilentReporter())
+        assert "recall@10" not in told
+        assert told.get("rounded_to") == (None if dtype == "float16" else "float16")
+    assert opened(config_of("bfloat16", {"type": "memory", "dtype": "bfloat16"}, rows)).rounded_to == "float16"
+    reporter = Notes()
+    told = build_index(moved, reporter, rebuild=True)
+    assert (told["encoded"], told.get("rounded_to"), reporter.notes) == (25, None, [])
+    assert opened(moved).rounded_to is None
+    build_index(config_of("fresh", STORES[kind], rows), SilentReporter())
+    assert_equal_stores(moved, config_of("fresh", STORES[kind], rows), 0)
+
+
+@pytest.mark.parametrize("kind", ["memory", "faiss flat", "qdrant"])
+def test_new_embeddings_for_all_have_all_digits(config_of: Callable[..., Config], kind: str) -> None:
+    half = config_of("half", {"type": "memory", "dtype": "float16"})
+    build_index(half, SilentReporter())
+    move_index(half, config_of("moved", STORES[kind]), SilentReporter())
+    store = opened(config_of("moved", STORES[kind]))
+    store.replace_embeddings(store.embeddings)
+    assert store.rounded_to is None
+    half_store = opened(half)
+    half_store.clear()
+    assert half_store.rounded_to == "float16"
+
+
+@pytest.mark.parametrize("kind", ["memory", "faiss flat", "qdrant"])
+def test_a_store_of_other_passages_is_moved_over_only_where_that_is_asked_for(
+    config_of: Callable[..., Config], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_of("old", STORES[kind])
+    (tmp_path / "config.yaml").rename(tmp_path / "old.yaml")
+    write_rows(tmp_path / "corpus.jsonl", ROWS[2:])
+    assert main(["index", str(tmp_path / "old.yaml"), "-q"]) == 0
+    config = config_of("new", rows=ROWS)
+    build_index(config, SilentReporter())
+    command = ["index", str(tmp_path / "config.yaml"), "--to", str(tmp_path / "old.yaml"), "--json"]
+    file = max((path for path in (tmp_path / "old").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    for message in ("holds a knowledge store of other passages", "damaged"):
+        capsys.readouterr()
+        assert main(command) == 3
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert message in error["message"]
+        assert str(tmp_path / "old") in error["message"]
+        assert "--replace" in error["hint"]
+        file.write_bytes(file.read_bytes()[:-9])
+    for _ in range(2):
+        assert main([*command, "--replace"]) == 0
+    assert main(command) == 0
+    assert len(opened(load_config(tmp_path / "old.yaml"))) == 24
+    assert main(["index", str(tmp_path / "config.yaml"), "--replace"]) == 2
 
 
 def test_few_changes_are_added_to_the_journal_of_the_store_in_memory(

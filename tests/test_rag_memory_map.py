@@ -234,7 +234,10 @@ def test_stores_are_converted_between_number_formats() -> None:
     assert converted_store(half, MemoryStoreConfig(dtype="bfloat16")).build_report() == {"dtype": "bfloat16"}
     faiss = converted_store(half, FaissStoreConfig())
     assert isinstance(faiss, FaissKnowledgeStore)
-    assert converted_store(faiss, MemoryStoreConfig(dtype="float16")).build_report()["recall@10"] == 1
+    # What was lost on the way in is not measured on the way back.
+    assert converted_store(faiss, MemoryStoreConfig(dtype="float16")).build_report() == {"dtype": "float16"}
+    whole = converted_store(full, FaissStoreConfig())
+    assert converted_store(whole, MemoryStoreConfig(dtype="float16")).build_report()["recall@10"] == 1
 
 
 def test_the_index_is_built_and_moved_in_half_precision(write_config: WriteConfig, tmp_path: Path) -> None:

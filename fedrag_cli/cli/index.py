@@ -29,6 +29,10 @@ def command(
         bool,
         typer.Option("--rebuild", help="Encode all passages anew, whatever the old store holds, also a damaged one."),
     ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="With --to: also in the place of a built store of other passages."),
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -39,6 +43,8 @@ def command(
 
         if to is not None and rebuild:
             raise ConfigError("--rebuild encodes, and --to encodes nothing.", "Leave one of them out.")
+        if replace and to is None:
+            raise ConfigError("--replace is for --to.", "Leave it out; 'fedrag index' refreshes what it finds.")
         given = sort_arguments(arguments)
         config = load_config(given.path, given.overrides)
         from fedrag_cli.rag.indexing import build_index
@@ -46,7 +52,7 @@ def command(
 
         report: dict[str, Any]
         if to is not None:
-            report = move_index(config, load_config(to), current.reporter())
+            report = move_index(config, load_config(to), current.reporter(), replace=replace)
         else:
             report = build_index(config, current.reporter(), rebuild=rebuild)
         current.result(report, lambda renderer: renderer.fields(report))

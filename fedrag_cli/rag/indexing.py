@@ -101,6 +101,11 @@ def _is_reusable(previous: PreviousStore | None, encoder: str, reporter: Reporte
         return False
     if not previous.has_digits:
         reporter.note(f"The old knowledge store is rounded to {previous.held_as}, so all passages are encoded anew.")
+    elif previous.came_as is not None:
+        reporter.note(
+            f"The old embeddings were rounded to {previous.came_as} before they were moved there, and stay so; "
+            "--rebuild encodes them with all digits."
+        )
     return previous.has_digits
 
 
@@ -158,6 +163,8 @@ class _Update:
         rounded = self.previous.held_as if self.previous is not None and self.changes.reused else None
         source = InMemoryKnowledgeStore(config=MemoryStoreConfig(dtype=rounded or FULL))
         source.add(self.nodes, self._embeddings(range(len(self.nodes))))
+        if self.previous is not None and self.changes.reused:
+            source.rounded_to = self.previous.store.rounded_to
         source.encoder_fingerprint, source.corpus_fingerprint = self.encoder, corpus
         return write_store(source, settings), source
 

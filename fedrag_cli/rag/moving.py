@@ -17,7 +17,7 @@ from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE, META_FILE
-from fedrag_cli.rag.opening import open_store
+from fedrag_cli.rag.opening import FULL, open_previous, open_store
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
 
@@ -29,20 +29,21 @@ _FOLDERS = (
 )
 
 
-def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, Any]:
+def move_index(config: Config, target: Config, reporter: Reporter, *, replace: bool = False) -> dict[str, Any]:
     """Copy the built store of one config to where another wants it, without encoding anything.
 
     Args:
         config: Names the store that is built; it stays as it is.
         target: Names the type and place of the new one.
         reporter: Told what is being done.
+        replace: Whether the place may hold a store of other passages, which is lost then.
 
     Returns:
         Where the new store is, how many passages it holds, its fingerprints, what its kind reports, and the time taken.
 
     Raises:
         ConfigError: A config names no place, both name the same, or the place holds something else.
-        KnowledgeStoreError: Nothing is built there yet, or it is damaged.
+        KnowledgeStoreError: Nothing is built there yet, or it is damaged; or the place holds a store of other passages.
         ConnectionFailedError: A server cannot be reached.
     """
     source, wanted = config.rag_system.knowledge_store, target.rag_system.knowledge_store
@@ -55,8 +56,26 @@ def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, 
     if not len(store):
         missing = f"There is no knowledge store at {place_of(source)} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
+    if not replace:
+        _require_same_passages(wanted, store, place, reporter)
     reporter.note(f"Writing {len(store)} passages to {place}")
+    if store.rounded_to is not None and store.rounded_to != getattr(wanted, "dtype", FULL):
+        reporter.note(
+            f"The embeddings were rounded to {store.rounded_to} and stay so; "
+            "'fedrag index OTHER_CONFIG --rebuild' encodes them with all digits."
+        )
     return store_report(write_store(store, wanted), store, wanted, started)
+
+
+def _require_same_passages(wanted: Any, store: KnowledgeStore, place: str, reporter: Reporter) -> None:
+    """Refuse a place that holds a store of other passages than the one that is moved there, or one without saying."""
+    hint = "Name another place in OTHER_CONFIG, or add --replace to put the moved store there all the same."
+    try:
+        previous = open_previous(wanted, reporter, rebuild=False)
+    except (KnowledgeStoreError, ConfigError) as error:
+        raise KnowledgeStoreError(error.message, hint) from error
+    if previous is not None and previous.store.corpus_fingerprint != store.corpus_fingerprint:
+        raise KnowledgeStoreError(f"{place} holds a knowledge store of other passages, which would be lost.", hint)
 
 
 def store_report(
@@ -71,6 +90,9 @@ def store_report(
         started: When the work began, by `time.monotonic()`.
         counts: Further numbers about the passages.
     """
+    about = written.build_report()
+    if source.rounded_to is not None and about.get("dtype") != source.rounded_to:
+        about["rounded_to"] = source.rounded_to
     return {
         "path": place_of(config),
         "type": config.type,
@@ -79,7 +101,7 @@ def store_report(
         "dimension": source.dimension,
         "encoder_fingerprint": source.encoder_fingerprint,
         "corpus_fingerprint": source.corpus_fingerprint,
-        **written.build_report(),
+        **about,
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -118,8 +140,9 @@ def converted_store(store: KnowledgeStore, config: Any, device: torch.device | s
         embeddings = store.embeddings
         empty.add(store.nodes, embeddings)
         # What is rounded already cannot tell how much rounding costs.
-        if isinstance(empty, InMemoryKnowledgeStore) and held_as in (None, torch.float32):
+        if isinstance(empty, InMemoryKnowledgeStore) and store.rounded_to is None:
             empty.measure_recall(embeddings)
+        empty.rounded_to = store.rounded_to or empty.rounded_to
     empty.encoder_fingerprint, empty.corpus_fingerprint = store.encoder_fingerprint, store.corpus_fingerprint
     return empty
 

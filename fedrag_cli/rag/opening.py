@@ -35,8 +35,10 @@ class PreviousStore:
         store: The store, with all its passages.
         nodes: The passages, in the order of their positions.
         is_as_wanted: Whether the config wants it of this type and with these settings, so that it may stay.
-        held_as: The number format that its embeddings were rounded to; None where they were not.
-        has_digits: Whether its embeddings have all the digits that the config wants.
+        held_as: The number format that it rounds embeddings to; None where it does not.
+        has_digits: Whether it holds its embeddings with all the digits that the config wants.
+        came_as: The number format that they were rounded to before they came there; None where they were not, or where
+            the config wants them so.
     """
 
     store: KnowledgeStore
@@ -44,6 +46,7 @@ class PreviousStore:
     is_as_wanted: bool
     held_as: Literal["float16", "bfloat16"] | None
     has_digits: bool
+    came_as: str | None
 
 
 def open_store(config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
@@ -97,7 +100,8 @@ def open_previous(config: Any, reporter: Reporter, *, rebuild: bool) -> Previous
     if not nodes:
         return None
     held, needed = (getattr(settings, "dtype", FULL) for settings in (found, wanted))
-    return PreviousStore(store, nodes, found == wanted, None if held == FULL else held, held in (FULL, needed))
+    came_as = None if store.rounded_to == needed else store.rounded_to
+    return PreviousStore(store, nodes, found == wanted, None if held == FULL else held, held in (FULL, needed), came_as)
 
 
 def _holds_files(path: Path) -> bool:

@@ -47,6 +47,8 @@ class KnowledgeStore(ABC):
         self.device = torch.device(device)
         self.encoder_fingerprint: str | None = None
         self.corpus_fingerprint: str | None = None
+        self.rounded_to: str | None = None
+        """The number format that embeddings in the store were rounded to, here or before they came here."""
         self._passages = Passages()
 
     def __len__(self) -> int:

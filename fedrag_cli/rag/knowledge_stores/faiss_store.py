@@ -92,6 +92,7 @@ class FaissKnowledgeStore(KnowledgeStore):
     def replace_embeddings(self, embeddings: Tensor) -> None:
         """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
         check_new(self._passages.nodes, embeddings, self.dimension)
+        self.rounded_to = None
         self._build(embeddings)
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -104,7 +105,7 @@ class FaissKnowledgeStore(KnowledgeStore):
 
     def clear(self) -> None:
         """Remove all passages, their embeddings and the fingerprints."""
-        self.encoder_fingerprint = self.corpus_fingerprint = None
+        self.encoder_fingerprint = self.corpus_fingerprint = self.rounded_to = None
         self._passages = Passages()
         self._build(torch.zeros(0, 0))
 
@@ -138,6 +139,7 @@ class FaissKnowledgeStore(KnowledgeStore):
             "format": FORMAT,
             "encoder": self.encoder_fingerprint,
             "corpus": self.corpus_fingerprint,
+            "rounded": self.rounded_to,
             "passages": len(self),
             "built_of": self._built_of,
             "settings": self._build_settings(),
@@ -182,6 +184,7 @@ class FaissKnowledgeStore(KnowledgeStore):
                 store._is_mapped = store.config.memory_map
             built_with = dict(about["settings"])
             store.encoder_fingerprint, store.corpus_fingerprint = about["encoder"], about["corpus"]
+            store.rounded_to = about.get("rounded")
             store._built_of = int(about["built_of"])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise KnowledgeStoreError(f"'{directory}' holds no knowledge store of FAISS: {error}", hint) from error

@@ -44,6 +44,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         super().__init__(device)
         self.config = config or MemoryStoreConfig()
         self.dtype: torch.dtype = getattr(torch, self.config.dtype)
+        self.rounded_to = self._own_rounding
         self._held = HeldVectors(self.device, self.dtype)
         self._mapped: MappedStore | None = None
         self._journal: Journal | None = None
@@ -100,6 +101,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         check_new(self.nodes, embeddings, self.dimension, self.dtype)
         self._take_over()
         self._held.replace(embeddings.detach())
+        self.rounded_to = self._own_rounding
         self._note_all()
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -120,6 +122,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         self.encoder_fingerprint = self.corpus_fingerprint = None
         self._passages, self._mapped = Passages(), None
         self._held = HeldVectors(self.device, self.dtype)
+        self.rounded_to = self._own_rounding
         self._note_all()
 
     def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
@@ -158,6 +161,8 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             "encoder": self.encoder_fingerprint or "",
             "corpus": self.corpus_fingerprint or "",
         }
+        if self.rounded_to is not None and self.rounded_to != self._own_rounding:
+            metadata["rounded"] = self.rounded_to
         with replace_directory_atomically(directory) as target:
             shape, blocks = (len(self), self.dimension), self._vectors.blocks(max(1, len(self)))
             write_embeddings(target / EMBEDDINGS_FILE, blocks, shape, self.dtype, metadata)
@@ -233,6 +238,10 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         return store
 
     @property
+    def _own_rounding(self) -> str | None:
+        return None if self.dtype == torch.float32 else self.config.dtype
+
+    @property
     def _vectors(self) -> HeldVectors | MappedVectors:
         return self._held if self._mapped is None else self._mapped.vectors
 
@@ -249,6 +258,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             self._passages = Passages(nodes)
         self.encoder_fingerprint = file.metadata.get("encoder") or None
         self.corpus_fingerprint = file.metadata.get("corpus") or None
+        self.rounded_to = file.metadata.get("rounded") or self._own_rounding
         self._replay(directory)
 
     def _replay(self, directory: Path) -> None:

@@ -93,6 +93,7 @@ def describe(source: KnowledgeStore) -> dict[str, Any]:
         "format": FORMAT,
         "encoder": source.encoder_fingerprint,
         "corpus": source.corpus_fingerprint,
+        "rounded": source.rounded_to,
         "passages": len(source),
     }
 
