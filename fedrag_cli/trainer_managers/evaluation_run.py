@@ -15,7 +15,7 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import resolve_relevant_ids
-from fedrag_cli.errors import ConfigError, FedRAGError
+from fedrag_cli.errors import ConfigError, FedRAGError, KnowledgeStoreError
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.rag.from_run import with_tuned_models
@@ -70,7 +70,12 @@ def start_evaluation(
         except (FedRAGError, KeyboardInterrupt):
             run.remove()
             raise
-        return _see_through(run, config, data, metrics, rag_system, reporter)
+        try:
+            return _see_through(run, config, data, metrics, rag_system, reporter)
+        except KnowledgeStoreError:
+            # Passages that a store leaves on disk turn out to be damaged when they are read, before anything is kept.
+            run.remove()
+            raise
 
 
 def resume_evaluation(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
