@@ -576,6 +576,38 @@ def test_a_rebuild_goes_on_only_with_what_a_rebuild_has_encoded(
     assert build_index(config, SilentReporter(), rebuild=True)["resumed"] == 8
 
 
+@pytest.mark.parametrize("rebuild", [True, False])
+def test_an_interrupted_rebuild_goes_on_as_one(
+    config_of: Callable[..., Config], encoded: list[int], stop: Callable[..., int], tmp_path: Path, rebuild: bool
+) -> None:
+    config = config_of()
+    build_index(config, SilentReporter())
+    store = opened(config)
+    store.replace_embeddings(store.embeddings.flip(0))
+    store.save(tmp_path / "store")
+    (tmp_path / "store" / "nodes.jsonl").write_text("damaged")
+    assert stop("--rebuild") == 130
+    encoded.clear()
+    reporter = Notes()
+    told = build_index(config, reporter, rebuild=rebuild)
+    assert (told["resumed"], told["encoded"], told["kept"], sum(encoded)) == (8, 16, 0, 16)
+    assert any("Going on with the rebuild" in note for note in reporter.notes) == (not rebuild)
+    build_index(config_of("fresh"), SilentReporter())
+    assert_equal_stores(config, config_of("fresh"), 0)
+
+
+def test_a_rebuild_that_has_encoded_nothing_is_forgotten(
+    config_of: Callable[..., Config], encoded: list[int], stop: Callable[..., int], tmp_path: Path
+) -> None:
+    config = config_of()
+    build_index(config, SilentReporter())
+    assert stop("--rebuild") == 130
+    file = tmp_path / ".store.partial"
+    file.write_bytes(file.read_bytes().partition(b"\n")[0] + b"\n")
+    encoded.clear()
+    assert (build_index(config, SilentReporter())["kept"], encoded) == (24, [])
+
+
 def test_a_full_disk_loses_nothing(
     config_of: Callable[..., Config], encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

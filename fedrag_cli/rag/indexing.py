@@ -40,7 +40,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     Args:
         config: Names corpus, encoder and store.
         reporter: Told what is being done and why, and shown how far the encoding is.
-        rebuild: Whether to encode everything anew, whatever the old store holds.
+        rebuild: Whether to encode everything anew, whatever the old store holds; what goes on with a rebuild is one.
 
     Returns:
         Where the store is, its numbers of passages (all; encoded now; encoded by an interrupted call before; kept with
@@ -58,7 +58,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     path, place = _partial_file(config)
     with terminable(), partial_file(path, place) as file:
         # Before anything is encoded, because a server may be out of reach, and a store damaged.
-        previous = open_previous(settings, reporter, rebuild=rebuild)
+        previous = open_previous(settings, reporter, rebuild=rebuild or file.holds_rebuild)
         nodes = load_corpus(config.dataset.corpus)
         started = time.monotonic()
         retriever: SentenceTransformerRetriever = build(
@@ -66,12 +66,14 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         )
         encoder = retriever.fingerprint()
         previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
+        partial = file.begin(encoder, reporter, rebuild=rebuild)
+        if partial.is_rebuild and not rebuild:
+            reporter.note(f"Going on with the rebuild that was interrupted; removing {path} would keep the old store.")
         changes = find_changes(
             previous.nodes if previous is not None else [],
             nodes,
-            reusable=not rebuild and _is_reusable(previous, encoder, reporter),
+            reusable=not partial.is_rebuild and _is_reusable(previous, encoder, reporter),
         )
-        partial = file.begin(encoder, reporter, rebuild=rebuild)
         with _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path):
             missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
             _encode(retriever, missing, partial, reporter)

@@ -37,11 +37,12 @@ class PartialIndex:
     Args:
         file: The file, open for reading and appending without a buffer, behind its first line.
         place: What errors of writing name.
+        is_rebuild: Whether all passages are to be encoded, whatever a store holds.
     """
 
-    def __init__(self, file: FileIO, place: Path | str) -> None:
+    def __init__(self, file: FileIO, place: Path | str, *, is_rebuild: bool) -> None:
         """Read the chunks that are whole, and cut off the rest."""
-        self._file, self._place = file, place
+        self._file, self._place, self.is_rebuild = file, place, is_rebuild
         self._parts: list[Tensor] = []
         self._place_of: dict[bytes, tuple[int, int]] = {}
         end = file.tell()
@@ -113,24 +114,57 @@ class PartialFile:
         return not (self._size if self._begun is None else len(self._begun))
 
     @property
+    def holds_rebuild(self) -> bool:
+        """Whether a rebuild was interrupted that has begun the file."""
+        about, end = self._beginning()
+        return bool(about.get("rebuild")) and self._size > end
+
+    @property
     def _size(self) -> int:
         return Path(self._file.name).stat().st_size
 
     def begin(self, encoder: str, reporter: Reporter, *, rebuild: bool) -> PartialIndex:
         """Read what is encoded already, or start anew.
 
+        A rebuild that was interrupted stays one; a rebuild takes over only what another one has encoded.
+
         Args:
             encoder: The fingerprint of the encoder; what another one has encoded is discarded.
             reporter: Told what is discarded.
-            rebuild: Whether to take over only what a rebuild has encoded.
+            rebuild: Whether a rebuild is asked for.
 
         Raises:
             FedRAGError: The file cannot be written.
         """
         with os_errors(self._place):
-            _require_beginning(self._file, encoder, reporter, rebuild=rebuild)
-            self._begun = PartialIndex(self._file, self._place)
-        return self._begun
+            about, _ = self._beginning()
+            is_rebuild = bool(about.get("rebuild"))
+            fits = about.get("format") == FORMAT and about.get("encoder") == encoder and (is_rebuild or not rebuild)
+            found = PartialIndex(self._file, self._place, is_rebuild=is_rebuild) if fits else None
+            if found is None or (not len(found) and is_rebuild != rebuild):
+                if about and not fits:
+                    why = "is of another encoder" if about.get("encoder") != encoder else "does not belong to a rebuild"
+                    reporter.note(f"What an unfinished index has encoded {why} and is discarded.")
+                found = self._started_anew(encoder, rebuild=rebuild)
+            self._begun = found
+        return found
+
+    def _beginning(self) -> tuple[dict[str, object], int]:
+        """Return what the first line says, and where it ends; the file is left there."""
+        self._file.seek(0)
+        line = self._file.readline()
+        try:
+            about = json.loads(line) if line.endswith(b"\n") else {}
+        except ValueError:
+            about = {}
+        return about if isinstance(about, dict) else {}, len(line)
+
+    def _started_anew(self, encoder: str, *, rebuild: bool) -> PartialIndex:
+        self._file.truncate(0)
+        self._file.seek(0)
+        about = {"format": FORMAT, "encoder": encoder, "rebuild": rebuild}
+        _write_all(self._file, json.dumps(about).encode() + b"\n")
+        return PartialIndex(self._file, self._place, is_rebuild=rebuild)
 
 
 @contextmanager
@@ -185,31 +219,6 @@ def _remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _require_beginning(file: FileIO, encoder: str, reporter: Reporter, *, rebuild: bool) -> None:
-    """Leave the file behind its first line, after emptying it where it is not of this format, encoder and purpose."""
-    file.seek(0)
-    beginning = file.readline()
-    about = _about(beginning)
-    fits = about.get("format") == FORMAT and about.get("encoder") == encoder and (about.get("rebuild") or not rebuild)
-    if fits and beginning.endswith(b"\n"):
-        return
-    if about:
-        why = "is of another encoder" if about.get("encoder") != encoder else "does not belong to a rebuild"
-        reporter.note(f"What an unfinished index has encoded {why} and is discarded.")
-    file.truncate(0)
-    file.seek(0)
-    about = {"format": FORMAT, "encoder": encoder, "rebuild": rebuild}
-    _write_all(file, json.dumps(about).encode() + b"\n")
-
-
-def _about(line: bytes) -> dict[str, object]:
-    try:
-        about = json.loads(line)
-    except ValueError:
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _read_chunk(file: FileIO) -> tuple[list[bytes], Tensor] | None:
