@@ -305,6 +305,32 @@ def test_few_changes_are_added_to_the_journal_of_the_store_in_memory(
     assert_equal_stores(config_of(), config_of("fresh", rows=rows), TOLERANCE)
 
 
+def test_an_unchanged_index_writes_a_journal_out_for_a_store_that_stays_on_disk(
+    config_of: Callable[..., Config], encoded: list[int], tmp_path: Path
+) -> None:
+    rows = [*ROWS, {"id": "new", "text": "new"}]
+    build_index(config_of(), SilentReporter())
+    build_index(config_of(rows=rows), SilentReporter())
+    journal = tmp_path / "store" / "changes.jsonl"
+    # Where the store is taken into memory anyway, the journal may stay.
+    build_index(config_of(rows=rows), SilentReporter())
+    assert journal.exists()
+    expected, encoded[:] = opened(config_of(rows=rows)), []
+    mapped = config_of("store", STORES["memory mapped"], rows)
+    assert opened(mapped)._mapped is None  # type: ignore[attr-defined]
+    told = build_index(mapped, SilentReporter())
+    assert (told["passages"], told["kept"], encoded) == (25, 25, [])
+    assert not journal.exists()
+    found = opened(mapped)
+    assert found._mapped is not None  # type: ignore[attr-defined]
+    assert found.nodes == expected.nodes
+    assert torch.equal(found.embeddings, expected.embeddings)
+    assert found.corpus_fingerprint == expected.corpus_fingerprint
+    before = (tmp_path / "store" / "embeddings.safetensors").stat().st_ino
+    build_index(mapped, SilentReporter())
+    assert (tmp_path / "store" / "embeddings.safetensors").stat().st_ino == before
+
+
 def test_a_collection_of_another_name_is_taken_over(config_of: Callable[..., Config], encoded: list[int]) -> None:
     build_index(config_of("store", {"type": "qdrant", "collection": "one"}), SilentReporter())
     encoded.clear()

@@ -71,6 +71,28 @@ def test_what_is_added_replaced_and_deleted_is_appended_and_read_again(folder: P
     assert [node.id for node in load(folder).nodes[-2:]] == ["ü\ud800", "p0"]
 
 
+def test_lines_of_fingerprints_alone_are_counted_too(folder: Path) -> None:
+    store = saved(folder)
+    counts = []
+    for number in range(1, 30):
+        store.corpus_fingerprint = f"corpus {number}"
+        store.save_changes(folder)
+        store.save_changes(folder)
+        counts.append(len(lines(folder)))
+        if number % 5 == 0:
+            store = load(folder)
+        assert load(folder).corpus_fingerprint == f"corpus {number}"
+    # A hundred passages take twelve changes; the thirteenth writes the store.
+    assert counts == [*range(1, 13), *range(13), *range(4)]
+
+
+def test_a_small_store_that_did_not_change_is_not_written(folder: Path) -> None:
+    store = saved(folder, 5)
+    before = (folder / EMBEDDINGS_FILE).stat().st_ino
+    store.save_changes(folder)
+    assert (folder / EMBEDDINGS_FILE).stat().st_ino == before
+
+
 def test_a_full_save_removes_the_journal(folder: Path) -> None:
     store = saved(folder)
     store.add(nodes("new"), torch.ones(1, 4))

@@ -22,7 +22,7 @@ from fedrag_cli.rag.changes import Changes, find_changes
 from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.moving import place_of, require_place, store_report, write_store
+from fedrag_cli.rag.moving import keep_store, place_of, require_place, store_report, write_store
 from fedrag_cli.rag.opening import FULL, PreviousStore, open_previous
 from fedrag_cli.rag.partial_index import PartialIndex, partial_file
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
@@ -155,6 +155,7 @@ class _Update:
         if self.previous is not None and self._may_change(self.previous):
             store, changes = self.previous.store, self.changes
             if store.encoder_fingerprint == self.encoder and store.corpus_fingerprint == corpus and not changes.encoded:
+                keep_store(store, settings)
                 return store, store
             # Stores of other types build their index anew at any change but an append: better once than twice.
             if settings.path is not None and (settings.type == "memory" or changes.only_appends):

@@ -128,6 +128,17 @@ def write_store(store: KnowledgeStore, config: Any) -> KnowledgeStore:
     return converted
 
 
+def keep_store(store: KnowledgeStore, config: Any) -> None:
+    """Leave an unchanged store at its place, but for what makes later uses of it quicker.
+
+    Args:
+        store: The store as it was opened there.
+        config: The config dataclass that names the place.
+    """
+    if config.path is not None and store.is_worth_writing:
+        store.save(Path(config.path))
+
+
 def converted_store(store: KnowledgeStore, config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
     """Return a store of the type and number format that a config names with the passages of another, in memory."""
     # An empty store of the right type; what its place holds is not looked at.

@@ -140,6 +140,11 @@ class KnowledgeStore(ABC):
         return {}
 
     @property
+    def is_worth_writing(self) -> bool:
+        """Whether a saved store that is as it was saved would be read more cheaply after it is written out anew."""
+        return False
+
+    @property
     def is_kept_elsewhere(self) -> bool:
         """Whether a server holds the store just as it is, so that a run needs no copy of it."""
         return False

@@ -134,6 +134,11 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
         return self._vectors.at(positions).to(self.device, torch.float32)
 
+    @property
+    def is_worth_writing(self) -> bool:
+        """Whether a journal has taken into memory what is to stay on disk."""
+        return self.config.memory_map and self._mapped is None and len(self) > 0
+
     def measure_recall(self, embeddings: Tensor) -> None:
         """Compare searches with those over the embeddings before they were rounded, for `build_report`.
 
@@ -180,10 +185,11 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: Another process has changed the folder meanwhile.
         """
-        if self._journal is None or not self._journal.suffices(directory, len(self)):
+        fingerprints = (self.encoder_fingerprint, self.corpus_fingerprint)
+        if self._journal is None or not self._journal.suffices(directory, len(self), fingerprints):
             self.save(directory)
             return
-        pending = self._journal.pending((self.encoder_fingerprint, self.corpus_fingerprint))
+        pending = self._journal.pending(fingerprints)
         if pending is None:
             return
         deleted, put = pending
