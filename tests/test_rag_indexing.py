@@ -792,14 +792,66 @@ def test_a_server_out_of_reach_is_told_before_anything_is_encoded(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_server_gets_a_new_collection_only_where_something_has_changed(
-    write_config: WriteConfig, encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a Qdrant in memory, which stands for any server."""
     from fedrag_cli.rag.knowledge_stores import qdrant_publishing, qdrant_store
 
     server = in_memory()
     for module in (qdrant_store, qdrant_publishing):
         monkeypatch.setattr(module, "connect", lambda _: server)
+    return server
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+def test_a_collection_of_others_is_left_alone_before_anything_is_encoded(
+    write_config: WriteConfig, encoded: list[int], server: Any, rebuild: bool
+) -> None:
+    from qdrant_client import models
+
+    server.create_collection("fedrag", models.VectorParams(size=4, distance=models.Distance.DOT))
+    config = load_config(write_config(rag_system={"knowledge_store": {"type": "qdrant", "url": "http://h:1"}}))
+    with pytest.raises(KnowledgeStoreError, match="which fedrag did not write and leaves alone"):
+        build_index(config, SilentReporter(), rebuild=rebuild)
+    assert not encoded
+    assert [found.name for found in server.get_collections().collections] == ["fedrag"]
+
+
+def test_another_filter_alone_gets_its_index_on_the_server(
+    write_config: WriteConfig, encoded: list[int], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, str, str]] = []
+    known: dict[str, Any] = {}
+    look = server.get_collection
+
+    def create(name: str, key: str, field_schema: Any) -> None:
+        made.append((name, key, field_schema.value))
+        known[key] = field_schema
+
+    monkeypatch.setattr(server, "create_payload_index", create)
+    monkeypatch.setattr(
+        server, "get_collection", lambda name: look(name).model_copy(update={"payload_schema": dict(known)})
+    )
+
+    def indexed(**settings: Any) -> dict[str, Any]:
+        store = {"type": "qdrant", "url": "http://h:1", **settings}
+        return build_index(load_config(write_config(rag_system={"knowledge_store": store})), SilentReporter())
+
+    indexed(filter={"title": "owl"})
+    (collection,) = [found.name for found in server.get_collections().collections]
+    assert made == [(collection, "metadata.title", "keyword")]
+    encoded.clear()
+    for _ in range(2):
+        assert indexed(filter={"title": "cat", "year": 7, "old": True})["kept"] == 24
+    assert indexed()["kept"] == 24
+    assert made[1:] == [(collection, "metadata.year", "integer"), (collection, "metadata.old", "bool")]
+    assert not encoded
+    assert [found.name for found in server.get_collections().collections] == [collection]
+
+
+def test_a_server_gets_a_new_collection_only_where_something_has_changed(
+    write_config: WriteConfig, encoded: list[int], tmp_path: Path, server: Any
+) -> None:
     config = load_config(write_config(rag_system={"knowledge_store": {"type": "qdrant", "url": "http://h:1"}}))
     assert build_index(config, SilentReporter())["encoded"] == 24
     names = [found.name for found in server.get_collections().collections]

@@ -157,8 +157,8 @@ class _Update:
             if store.encoder_fingerprint == self.encoder and store.corpus_fingerprint == corpus and not changes.encoded:
                 keep_store(store, settings)
                 return store, store
-            # Stores of other types build their index anew at any change but an append: better once than twice.
-            if settings.path is not None and (settings.type == "memory" or changes.only_appends):
+            # A store that builds its index anew at a change had better do so once than twice.
+            if settings.path is not None and (store.changes_cheaply or changes.only_appends):
                 self._change(store, corpus)
                 store.save_changes(Path(settings.path))
                 return store, store

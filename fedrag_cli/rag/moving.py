@@ -48,7 +48,7 @@ def move_index(config: Config, target: Config, reporter: Reporter, *, replace: b
     """
     source, wanted = config.rag_system.knowledge_store, target.rag_system.knowledge_store
     place = require_place(wanted)
-    if require_place(source) == place:
+    if _require_named(source) == place:
         raise ConfigError(f"Both configs name the same knowledge store: {place}", "Give the second another place.")
     started = time.monotonic()
     reporter.note("Opening the knowledge store")
@@ -137,6 +137,10 @@ def keep_store(store: KnowledgeStore, config: Any) -> None:
     """
     if config.path is not None and store.is_worth_writing:
         store.save(Path(config.path))
+    if getattr(config, "url", None) is not None and config.filter:
+        from fedrag_cli.rag.knowledge_stores.qdrant_publishing import index_filter
+
+        index_filter(config)
 
 
 def converted_store(store: KnowledgeStore, config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
@@ -170,15 +174,26 @@ def require_place(config: Any) -> str:
 
     Raises:
         ConfigError: The config names none, or a folder that holds something else than a store.
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The server has a collection of that name which fedrag did not write.
     """
+    place = _require_named(config)
+    if config.path is not None:
+        _require_own_folder(Path(config.path))
+    if getattr(config, "url", None) is not None:
+        from fedrag_cli.rag.knowledge_stores.qdrant_publishing import require_own_collection
+
+        require_own_collection(config)
+    return place
+
+
+def _require_named(config: Any) -> str:
     place = place_of(config)
     if place is None:
         raise ConfigError(
             "The config does not say where to save the knowledge store.",
             "Set rag_system.knowledge_store.path, or add rag_system.knowledge_store.path=FOLDER to the command.",
         )
-    if config.path is not None:
-        _require_own_folder(Path(config.path))
     return place
 
 

@@ -140,6 +140,11 @@ class KnowledgeStore(ABC):
         return {}
 
     @property
+    def changes_cheaply(self) -> bool:
+        """Whether any change of a saved store costs less than writing it anew; of others only an append does."""
+        return False
+
+    @property
     def is_worth_writing(self) -> bool:
         """Whether a saved store that is as it was saved would be read more cheaply after it is written out anew."""
         return False

@@ -135,6 +135,11 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         return self._vectors.at(positions).to(self.device, torch.float32)
 
     @property
+    def changes_cheaply(self) -> bool:
+        """Whether any change of a saved store costs less than writing it anew."""
+        return True
+
+    @property
     def is_worth_writing(self) -> bool:
         """Whether a journal has taken into memory what is to stay on disk."""
         return self.config.memory_map and self._mapped is None and len(self) > 0
