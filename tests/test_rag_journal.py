@@ -16,9 +16,8 @@ from test_rag_knowledge_stores import nodes, numbered, vectors
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, FedRAGError, KnowledgeStoreError
 from fedrag_cli.rag.config import MemoryStoreConfig
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
-from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
 from fedrag_cli.rag.moving import require_place
 
 load = InMemoryKnowledgeStore.load
@@ -279,6 +278,7 @@ from pathlib import Path
 import torch
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 store = InMemoryKnowledgeStore.load(folder)
@@ -324,5 +324,5 @@ def test_a_folder_with_a_journal_is_a_store_and_one_with_more_is_not(folder: Pat
     config = MemoryStoreConfig(path=str(folder))
     assert require_place(config) == str(folder)
     (folder / "mine.txt").touch()
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="something other"):
         require_place(config)

@@ -16,10 +16,9 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, NODES_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
 
 MakeStore = Callable[[], KnowledgeStore]

@@ -98,6 +98,30 @@ def test_a_filter_that_hides_all_passages_of_a_built_store_encodes_nothing(
     assert "Encoding" not in shown
 
 
+def test_another_type_says_which_settings_went_with_the_old_one(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(rag_system={"knowledge_store": {"type": "memory", "path": "store", "memory_map": True}}))
+    key = "rag_system.knowledge_store"
+
+    def told(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(["index", config, *arguments, "--json"]) == 2
+        return str(json.loads(capsys.readouterr().out)["error"]["message"])
+
+    assert told(f"{key}.type=faiss").endswith("change of type to 'faiss' dropped the former path, memory_map.")
+    message = told(f"{key}={{type: faiss, memory_map: true}}")
+    assert "needs a path" in message
+    assert message.endswith("(the change of type dropped the former path)")
+    assert "dropped" not in told("rag_system.retriever.model=null", f"{key}.type=faiss")
+    assert "dropped" not in told(f"{key}={{type: faiss, index: maybe}}")
+    assert main(["index", config, f"{key}.type=faiss", f"{key}.path={tmp_path / 'other'}", "-q"]) == 0
+    base = tmp_path / "other.yaml"
+    base.write_text("extends: config.yaml\nrag_system: {knowledge_store: {type: faiss}}\n")
+    config = str(base)
+    assert "dropped the former path, memory_map" in told()
+
+
 @pytest.mark.parametrize("store", ["type: memory", "type: memory, memory_map: true", "type: faiss", "type: qdrant"])
 def test_an_evaluation_on_a_damaged_store_leaves_no_run_directory(
     write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], store: str

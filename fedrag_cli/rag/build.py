@@ -14,8 +14,9 @@ from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.models import choose_device
-from fedrag_cli.rag.moving import converted_store, place_of
+from fedrag_cli.rag.moving import converted_store
 from fedrag_cli.rag.opening import open_store
+from fedrag_cli.rag.places import place_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build

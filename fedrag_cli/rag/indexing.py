@@ -22,9 +22,10 @@ from fedrag_cli.rag.changes import Changes, find_changes
 from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.moving import keep_store, place_of, require_place, store_report, write_store
+from fedrag_cli.rag.moving import keep_store, require_place, store_report, write_store
 from fedrag_cli.rag.opening import FULL, PreviousStore, open_previous
 from fedrag_cli.rag.partial_index import PartialIndex, partial_file
+from fedrag_cli.rag.places import place_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.registry import build
 from fedrag_cli.runs.interrupt import terminable

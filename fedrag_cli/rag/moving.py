@@ -12,21 +12,11 @@ import torch
 from fedrag_cli.config import Config
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
-from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
-from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE, META_FILE
 from fedrag_cli.rag.opening import FULL, open_previous, open_store
+from fedrag_cli.rag.places import place_of, require_named_place, require_own_folder
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
-
-# What the folders of stores may hold, by the name of the file that tells its kind.
-_FOLDERS = (
-    {EMBEDDINGS_FILE, NODES_FILE, JOURNAL_FILE},
-    {INDEX_FILE, NODES_FILE, STORE_FILE},
-    {"collection", META_FILE, STORE_FILE, LOCK_FILE},
-)
 
 
 def move_index(config: Config, target: Config, reporter: Reporter, *, replace: bool = False) -> dict[str, Any]:
@@ -48,7 +38,7 @@ def move_index(config: Config, target: Config, reporter: Reporter, *, replace: b
     """
     source, wanted = config.rag_system.knowledge_store, target.rag_system.knowledge_store
     place = require_place(wanted)
-    if _require_named(source) == place:
+    if require_named_place(source) == place:
         raise ConfigError(f"Both configs name the same knowledge store: {place}", "Give the second another place.")
     started = time.monotonic()
     reporter.note("Opening the knowledge store")
@@ -162,47 +152,18 @@ def converted_store(store: KnowledgeStore, config: Any, device: torch.device | s
     return empty
 
 
-def place_of(config: Any) -> str | None:
-    """Return the folder of a store, or the server and collection; None where it is only kept in memory."""
-    url = getattr(config, "url", None)
-    place: str | None = config.path if url is None else f"{url}/collections/{config.collection}"
-    return place
-
-
 def require_place(config: Any) -> str:
     """Return the place of a store after checking that writing there would destroy nothing else.
 
     Raises:
-        ConfigError: The config names none, or a folder that holds something else than a store.
+        ConfigError: The config names none, or a folder that holds something other than a store.
         ConnectionFailedError: The server cannot be reached, or refuses the key.
         KnowledgeStoreError: The server has a collection of that name which fedrag did not write.
     """
-    place = _require_named(config)
-    if config.path is not None:
-        _require_own_folder(Path(config.path))
+    place = require_named_place(config)
+    require_own_folder(config)
     if getattr(config, "url", None) is not None:
         from fedrag_cli.rag.knowledge_stores.qdrant_publishing import require_own_collection
 
         require_own_collection(config)
     return place
-
-
-def _require_named(config: Any) -> str:
-    place = place_of(config)
-    if place is None:
-        raise ConfigError(
-            "The config does not say where to save the knowledge store.",
-            "Set rag_system.knowledge_store.path, or add rag_system.knowledge_store.path=FOLDER to the command.",
-        )
-    return place
-
-
-def _require_own_folder(path: Path) -> None:
-    """Refuse a place that holds anything but a knowledge store, because saving one replaces the whole folder."""
-    if not path.exists():
-        return
-    if not path.is_dir() or not any({file.name for file in path.iterdir()} <= files for files in _FOLDERS):
-        raise ConfigError(
-            f"'{path}' holds something else than a knowledge store, which would be lost.",
-            "Set rag_system.knowledge_store.path to a new or empty folder.",
-        )

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile
-from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, STORE_FILE
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, INDEX_FILE, STORE_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_folder import META_FILE
 from fedrag_cli.rag.knowledge_stores.vectors import format_name
 from fedrag_cli.registry import build, registry

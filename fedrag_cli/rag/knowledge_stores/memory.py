@@ -16,11 +16,11 @@ from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.blocks import search_blocks
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile, write_embeddings
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile, write_embeddings
 from fedrag_cli.rag.knowledge_stores.folders import read_one_state
 from fedrag_cli.rag.knowledge_stores.journal import Change, Journal
 from fedrag_cli.rag.knowledge_stores.memory_map import MappedStore, MappedVectors
-from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE, Passages, read_nodes, write_nodes
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, NODES_FILE, Passages, read_nodes, write_nodes
 from fedrag_cli.rag.knowledge_stores.recall import found_at_once, recall, sampled_positions
 from fedrag_cli.rag.knowledge_stores.vectors import HeldVectors, format_name
 from fedrag_cli.runs.atomic import replace_directory_atomically
