@@ -332,6 +332,7 @@ def test_errors_of_the_system_say_what_to_do(number: int, message: str) -> None:
     with pytest.raises(FedRAGError, match=message) as caught, os_errors("runs/summary.json"):
         raise OSError(number, os.strerror(number))
     assert "runs/summary.json" in caught.value.message
+    assert "[Errno" not in caught.value.message
     assert caught.value.hint
     assert caught.value.exit_code == 1
 

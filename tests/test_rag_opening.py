@@ -15,6 +15,7 @@ from fedrag_cli.config import load_config
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.knowledge_stores.faults import fault_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 
 WriteConfig = Callable[..., Path]
@@ -120,6 +121,51 @@ def test_another_type_says_which_settings_went_with_the_old_one(
     base.write_text("extends: config.yaml\nrag_system: {knowledge_store: {type: faiss}}\n")
     config = str(base)
     assert "dropped the former path, memory_map" in told()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/a/store/nodes.jsonl"), "'nodes.jsonl' is missing."),
+        (FileNotFoundError("No such file or directory: /a/e.safetensors"), "'e.safetensors' is missing."),
+        (PermissionError(13, "Permission denied", "/a/b"), "'b' cannot be read (Permission denied)."),
+        (ValueError("it ends early"), "it ends early."),
+        (KeyError("format"), "it has no 'format'."),
+        (json.JSONDecodeError("no value", "", 0), "it is not as it was written (no value: line 1 column 1 (char 0))."),
+    ],
+)
+def test_faults_are_told_in_sentences(error: Exception, told: str) -> None:
+    assert fault_of(error) == told
+
+
+def test_weights_are_loaded_without_a_bar_and_downloads_keep_theirs(
+    write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    config, seen = str(write_config()), []
+    load = SentenceTransformerRetriever.from_config
+
+    def loading(*arguments: Any, **settings: Any) -> Any:
+        seen.append((logging.is_progress_bar_enabled(), are_progress_bars_disabled()))
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(SentenceTransformerRetriever, "from_config", loading)
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    for command in (["index", config, f"rag_system.knowledge_store.path={tmp_path / 'store'}"],
+                    ["query", config, QUESTION]):  # fmt: skip
+        assert main(command) == 0
+        assert "Loading weights" not in capfd.readouterr().err
+        assert logging.is_progress_bar_enabled()
+    assert seen == [(False, False)] * 2
+    logging.disable_progress_bar()
+    build_rag_system(load_config(config), with_generator=False)
+    assert (seen[2:], logging.is_progress_bar_enabled()) == ([(False, True)], False)
+    if shown:
+        logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("store", ["type: memory", "type: memory, memory_map: true", "type: faiss", "type: qdrant"])

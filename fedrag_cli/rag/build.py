@@ -13,6 +13,7 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.loading import without_weight_bars
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.moving import converted_store
 from fedrag_cli.rag.opening import open_store
@@ -49,7 +50,7 @@ def build_rag_system(
     # What is wrong with a store is told before the models are loaded, which takes longer.
     store = _open_store(config, nodes, reporter)
     reporter.note("Loading the models")
-    retriever = _load_retriever(config)
+    retriever = load_retriever(config)
     if store is not None:
         store.require_encoder(retriever.fingerprint())
     generator = _load_generator(config) if with_generator else None
@@ -73,7 +74,7 @@ def build_rag_system_without_passages(
         ModelError: A model is missing or broken.
     """
     (reporter or SilentReporter()).note("Loading the models")
-    retriever = _load_retriever(config)
+    retriever = load_retriever(config)
     generator = _load_generator(config) if with_generator else None
     store = InMemoryKnowledgeStore(retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
@@ -111,8 +112,12 @@ def _assemble(
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
 
 
-def _load_retriever(config: Config) -> SentenceTransformerRetriever:
-    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
+def load_retriever(config: Config) -> SentenceTransformerRetriever:
+    """Load the retriever that a config describes."""
+    with without_weight_bars():
+        retriever: SentenceTransformerRetriever = build(
+            "retriever", config.rag_system.retriever, device=config.run.device
+        )
     return retriever
 
 
@@ -120,9 +125,10 @@ def _load_generator(config: Config) -> CausalLMGenerator | None:
     settings = config.rag_system
     if settings.generator is None:
         return None
-    generator: CausalLMGenerator = build(
-        "generator", settings.generator, prompt=settings.prompt, device=config.run.device, seed=config.run.seed
-    )
+    with without_weight_bars():
+        generator: CausalLMGenerator = build(
+            "generator", settings.generator, prompt=settings.prompt, device=config.run.device, seed=config.run.seed
+        )
     return generator
 
 

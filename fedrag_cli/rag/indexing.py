@@ -17,7 +17,7 @@ from fedrag_cli.config import Config
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import RunInterruptedError
-from fedrag_cli.rag.build import corpus_fingerprint
+from fedrag_cli.rag.build import corpus_fingerprint, load_retriever
 from fedrag_cli.rag.changes import Changes, find_changes
 from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
@@ -27,7 +27,6 @@ from fedrag_cli.rag.opening import FULL, PreviousStore, open_previous
 from fedrag_cli.rag.partial_index import PartialIndex, partial_file
 from fedrag_cli.rag.places import place_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
-from fedrag_cli.registry import build
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
 
@@ -62,9 +61,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         previous = open_previous(settings, reporter, rebuild=rebuild or file.holds_rebuild)
         nodes = load_corpus(config.dataset.corpus)
         started = time.monotonic()
-        retriever: SentenceTransformerRetriever = build(
-            "retriever", config.rag_system.retriever, device=config.run.device
-        )
+        retriever = load_retriever(config)
         encoder = retriever.fingerprint()
         previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
         partial = file.begin(encoder, reporter, rebuild=rebuild)

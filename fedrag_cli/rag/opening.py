@@ -15,6 +15,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile
+from fedrag_cli.rag.knowledge_stores.faults import sentence
 from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, INDEX_FILE, STORE_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_folder import META_FILE
 from fedrag_cli.rag.knowledge_stores.vectors import format_name
@@ -95,7 +96,7 @@ def open_previous(config: Any, reporter: Reporter, *, rebuild: bool) -> Previous
     except (KnowledgeStoreError, ConfigError) as error:
         if not rebuild:
             raise
-        reporter.note(f"{error.message} It is built anew.")
+        reporter.note(f"{sentence(error.message)} It is built anew.")
         return None
     if not nodes:
         return None

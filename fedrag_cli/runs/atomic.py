@@ -56,8 +56,9 @@ def os_errors(path: Path | str) -> Iterator[None]:
                 f"Cannot write {path}: {reason}.",
                 "Check who owns the folder and whether it is mounted read-only, or choose another folder.",
             ) from error
+        where = f" ({error.filename})" if error.filename is not None and str(error.filename) != str(path) else ""
         raise FedRAGError(
-            f"Cannot write {path}: {error}.", "Check that the folder exists and that its disk works."
+            f"Cannot write {path}: {reason}{where}.", "Check that the folder exists and that its disk works."
         ) from error
     except FedRAGError:
         raise

@@ -17,6 +17,7 @@ from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.blocks import search_blocks
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
 from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile, write_embeddings
+from fedrag_cli.rag.knowledge_stores.faults import damaged_store, no_store
 from fedrag_cli.rag.knowledge_stores.folders import read_one_state
 from fedrag_cli.rag.knowledge_stores.journal import Change, Journal
 from fedrag_cli.rag.knowledge_stores.memory_map import MappedStore, MappedVectors
@@ -26,7 +27,6 @@ from fedrag_cli.rag.knowledge_stores.vectors import HeldVectors, format_name
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
 FORMAT = "fedrag-memory-store-1"
-_HINT = "Build it anew with 'fedrag index CONFIG --rebuild'."
 
 
 class InMemoryKnowledgeStore(KnowledgeStore):
@@ -243,9 +243,9 @@ class InMemoryKnowledgeStore(KnowledgeStore):
                 )
             store._read(directory, file)
         except FileNotFoundError as error:
-            raise KnowledgeStoreError(f"'{directory}' holds no knowledge store: {error}", _HINT) from error
+            raise no_store(directory, error) from error
         except (SafetensorError, ValueError, TypeError, OSError) as error:
-            raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {error}", _HINT) from error
+            raise damaged_store(directory, error) from error
         return store
 
     @property
