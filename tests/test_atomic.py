@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedrag_cli.errors import FedRAGError
+from fedrag_cli.runs import temporary
 from fedrag_cli.runs.atomic import (
     os_errors,
     remove_leftovers,
@@ -22,6 +26,7 @@ from fedrag_cli.runs.atomic import (
     write_json_atomically,
     write_text_atomically,
 )
+from fedrag_cli.runs.temporary import remove_abandoned
 
 
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:
@@ -197,6 +202,93 @@ def test_a_reader_that_restores_between_the_two_renames_does_not_stop_the_writer
     assert list(tmp_path.iterdir()) == [target]
 
 
+KILLED_WHILE_FILLING = """
+import os, signal, sys
+from fedrag_cli.runs.atomic import replace_directory_atomically
+with replace_directory_atomically(sys.argv[1]) as directory:
+    (directory / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_still_fill_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "a[1]" / "store"
+    for _ in range(3):
+        _run_until_killed(KILLED_WHILE_FILLING, target)
+    _run_until_killed(KILLED_WHILE_FILLING, target.with_name("store.other"))
+    (target.with_name(".store.01234567.tmp")).write_text("a file")
+    # Each has removed what the one before it left.
+    assert len(list(target.parent.iterdir())) == 3
+    with replace_directory_atomically(target) as one:
+        (one / "one").touch()
+        with replace_directory_atomically(target) as two:
+            (two / "two").touch()
+        assert [entry.name for entry in target.iterdir()] == ["two"]
+        assert (one / "one").exists()
+    assert [entry.name for entry in target.iterdir()] == ["one"]
+    left = {re.sub("[0-9a-f]{8}", "?", entry.name) for entry in target.parent.iterdir()}
+    assert left == {"store", ".store.other.?.tmp", ".store.?.tmp"}
+    assert target.with_name(".store.01234567.tmp").is_file()
+
+
+def test_a_new_directory_that_was_taken_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, made = Path.mkdir, []
+
+    def with_a_cleaner(self: Path, *arguments: Any, **settings: Any) -> None:
+        mkdir(self, *arguments, **settings)
+        if self.name.endswith(".tmp"):
+            made.append(self)
+            if len(made) < 3:
+                remove_abandoned(tmp_path / "store")
+
+    monkeypatch.setattr(Path, "mkdir", with_a_cleaner)
+    with replace_directory_atomically(tmp_path / "store") as directory:
+        (directory / "new").touch()
+    assert len(made) == 3
+    assert [entry.name for entry in (tmp_path / "store").iterdir()] == ["new"]
+
+
+def test_what_is_half_removed_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "store"
+    _filled(target, "old")
+    monkeypatch.setattr(temporary, "remove", _removes_half)
+    with pytest.raises(KeyboardInterrupt):
+        _filled(target, "new")
+    assert sorted(entry.name for entry in target.iterdir()) == ["new0", "new1"]
+    shutil.rmtree(target)
+    assert not restore_interrupted(target)
+    assert not target.exists()
+    monkeypatch.undo()
+    with replace_directory_atomically(target):
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def _filled(target: Path, name: str) -> None:
+    with replace_directory_atomically(target) as directory:
+        for number in range(2):
+            (directory / f"{name}{number}").touch()
+
+
+def _removes_half(path: Path) -> None:
+    next(path.iterdir()).unlink()
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT])
+def test_what_another_has_restored_or_replaced_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / ".store.old.tmp").mkdir()
+
+    def already(self: Path, to: Path) -> Path:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "rename", already)
+    assert not restore_interrupted(tmp_path / "store")
+
+
 def test_leftovers_are_removed_and_other_files_kept(tmp_path: Path) -> None:
     kept = [tmp_path / ".hidden.tmp", tmp_path / "a.json", tmp_path / "b.0123abcd.tmp"]
     leftovers = [tmp_path / ".a.json.0123abcd.tmp", tmp_path / "plots" / ".loss.png.89abcdef.tmp"]
@@ -240,6 +332,7 @@ def test_errors_of_the_system_say_what_to_do(number: int, message: str) -> None:
     with pytest.raises(FedRAGError, match=message) as caught, os_errors("runs/summary.json"):
         raise OSError(number, os.strerror(number))
     assert "runs/summary.json" in caught.value.message
+    assert "[Errno" not in caught.value.message
     assert caught.value.hint
     assert caught.value.exit_code == 1
 

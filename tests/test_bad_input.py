@@ -233,7 +233,9 @@ def test_damaged_store(
     code, shown = run("query", config, QUESTION, store)
     assert code == EXIT_DATA
     assert f"'{tmp_path / 'store'}'" in shown
-    assert ("is damaged" in shown) or ("holds no knowledge store" in shown)
+    assert ("is damaged" in shown) or (f"holds no knowledge store: '{name}' is missing." in shown)
+    assert "[Errno" not in shown
+    assert shown.splitlines()[-2].endswith(".")
     assert "fedrag index" in shown
 
 

@@ -198,7 +198,8 @@ def test_another_type_drops_the_settings_of_the_default_type_too(tmp_path: Path)
     test = load_config(path, ["dataset.test.type=squad", "dataset.test.path=/s.json"]).dataset.test
     assert (test.type, test.path) == ("squad", "/s.json")
     assert problems(path, "dataset.test.type=squad") == [
-        "command line (dataset.test.type=squad): dataset.test.path: is required"
+        "command line (dataset.test.type=squad): dataset.test.path: is required (the change of type dropped the former "
+        "path)"
     ]
 
 

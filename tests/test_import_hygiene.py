@@ -49,6 +49,34 @@ def test_commands_that_load_no_model_import_no_model_library(tmp_path: Path, arg
     assert [name for name in HEAVY if name in found["modules"]] == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["index", "c.yaml"],
+        ["index", "stored.yaml", "rag_system.knowledge_store.type=faiss"],
+        ["index", "stored.yaml", "rag_system.knowledge_store.path=full"],
+        ["index", "stored.yaml", "--to", "c.yaml"],
+        ["index", "stored.yaml", "--to", "missing.yaml"],
+        ["query", "c.yaml", "what ?", "rag_system.generator=null"],
+        ["evaluate", "c.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_with_a_config_is_told_before_a_model_library_is_imported(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG, encoding="utf-8")
+    (tmp_path / "stored.yaml").write_text("extends: c.yaml\nrag_system: {knowledge_store: {path: store}}\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-c", RUN_COMMAND, str(report), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert found["code"] == 2, done.stderr
+    assert [name for name in HEAVY if name in found["modules"]] == []
+
+
 @pytest.mark.parametrize("module", ["comparing", "report"])
 def test_what_only_reads_runs_needs_no_model_library(module: str) -> None:
     program = f"import sys, fedrag_cli.trainer_managers.{module}; print(*sys.modules)"

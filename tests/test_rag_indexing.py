@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -23,13 +24,16 @@ from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config, load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import FedRAGError, KnowledgeStoreError, RunInterruptedError
+from fedrag_cli.rag import indexing
 from fedrag_cli.rag import partial_index as partial_index_module
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.changes import find_changes
 from fedrag_cli.rag.indexing import build_index
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.qdrant_connection import in_memory
+from fedrag_cli.rag.moving import move_index
 from fedrag_cli.rag.opening import open_store
+from fedrag_cli.rag.partial_index import partial_file
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.runs.reporting import SilentReporter
 
@@ -217,6 +221,77 @@ def test_rounded_embeddings_are_kept_only_where_rounded_ones_are_wanted(
         assert_equal_stores(config_of("store", store), config_of("fresh", store), 0)
 
 
+@pytest.mark.parametrize("kind", ["memory", "memory mapped", "faiss flat", "qdrant"])
+def test_a_moved_store_knows_that_its_embeddings_were_rounded(
+    config_of: Callable[..., Config], encoded: list[int], kind: str
+) -> None:
+    half = config_of("half", {"type": "memory", "dtype": "float16"})
+    build_index(half, SilentReporter())
+    moved, reporter = config_of("moved", STORES[kind]), Notes()
+    assert move_index(half, moved, reporter)["rounded_to"] == "float16"
+    assert any("rounded to float16 and stay so" in note and "--rebuild" in note for note in reporter.notes)
+    encoded.clear()
+    rows: Rows = [{"id": "new", "text": "new"}, *ROWS]
+    for new in (0, 1):
+        reporter = Notes()
+        told = build_index(config_of("moved", STORES[kind], rows[1 - new :]), reporter)
+        assert (told["kept"], sum(encoded), told["rounded_to"]) == (24, new, "float16")
+        assert any("rounded to float16 before" in note and "--rebuild" in note for note in reporter.notes)
+        assert opened(moved).rounded_to == "float16"
+    # No digits come back on the way through another half, and no loss is measured against what lost some.
+    for dtype in ("bfloat16", "float16"):
+        told = move_index(moved, config_of(dtype, {"type": "memory", "dtype": dtype}, rows), SilentReporter())
+        assert "recall@10" not in told
+        assert told.get("rounded_to") == (None if dtype == "float16" else "float16")
+    assert opened(config_of("bfloat16", {"type": "memory", "dtype": "bfloat16"}, rows)).rounded_to == "float16"
+    reporter = Notes()
+    told = build_index(moved, reporter, rebuild=True)
+    assert (told["encoded"], told.get("rounded_to"), reporter.notes) == (25, None, [])
+    assert opened(moved).rounded_to is None
+    build_index(config_of("fresh", STORES[kind], rows), SilentReporter())
+    assert_equal_stores(moved, config_of("fresh", STORES[kind], rows), 0)
+
+
+@pytest.mark.parametrize("kind", ["memory", "faiss flat", "qdrant"])
+def test_new_embeddings_for_all_have_all_digits(config_of: Callable[..., Config], kind: str) -> None:
+    half = config_of("half", {"type": "memory", "dtype": "float16"})
+    build_index(half, SilentReporter())
+    move_index(half, config_of("moved", STORES[kind]), SilentReporter())
+    store = opened(config_of("moved", STORES[kind]))
+    store.replace_embeddings(store.embeddings)
+    assert store.rounded_to is None
+    half_store = opened(half)
+    half_store.clear()
+    assert half_store.rounded_to == "float16"
+
+
+@pytest.mark.parametrize("kind", ["memory", "faiss flat", "qdrant"])
+def test_a_store_of_other_passages_is_moved_over_only_where_that_is_asked_for(
+    config_of: Callable[..., Config], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_of("old", STORES[kind])
+    (tmp_path / "config.yaml").rename(tmp_path / "old.yaml")
+    write_rows(tmp_path / "corpus.jsonl", ROWS[2:])
+    assert main(["index", str(tmp_path / "old.yaml"), "-q"]) == 0
+    config = config_of("new", rows=ROWS)
+    build_index(config, SilentReporter())
+    command = ["index", str(tmp_path / "config.yaml"), "--to", str(tmp_path / "old.yaml"), "--json"]
+    file = max((path for path in (tmp_path / "old").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    for message in ("holds a knowledge store of other passages", "damaged"):
+        capsys.readouterr()
+        assert main(command) == 3
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert message in error["message"]
+        assert str(tmp_path / "old") in error["message"]
+        assert "--replace" in error["hint"]
+        file.write_bytes(file.read_bytes()[:-9])
+    for _ in range(2):
+        assert main([*command, "--replace"]) == 0
+    assert main(command) == 0
+    assert len(opened(load_config(tmp_path / "old.yaml"))) == 24
+    assert main(["index", str(tmp_path / "config.yaml"), "--replace"]) == 2
+
+
 def test_few_changes_are_added_to_the_journal_of_the_store_in_memory(
     config_of: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -228,6 +303,32 @@ def test_few_changes_are_added_to_the_journal_of_the_store_in_memory(
     assert (tmp_path / "store" / "embeddings.safetensors").stat().st_ino == before
     build_index(config_of("fresh", rows=rows), SilentReporter())
     assert_equal_stores(config_of(), config_of("fresh", rows=rows), TOLERANCE)
+
+
+def test_an_unchanged_index_writes_a_journal_out_for_a_store_that_stays_on_disk(
+    config_of: Callable[..., Config], encoded: list[int], tmp_path: Path
+) -> None:
+    rows = [*ROWS, {"id": "new", "text": "new"}]
+    build_index(config_of(), SilentReporter())
+    build_index(config_of(rows=rows), SilentReporter())
+    journal = tmp_path / "store" / "changes.jsonl"
+    # Where the store is taken into memory anyway, the journal may stay.
+    build_index(config_of(rows=rows), SilentReporter())
+    assert journal.exists()
+    expected, encoded[:] = opened(config_of(rows=rows)), []
+    mapped = config_of("store", STORES["memory mapped"], rows)
+    assert opened(mapped)._mapped is None  # type: ignore[attr-defined]
+    told = build_index(mapped, SilentReporter())
+    assert (told["passages"], told["kept"], encoded) == (25, 25, [])
+    assert not journal.exists()
+    found = opened(mapped)
+    assert found._mapped is not None  # type: ignore[attr-defined]
+    assert found.nodes == expected.nodes
+    assert torch.equal(found.embeddings, expected.embeddings)
+    assert found.corpus_fingerprint == expected.corpus_fingerprint
+    before = (tmp_path / "store" / "embeddings.safetensors").stat().st_ino
+    build_index(mapped, SilentReporter())
+    assert (tmp_path / "store" / "embeddings.safetensors").stat().st_ino == before
 
 
 def test_a_collection_of_another_name_is_taken_over(config_of: Callable[..., Config], encoded: list[int]) -> None:
@@ -297,7 +398,7 @@ def test_a_damaged_store_is_built_anew_only_where_that_is_asked_for(
     assert not encoded
     reporter = Notes()
     assert build_index(config, reporter, rebuild=True)["encoded"] == 24
-    assert [note for note in reporter.notes if str(tmp_path / "store") in note and "built anew" in note]
+    assert [note for note in reporter.notes if str(tmp_path / "store") in note and note.endswith(". It is built anew.")]
     assert build_index(config, SilentReporter())["kept"] == 24
 
 
@@ -501,6 +602,38 @@ def test_a_rebuild_goes_on_only_with_what_a_rebuild_has_encoded(
     assert build_index(config, SilentReporter(), rebuild=True)["resumed"] == 8
 
 
+@pytest.mark.parametrize("rebuild", [True, False])
+def test_an_interrupted_rebuild_goes_on_as_one(
+    config_of: Callable[..., Config], encoded: list[int], stop: Callable[..., int], tmp_path: Path, rebuild: bool
+) -> None:
+    config = config_of()
+    build_index(config, SilentReporter())
+    store = opened(config)
+    store.replace_embeddings(store.embeddings.flip(0))
+    store.save(tmp_path / "store")
+    (tmp_path / "store" / "nodes.jsonl").write_text("damaged")
+    assert stop("--rebuild") == 130
+    encoded.clear()
+    reporter = Notes()
+    told = build_index(config, reporter, rebuild=rebuild)
+    assert (told["resumed"], told["encoded"], told["kept"], sum(encoded)) == (8, 16, 0, 16)
+    assert any("Going on with the rebuild" in note for note in reporter.notes) == (not rebuild)
+    build_index(config_of("fresh"), SilentReporter())
+    assert_equal_stores(config, config_of("fresh"), 0)
+
+
+def test_a_rebuild_that_has_encoded_nothing_is_forgotten(
+    config_of: Callable[..., Config], encoded: list[int], stop: Callable[..., int], tmp_path: Path
+) -> None:
+    config = config_of()
+    build_index(config, SilentReporter())
+    assert stop("--rebuild") == 130
+    file = tmp_path / ".store.partial"
+    file.write_bytes(file.read_bytes().partition(b"\n")[0] + b"\n")
+    encoded.clear()
+    assert (build_index(config, SilentReporter())["kept"], encoded) == (24, [])
+
+
 def test_a_full_disk_loses_nothing(
     config_of: Callable[..., Config], encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,6 +691,57 @@ def test_two_builds_of_one_place_do_not_mix(config_of: Callable[..., Config], tm
     assert seen
 
 
+@pytest.mark.parametrize("when", ["opened", "locked"])
+def test_a_build_whose_file_another_has_removed_meanwhile_locks_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path, flock, calls = tmp_path / ".store.partial", fcntl.flock, []
+
+    def with_another_that_ends(file: Any, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1 and when == "opened":
+            path.unlink()
+        flock(file, how)
+        if len(calls) == 1 and when == "locked":
+            path.unlink()
+            path.touch()
+
+    monkeypatch.setattr(fcntl, "flock", with_another_that_ends)
+    with partial_file(path, "store"):
+        assert len(calls) == 2
+        with pytest.raises(KnowledgeStoreError, match="Another process is building"), partial_file(path, "store"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_store_is_read_by_one_build_at_a_time(
+    config_of: Callable[..., Config], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another build writes after it was read would be lost."""
+    build_index(config_of(), SilentReporter())
+    config, open_previous, seen = config_of(), indexing.open_previous, []
+
+    def opened(*arguments: Any, **settings: Any) -> Any:
+        found = open_previous(*arguments, **settings)
+        if not seen:
+            seen.append(True)
+            with pytest.raises(KnowledgeStoreError, match="Another process is building"):
+                build_index(config, SilentReporter())
+        return found
+
+    monkeypatch.setattr(indexing, "open_previous", opened)
+    assert build_index(config, SilentReporter())["kept"] == 24
+    assert seen
+
+
+def test_folders_that_were_made_for_nothing_are_removed(config_of: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    config = config_of("there/deep/deeper/store", rows=[])
+    with pytest.raises(FedRAGError, match="corpus"):
+        build_index(config, SilentReporter())
+    assert list((tmp_path / "there").iterdir()) == []
+
+
 def test_an_interruption_before_the_first_batch_leaves_nothing(
     config_of: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -608,14 +792,66 @@ def test_a_server_out_of_reach_is_told_before_anything_is_encoded(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_server_gets_a_new_collection_only_where_something_has_changed(
-    write_config: WriteConfig, encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a Qdrant in memory, which stands for any server."""
     from fedrag_cli.rag.knowledge_stores import qdrant_publishing, qdrant_store
 
     server = in_memory()
     for module in (qdrant_store, qdrant_publishing):
         monkeypatch.setattr(module, "connect", lambda _: server)
+    return server
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+def test_a_collection_of_others_is_left_alone_before_anything_is_encoded(
+    write_config: WriteConfig, encoded: list[int], server: Any, rebuild: bool
+) -> None:
+    from qdrant_client import models
+
+    server.create_collection("fedrag", models.VectorParams(size=4, distance=models.Distance.DOT))
+    config = load_config(write_config(rag_system={"knowledge_store": {"type": "qdrant", "url": "http://h:1"}}))
+    with pytest.raises(KnowledgeStoreError, match="which fedrag did not write and leaves alone"):
+        build_index(config, SilentReporter(), rebuild=rebuild)
+    assert not encoded
+    assert [found.name for found in server.get_collections().collections] == ["fedrag"]
+
+
+def test_another_filter_alone_gets_its_index_on_the_server(
+    write_config: WriteConfig, encoded: list[int], server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, str, str]] = []
+    known: dict[str, Any] = {}
+    look = server.get_collection
+
+    def create(name: str, key: str, field_schema: Any) -> None:
+        made.append((name, key, field_schema.value))
+        known[key] = field_schema
+
+    monkeypatch.setattr(server, "create_payload_index", create)
+    monkeypatch.setattr(
+        server, "get_collection", lambda name: look(name).model_copy(update={"payload_schema": dict(known)})
+    )
+
+    def indexed(**settings: Any) -> dict[str, Any]:
+        store = {"type": "qdrant", "url": "http://h:1", **settings}
+        return build_index(load_config(write_config(rag_system={"knowledge_store": store})), SilentReporter())
+
+    indexed(filter={"title": "owl"})
+    (collection,) = [found.name for found in server.get_collections().collections]
+    assert made == [(collection, "metadata.title", "keyword")]
+    encoded.clear()
+    for _ in range(2):
+        assert indexed(filter={"title": "cat", "year": 7, "old": True})["kept"] == 24
+    assert indexed()["kept"] == 24
+    assert made[1:] == [(collection, "metadata.year", "integer"), (collection, "metadata.old", "bool")]
+    assert not encoded
+    assert [found.name for found in server.get_collections().collections] == [collection]
+
+
+def test_a_server_gets_a_new_collection_only_where_something_has_changed(
+    write_config: WriteConfig, encoded: list[int], tmp_path: Path, server: Any
+) -> None:
     config = load_config(write_config(rag_system={"knowledge_store": {"type": "qdrant", "url": "http://h:1"}}))
     assert build_index(config, SilentReporter())["encoded"] == 24
     names = [found.name for found in server.get_collections().collections]

@@ -16,9 +16,8 @@ from test_rag_knowledge_stores import nodes, numbered, vectors
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, FedRAGError, KnowledgeStoreError
 from fedrag_cli.rag.config import MemoryStoreConfig
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
-from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
 from fedrag_cli.rag.moving import require_place
 
 load = InMemoryKnowledgeStore.load
@@ -69,6 +68,28 @@ def test_what_is_added_replaced_and_deleted_is_appended_and_read_again(folder: P
         assert_same(load(folder), store)
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert [node.id for node in load(folder).nodes[-2:]] == ["ü\ud800", "p0"]
+
+
+def test_lines_of_fingerprints_alone_are_counted_too(folder: Path) -> None:
+    store = saved(folder)
+    counts = []
+    for number in range(1, 30):
+        store.corpus_fingerprint = f"corpus {number}"
+        store.save_changes(folder)
+        store.save_changes(folder)
+        counts.append(len(lines(folder)))
+        if number % 5 == 0:
+            store = load(folder)
+        assert load(folder).corpus_fingerprint == f"corpus {number}"
+    # A hundred passages take twelve changes; the thirteenth writes the store.
+    assert counts == [*range(1, 13), *range(13), *range(4)]
+
+
+def test_a_small_store_that_did_not_change_is_not_written(folder: Path) -> None:
+    store = saved(folder, 5)
+    before = (folder / EMBEDDINGS_FILE).stat().st_ino
+    store.save_changes(folder)
+    assert (folder / EMBEDDINGS_FILE).stat().st_ino == before
 
 
 def test_a_full_save_removes_the_journal(folder: Path) -> None:
@@ -257,6 +278,7 @@ from pathlib import Path
 import torch
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 store = InMemoryKnowledgeStore.load(folder)
@@ -302,5 +324,5 @@ def test_a_folder_with_a_journal_is_a_store_and_one_with_more_is_not(folder: Pat
     config = MemoryStoreConfig(path=str(folder))
     assert require_place(config) == str(folder)
     (folder / "mine.txt").touch()
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="something other"):
         require_place(config)

@@ -367,7 +367,7 @@ def test_the_command_moves_a_store(
     (tmp_path / "full" / "mine.txt").touch()
     capsys.readouterr()
     assert main(["index", str(old), f"rag_system.knowledge_store.path={tmp_path / 'full'}", "--json"]) == 2
-    assert "something else" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert "something other" in json.loads(capsys.readouterr().out)["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", ["faiss hnsw mapped", "qdrant"])

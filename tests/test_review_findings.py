@@ -32,7 +32,7 @@ def test_index_never_replaces_a_folder_of_other_files(write_config: Callable[...
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     assert main(["index", str(config), f"rag_system.knowledge_store.path={folder}"]) == 2
-    assert "holds something else than a knowledge store" in capsys.readouterr().err
+    assert "holds something other than a knowledge store" in capsys.readouterr().err
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
     store = config.parent / "store"
     for _ in range(2):

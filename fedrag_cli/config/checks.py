@@ -80,6 +80,16 @@ def evaluation_split(config: Config) -> str | None:
     return "validation" if config.dataset.validation is not None else None
 
 
+def require_evaluation_split(config: Config) -> str:
+    """Return the name of the split to evaluate on; raise ConfigError where there is none."""
+    split = evaluation_split(config)
+    if split is None:
+        raise ConfigError(
+            "The config has neither dataset.test nor dataset.validation to evaluate on.", "Add one of them."
+        )
+    return split
+
+
 def _check_run_name(config: Config) -> Iterator[Finding]:
     name = config.run.name
     if name.strip(" .") == "" or any(character in name for character in "/\\\0"):

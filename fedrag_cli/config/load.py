@@ -92,8 +92,23 @@ def load_config_with_source(path: str | Path | None = None, overrides: Sequence[
         ]
         problems += _written_secrets(config, tree)
     if problems or config is None:
-        raise InvalidConfigError(problems)
+        raise InvalidConfigError([_with_dropped_settings(problem, tree) for problem in problems])
     return ConfigSource(config, tree)
+
+
+def _with_dropped_settings(problem: ConfigProblem, tree: ConfigTree) -> ConfigProblem:
+    """Say where a problem is about a setting that its component lost when it got another type."""
+    lost = [
+        name
+        for path in tree.dropped
+        for name in tree.dropped_settings(path)
+        if f"{problem.path}.".startswith(f"{format_path(path)}.")
+        and re.search(rf"\b{re.escape(name)}\b", f"{problem.path} {problem.message}")
+    ]
+    if not lost:
+        return problem
+    message = f"{problem.message} (the change of type dropped the former {', '.join(lost)})"
+    return dataclasses.replace(problem, message=message)
 
 
 def _written_secrets(value: Any, tree: ConfigTree, path: KeyPath = ()) -> list[ConfigProblem]:

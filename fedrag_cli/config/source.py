@@ -21,15 +21,17 @@ COMMAND_LINE = "command line"
 DEFAULT_CONFIG = "fedrag.yaml"
 
 Positions = dict[KeyPath, Position]
+Dropped = dict[KeyPath, list[str]]
 
 
 @dataclass(frozen=True)
 class ConfigTree:
-    """The merged but unresolved config, and where its values came from."""
+    """The merged but unresolved config, where its values came from, and which settings went with another `type:`."""
 
     main_file: Path
     tree: DictConfig
     positions: Positions
+    dropped: Dropped
 
     def position(self, path: KeyPath) -> Position:
         """Return the place of a value, or of the closest enclosing one that was written down."""
@@ -47,6 +49,10 @@ class ConfigTree:
         position = self.positions.get(origin(self.tree, path))
         return Path(position.file).parent if position is not None and position.line else None
 
+    def dropped_settings(self, path: KeyPath) -> list[str]:
+        """Return the names of settings that a component lost when it got another type, and was not given again."""
+        return [name for name in self.dropped.get(path, []) if (*path, name) not in self.positions]
+
 
 def read_tree(path: Path, overrides: Sequence[str]) -> ConfigTree:
     """Read a config file with all that it extends, and put the overrides on top.
@@ -58,13 +64,14 @@ def read_tree(path: Path, overrides: Sequence[str]) -> ConfigTree:
     Raises:
         ConfigError: A file is missing, is no YAML, or an override is malformed.
     """
-    tree, positions = _read_with_bases(path, ())
+    dropped: Dropped = {}
+    tree, positions = _read_with_bases(path, (), dropped)
     for override in overrides:
-        tree = _apply_override(tree, positions, override)
-    return ConfigTree(path, tree, positions)
+        tree = _apply_override(tree, positions, dropped, override)
+    return ConfigTree(path, tree, positions, dropped)
 
 
-def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[DictConfig, Positions]:
+def _read_with_bases(path: Path, chain: tuple[Path, ...], dropped: Dropped) -> tuple[DictConfig, Positions]:
     if path.resolve() in chain:
         names = " -> ".join(str(link) for link in (*chain, path.resolve()))
         raise ConfigError(f"'extends' goes in a circle: {names}", "Remove one of the 'extends' lines.")
@@ -76,8 +83,8 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> tuple[DictConfig, P
     if not isinstance(base_name, str):
         place = position or Position(str(path), 1)
         raise InvalidConfigError([ConfigProblem(place, "extends", "must be the path of one YAML file")])
-    base, base_positions = _read_with_bases(path.parent / base_name, (*chain, path.resolve()))
-    _drop_replaced_components(base, tree, base_positions)
+    base, base_positions = _read_with_bases(path.parent / base_name, (*chain, path.resolve()), dropped)
+    _drop_replaced_components(base, tree, base_positions, dropped)
     return _merge(base, tree), base_positions | positions
 
 
@@ -136,7 +143,7 @@ def _collect_positions(node: yaml.Node, path: KeyPath, file: str, positions: Pos
             _collect_positions(value, (*path, index), file, positions)
 
 
-def _apply_override(tree: DictConfig, positions: Positions, override: str) -> DictConfig:
+def _apply_override(tree: DictConfig, positions: Positions, dropped: Dropped, override: str) -> DictConfig:
     key, separator, _ = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(
@@ -151,7 +158,7 @@ def _apply_override(tree: DictConfig, positions: Positions, override: str) -> Di
             f"The override '{override}' cannot be read: {reason}.",
             "Write its value as in YAML, in quotes where needed.",
         ) from error
-    _drop_replaced_components(tree, change, positions)
+    _drop_replaced_components(tree, change, positions, dropped)
     place = Position(f"{COMMAND_LINE} ({override})", 0)
     for length in range(1, len(path)):
         positions.setdefault(path[:length], place)
@@ -175,7 +182,12 @@ def _place_override(value: Any, path: KeyPath, place: Position, positions: Posit
 
 
 def _drop_replaced_components(
-    base: DictConfig, change: DictConfig, positions: Positions, path: KeyPath = (), owner: type | None = Config
+    base: DictConfig,
+    change: DictConfig,
+    positions: Positions,
+    dropped: Dropped,
+    path: KeyPath = (),
+    owner: type | None = Config,
 ) -> None:
     """Drop a base's component where the change names another `type:`, so that settings of the old one do not linger."""
     for key in list(change.keys()):
@@ -186,12 +198,13 @@ def _drop_replaced_components(
         slots = list(slots_of(owner, str(key))) if owner is not None else []
         default = next((slot.default for slot in slots if isinstance(slot, ComponentSlot)), None)
         if "type" in new and _raw(new, "type") != (_raw(old, "type") or default):
+            dropped.setdefault(inner, []).extend(str(name) for name in old if name != "type")
             del base[key]
             for known in [known for known in positions if known[: len(inner)] == inner]:
                 del positions[known]
         else:
             section = next((slot for slot in slots if isinstance(slot, type)), None)
-            _drop_replaced_components(old, new, positions, inner, section)
+            _drop_replaced_components(old, new, positions, dropped, inner, section)
 
 
 def _raw(tree: DictConfig, key: Any) -> Any:

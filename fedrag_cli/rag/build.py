@@ -13,8 +13,11 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.moving import converted_store, place_of
+from fedrag_cli.rag.loading import without_weight_bars
+from fedrag_cli.rag.models import choose_device
+from fedrag_cli.rag.moving import converted_store
 from fedrag_cli.rag.opening import open_store
+from fedrag_cli.rag.places import place_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
@@ -44,8 +47,16 @@ def build_rag_system(
     nodes = nodes if nodes is not None else load_corpus(config.dataset.corpus)
     _check_top_k(config, len(nodes))
     reporter = reporter or SilentReporter()
-    retriever, generator = _load_models(config, reporter, with_generator=with_generator)
-    store = _open_store(config, retriever, nodes, reporter)
+    # What is wrong with a store is told before the models are loaded, which takes longer.
+    store = _open_store(config, nodes, reporter)
+    reporter.note("Loading the models")
+    retriever = load_retriever(config)
+    if store is not None:
+        store.require_encoder(retriever.fingerprint())
+    generator = _load_generator(config) if with_generator else None
+    if store is None:
+        built = build_knowledge_store(retriever, nodes, reporter)
+        store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
     return _assemble(config, retriever, store, generator)
 
 
@@ -62,7 +73,9 @@ def build_rag_system_without_passages(
     Raises:
         ModelError: A model is missing or broken.
     """
-    retriever, generator = _load_models(config, reporter or SilentReporter(), with_generator=with_generator)
+    (reporter or SilentReporter()).note("Loading the models")
+    retriever = load_retriever(config)
+    generator = _load_generator(config) if with_generator else None
     store = InMemoryKnowledgeStore(retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
     return _assemble(config, retriever, store, generator)
@@ -99,28 +112,39 @@ def _assemble(
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
 
 
-def _load_models(
-    config: Config, reporter: Reporter, *, with_generator: bool
-) -> tuple[SentenceTransformerRetriever, CausalLMGenerator | None]:
-    device = config.run.device
-    reporter.note("Loading the models")
-    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=device)
-    if not with_generator or config.rag_system.generator is None:
-        return retriever, None
-    prompt, seed = config.rag_system.prompt, config.run.seed
-    return retriever, build("generator", config.rag_system.generator, prompt=prompt, device=device, seed=seed)
+def load_retriever(config: Config) -> SentenceTransformerRetriever:
+    """Load the retriever that a config describes."""
+    with without_weight_bars():
+        retriever: SentenceTransformerRetriever = build(
+            "retriever", config.rag_system.retriever, device=config.run.device
+        )
+    return retriever
 
 
-def _open_store(
-    config: Config, retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
-) -> KnowledgeStore:
-    store = open_store(config.rag_system.knowledge_store, retriever.device)
-    if not len(store):
-        built = build_knowledge_store(retriever, nodes, reporter)
-        return converted_store(built, config.rag_system.knowledge_store, retriever.device)
-    store.require_encoder(retriever.fingerprint())
+def _load_generator(config: Config) -> CausalLMGenerator | None:
+    settings = config.rag_system
+    if settings.generator is None:
+        return None
+    with without_weight_bars():
+        generator: CausalLMGenerator = build(
+            "generator", settings.generator, prompt=settings.prompt, device=config.run.device, seed=config.run.seed
+        )
+    return generator
+
+
+def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> KnowledgeStore | None:
+    """Return the built store that a config names; None where there is none, so that the passages are to be encoded."""
+    settings = config.rag_system.knowledge_store
+    store, place = open_store(settings, choose_device(config.run.device)), place_of(settings)
+    # A filter may hide all passages of a store.
+    if not len(store) and store.encoder_fingerprint is None:
+        if place is not None:
+            reporter.note(
+                f"There is no knowledge store at {place} yet, so all passages are encoded, and only for this command. "
+                "'fedrag index CONFIG' keeps them there."
+            )
+        return None
     if store.corpus_fingerprint != corpus_fingerprint(nodes):
-        place = place_of(config.rag_system.knowledge_store)
         raise KnowledgeStoreError(
             f"The knowledge store in '{place}' was built from other passages than the corpus has now.",
             "Refresh it with 'fedrag index CONFIG'.",

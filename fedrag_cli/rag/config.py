@@ -96,7 +96,7 @@ class MemoryStoreConfig:
     takes them into memory."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the saved and searched embeddings. The last two round them to half the space; scores are
-    computed in float32 all the same, and `fedrag index` reports what the rounding loses."""
+    computed in float32 all the same, and `fedrag index` reports what the rounding loses where it rounds all of them."""
 
 
 @config_class

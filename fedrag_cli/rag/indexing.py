@@ -17,16 +17,16 @@ from fedrag_cli.config import Config
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import RunInterruptedError
-from fedrag_cli.rag.build import corpus_fingerprint
+from fedrag_cli.rag.build import corpus_fingerprint, load_retriever
 from fedrag_cli.rag.changes import Changes, find_changes
 from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.moving import place_of, require_place, store_report, write_store
+from fedrag_cli.rag.moving import keep_store, require_place, store_report, write_store
 from fedrag_cli.rag.opening import FULL, PreviousStore, open_previous
-from fedrag_cli.rag.partial_index import PartialIndex, partial_index
+from fedrag_cli.rag.partial_index import PartialIndex, partial_file
+from fedrag_cli.rag.places import place_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
-from fedrag_cli.registry import build
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporting import Reporter
 
@@ -40,7 +40,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     Args:
         config: Names corpus, encoder and store.
         reporter: Told what is being done and why, and shown how far the encoding is.
-        rebuild: Whether to encode everything anew, whatever the old store holds.
+        rebuild: Whether to encode everything anew, whatever the old store holds; what goes on with a rebuild is one.
 
     Returns:
         Where the store is, its numbers of passages (all; encoded now; encoded by an interrupted call before; kept with
@@ -55,28 +55,28 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     """
     settings = config.rag_system.knowledge_store
     require_place(settings)
-    # Before anything is encoded, because a server may be out of reach, and a store damaged.
-    previous = open_previous(settings, reporter, rebuild=rebuild)
-    nodes = load_corpus(config.dataset.corpus)
-    started = time.monotonic()
-    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
-    encoder = retriever.fingerprint()
-    previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
-    changes = find_changes(
-        previous.nodes if previous is not None else [],
-        nodes,
-        reusable=not rebuild and _is_reusable(previous, encoder, reporter),
-    )
     path, place = _partial_file(config)
-    with (
-        terminable(),
-        partial_index(path, place, encoder, reporter, rebuild=rebuild) as partial,
-        _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path),
-    ):
-        missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
-        _encode(retriever, missing, partial, reporter)
-        update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
-        written, source = update.write(settings)
+    with terminable(), partial_file(path, place) as file:
+        # Before anything is encoded, because a server may be out of reach, and a store damaged.
+        previous = open_previous(settings, reporter, rebuild=rebuild or file.holds_rebuild)
+        nodes = load_corpus(config.dataset.corpus)
+        started = time.monotonic()
+        retriever = load_retriever(config)
+        encoder = retriever.fingerprint()
+        previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
+        partial = file.begin(encoder, reporter, rebuild=rebuild)
+        if partial.is_rebuild and not rebuild:
+            reporter.note(f"Going on with the rebuild that was interrupted; removing {path} would keep the old store.")
+        changes = find_changes(
+            previous.nodes if previous is not None else [],
+            nodes,
+            reusable=not partial.is_rebuild and _is_reusable(previous, encoder, reporter),
+        )
+        with _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path):
+            missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
+            _encode(retriever, missing, partial, reporter)
+            update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
+            written, source = update.write(settings)
     truncated = retriever.count_truncated([node.text for node in nodes], queries=False)
     return store_report(
         written,
@@ -101,6 +101,11 @@ def _is_reusable(previous: PreviousStore | None, encoder: str, reporter: Reporte
         return False
     if not previous.has_digits:
         reporter.note(f"The old knowledge store is rounded to {previous.held_as}, so all passages are encoded anew.")
+    elif previous.came_as is not None:
+        reporter.note(
+            f"The old embeddings were rounded to {previous.came_as} before they were moved there, and stay so; "
+            "--rebuild encodes them with all digits."
+        )
     return previous.has_digits
 
 
@@ -148,9 +153,10 @@ class _Update:
         if self.previous is not None and self._may_change(self.previous):
             store, changes = self.previous.store, self.changes
             if store.encoder_fingerprint == self.encoder and store.corpus_fingerprint == corpus and not changes.encoded:
+                keep_store(store, settings)
                 return store, store
-            # Stores of other types build their index anew at any change but an append: better once than twice.
-            if settings.path is not None and (settings.type == "memory" or changes.only_appends):
+            # A store that builds its index anew at a change had better do so once than twice.
+            if settings.path is not None and (store.changes_cheaply or changes.only_appends):
                 self._change(store, corpus)
                 store.save_changes(Path(settings.path))
                 return store, store
@@ -158,6 +164,8 @@ class _Update:
         rounded = self.previous.held_as if self.previous is not None and self.changes.reused else None
         source = InMemoryKnowledgeStore(config=MemoryStoreConfig(dtype=rounded or FULL))
         source.add(self.nodes, self._embeddings(range(len(self.nodes))))
+        if self.previous is not None and self.changes.reused:
+            source.rounded_to = self.previous.store.rounded_to
         source.encoder_fingerprint, source.corpus_fingerprint = self.encoder, corpus
         return write_store(source, settings), source
 

@@ -12,42 +12,33 @@ import torch
 from fedrag_cli.config import Config
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE
-from fedrag_cli.rag.knowledge_stores.journal import JOURNAL_FILE
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, NODES_FILE, STORE_FILE
-from fedrag_cli.rag.knowledge_stores.qdrant_folder import LOCK_FILE, META_FILE
-from fedrag_cli.rag.opening import open_store
+from fedrag_cli.rag.opening import FULL, open_previous, open_store
+from fedrag_cli.rag.places import place_of, require_named_place, require_own_folder
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import Reporter
 
-# What the folders of stores may hold, by the name of the file that tells its kind.
-_FOLDERS = (
-    {EMBEDDINGS_FILE, NODES_FILE, JOURNAL_FILE},
-    {INDEX_FILE, NODES_FILE, STORE_FILE},
-    {"collection", META_FILE, STORE_FILE, LOCK_FILE},
-)
 
-
-def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, Any]:
+def move_index(config: Config, target: Config, reporter: Reporter, *, replace: bool = False) -> dict[str, Any]:
     """Copy the built store of one config to where another wants it, without encoding anything.
 
     Args:
         config: Names the store that is built; it stays as it is.
         target: Names the type and place of the new one.
         reporter: Told what is being done.
+        replace: Whether the place may hold a store of other passages, which is lost then.
 
     Returns:
         Where the new store is, how many passages it holds, its fingerprints, what its kind reports, and the time taken.
 
     Raises:
         ConfigError: A config names no place, both name the same, or the place holds something else.
-        KnowledgeStoreError: Nothing is built there yet, or it is damaged.
+        KnowledgeStoreError: Nothing is built there yet, or it is damaged; or the place holds a store of other passages.
         ConnectionFailedError: A server cannot be reached.
     """
     source, wanted = config.rag_system.knowledge_store, target.rag_system.knowledge_store
     place = require_place(wanted)
-    if require_place(source) == place:
+    if require_named_place(source) == place:
         raise ConfigError(f"Both configs name the same knowledge store: {place}", "Give the second another place.")
     started = time.monotonic()
     reporter.note("Opening the knowledge store")
@@ -55,8 +46,26 @@ def move_index(config: Config, target: Config, reporter: Reporter) -> dict[str, 
     if not len(store):
         missing = f"There is no knowledge store at {place_of(source)} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
+    if not replace:
+        _require_same_passages(wanted, store, place, reporter)
     reporter.note(f"Writing {len(store)} passages to {place}")
+    if store.rounded_to is not None and store.rounded_to != getattr(wanted, "dtype", FULL):
+        reporter.note(
+            f"The embeddings were rounded to {store.rounded_to} and stay so; "
+            "'fedrag index OTHER_CONFIG --rebuild' encodes them with all digits."
+        )
     return store_report(write_store(store, wanted), store, wanted, started)
+
+
+def _require_same_passages(wanted: Any, store: KnowledgeStore, place: str, reporter: Reporter) -> None:
+    """Refuse a place that holds a store of other passages than the one that is moved there, or one without saying."""
+    hint = "Name another place in OTHER_CONFIG, or add --replace to put the moved store there all the same."
+    try:
+        previous = open_previous(wanted, reporter, rebuild=False)
+    except (KnowledgeStoreError, ConfigError) as error:
+        raise KnowledgeStoreError(error.message, hint) from error
+    if previous is not None and previous.store.corpus_fingerprint != store.corpus_fingerprint:
+        raise KnowledgeStoreError(f"{place} holds a knowledge store of other passages, which would be lost.", hint)
 
 
 def store_report(
@@ -71,6 +80,9 @@ def store_report(
         started: When the work began, by `time.monotonic()`.
         counts: Further numbers about the passages.
     """
+    about = written.build_report()
+    if source.rounded_to is not None and about.get("dtype") != source.rounded_to:
+        about["rounded_to"] = source.rounded_to
     return {
         "path": place_of(config),
         "type": config.type,
@@ -79,7 +91,7 @@ def store_report(
         "dimension": source.dimension,
         "encoder_fingerprint": source.encoder_fingerprint,
         "corpus_fingerprint": source.corpus_fingerprint,
-        **written.build_report(),
+        **about,
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -106,6 +118,21 @@ def write_store(store: KnowledgeStore, config: Any) -> KnowledgeStore:
     return converted
 
 
+def keep_store(store: KnowledgeStore, config: Any) -> None:
+    """Leave an unchanged store at its place, but for what makes later uses of it quicker.
+
+    Args:
+        store: The store as it was opened there.
+        config: The config dataclass that names the place.
+    """
+    if config.path is not None and store.is_worth_writing:
+        store.save(Path(config.path))
+    if getattr(config, "url", None) is not None and config.filter:
+        from fedrag_cli.rag.knowledge_stores.qdrant_publishing import index_filter
+
+        index_filter(config)
+
+
 def converted_store(store: KnowledgeStore, config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
     """Return a store of the type and number format that a config names with the passages of another, in memory."""
     # An empty store of the right type; what its place holds is not looked at.
@@ -118,42 +145,25 @@ def converted_store(store: KnowledgeStore, config: Any, device: torch.device | s
         embeddings = store.embeddings
         empty.add(store.nodes, embeddings)
         # What is rounded already cannot tell how much rounding costs.
-        if isinstance(empty, InMemoryKnowledgeStore) and held_as in (None, torch.float32):
+        if isinstance(empty, InMemoryKnowledgeStore) and store.rounded_to is None:
             empty.measure_recall(embeddings)
+        empty.rounded_to = store.rounded_to or empty.rounded_to
     empty.encoder_fingerprint, empty.corpus_fingerprint = store.encoder_fingerprint, store.corpus_fingerprint
     return empty
-
-
-def place_of(config: Any) -> str | None:
-    """Return the folder of a store, or the server and collection; None where it is only kept in memory."""
-    url = getattr(config, "url", None)
-    place: str | None = config.path if url is None else f"{url}/collections/{config.collection}"
-    return place
 
 
 def require_place(config: Any) -> str:
     """Return the place of a store after checking that writing there would destroy nothing else.
 
     Raises:
-        ConfigError: The config names none, or a folder that holds something else than a store.
+        ConfigError: The config names none, or a folder that holds something other than a store.
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The server has a collection of that name which fedrag did not write.
     """
-    place = place_of(config)
-    if place is None:
-        raise ConfigError(
-            "The config does not say where to save the knowledge store.",
-            "Set rag_system.knowledge_store.path, or add rag_system.knowledge_store.path=FOLDER to the command.",
-        )
-    if config.path is not None:
-        _require_own_folder(Path(config.path))
+    place = require_named_place(config)
+    require_own_folder(config)
+    if getattr(config, "url", None) is not None:
+        from fedrag_cli.rag.knowledge_stores.qdrant_publishing import require_own_collection
+
+        require_own_collection(config)
     return place
-
-
-def _require_own_folder(path: Path) -> None:
-    """Refuse a place that holds anything but a knowledge store, because saving one replaces the whole folder."""
-    if not path.exists():
-        return
-    if not path.is_dir() or not any({file.name for file in path.iterdir()} <= files for files in _FOLDERS):
-        raise ConfigError(
-            f"'{path}' holds something else than a knowledge store, which would be lost.",
-            "Set rag_system.knowledge_store.path to a new or empty folder.",
-        )

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile
-from fedrag_cli.rag.knowledge_stores.passages import INDEX_FILE, STORE_FILE
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile
+from fedrag_cli.rag.knowledge_stores.faults import sentence
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, INDEX_FILE, STORE_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_folder import META_FILE
 from fedrag_cli.rag.knowledge_stores.vectors import format_name
 from fedrag_cli.registry import build, registry
@@ -35,8 +36,10 @@ class PreviousStore:
         store: The store, with all its passages.
         nodes: The passages, in the order of their positions.
         is_as_wanted: Whether the config wants it of this type and with these settings, so that it may stay.
-        held_as: The number format that its embeddings were rounded to; None where they were not.
-        has_digits: Whether its embeddings have all the digits that the config wants.
+        held_as: The number format that it rounds embeddings to; None where it does not.
+        has_digits: Whether it holds its embeddings with all the digits that the config wants.
+        came_as: The number format that they were rounded to before they came there; None where they were not, or where
+            the config wants them so.
     """
 
     store: KnowledgeStore
@@ -44,6 +47,7 @@ class PreviousStore:
     is_as_wanted: bool
     held_as: Literal["float16", "bfloat16"] | None
     has_digits: bool
+    came_as: str | None
 
 
 def open_store(config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
@@ -92,12 +96,13 @@ def open_previous(config: Any, reporter: Reporter, *, rebuild: bool) -> Previous
     except (KnowledgeStoreError, ConfigError) as error:
         if not rebuild:
             raise
-        reporter.note(f"{error.message} It is built anew.")
+        reporter.note(f"{sentence(error.message)} It is built anew.")
         return None
     if not nodes:
         return None
     held, needed = (getattr(settings, "dtype", FULL) for settings in (found, wanted))
-    return PreviousStore(store, nodes, found == wanted, None if held == FULL else held, held in (FULL, needed))
+    came_as = None if store.rounded_to == needed else store.rounded_to
+    return PreviousStore(store, nodes, found == wanted, None if held == FULL else held, held in (FULL, needed), came_as)
 
 
 def _holds_files(path: Path) -> bool:

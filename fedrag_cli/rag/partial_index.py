@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,11 +37,12 @@ class PartialIndex:
     Args:
         file: The file, open for reading and appending without a buffer, behind its first line.
         place: What errors of writing name.
+        is_rebuild: Whether all passages are to be encoded, whatever a store holds.
     """
 
-    def __init__(self, file: FileIO, place: Path | str) -> None:
+    def __init__(self, file: FileIO, place: Path | str, *, is_rebuild: bool) -> None:
         """Read the chunks that are whole, and cut off the rest."""
-        self._file, self._place = file, place
+        self._file, self._place, self.is_rebuild = file, place, is_rebuild
         self._parts: list[Tensor] = []
         self._place_of: dict[bytes, tuple[int, int]] = {}
         end = file.tell()
@@ -93,76 +95,130 @@ class PartialIndex:
         self._place_of.update((key, (number, position)) for position, key in enumerate(keys))
 
 
-@contextmanager
-def partial_index(
-    path: Path, place: Path | str, encoder: str, reporter: Reporter, *, rebuild: bool
-) -> Iterator[PartialIndex]:
-    """Open the partial index of a place, or start one; it is removed when the enclosed code has ended well.
+class PartialFile:
+    """The locked file of a partial index, of which nothing has been read yet.
 
     Args:
-        path: Its file; missing parent folders are made.
+        file: The file, open for reading and appending without a buffer.
         place: What errors of writing name.
-        encoder: The fingerprint of the encoder; what another one has encoded is discarded.
-        reporter: Told what is discarded.
-        rebuild: Whether to take over only what a rebuild has encoded.
+    """
+
+    def __init__(self, file: FileIO, place: Path | str) -> None:
+        """Keep the file for `begin`."""
+        self._file, self._place = file, place
+        self._begun: PartialIndex | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no passage is lost with the file."""
+        return not (self._size if self._begun is None else len(self._begun))
+
+    @property
+    def holds_rebuild(self) -> bool:
+        """Whether a rebuild was interrupted that has begun the file."""
+        about, end = self._beginning()
+        return bool(about.get("rebuild")) and self._size > end
+
+    @property
+    def _size(self) -> int:
+        return Path(self._file.name).stat().st_size
+
+    def begin(self, encoder: str, reporter: Reporter, *, rebuild: bool) -> PartialIndex:
+        """Read what is encoded already, or start anew.
+
+        A rebuild that was interrupted stays one; a rebuild takes over only what another one has encoded.
+
+        Args:
+            encoder: The fingerprint of the encoder; what another one has encoded is discarded.
+            reporter: Told what is discarded.
+            rebuild: Whether a rebuild is asked for.
+
+        Raises:
+            FedRAGError: The file cannot be written.
+        """
+        with os_errors(self._place):
+            about, _ = self._beginning()
+            is_rebuild = bool(about.get("rebuild"))
+            fits = about.get("format") == FORMAT and about.get("encoder") == encoder and (is_rebuild or not rebuild)
+            found = PartialIndex(self._file, self._place, is_rebuild=is_rebuild) if fits else None
+            if found is None or (not len(found) and is_rebuild != rebuild):
+                if about and not fits:
+                    why = "is of another encoder" if about.get("encoder") != encoder else "does not belong to a rebuild"
+                    reporter.note(f"What an unfinished index has encoded {why} and is discarded.")
+                found = self._started_anew(encoder, rebuild=rebuild)
+            self._begun = found
+        return found
+
+    def _beginning(self) -> tuple[dict[str, object], int]:
+        """Return what the first line says, and where it ends; the file is left there."""
+        self._file.seek(0)
+        line = self._file.readline()
+        try:
+            about = json.loads(line) if line.endswith(b"\n") else {}
+        except ValueError:
+            about = {}
+        return about if isinstance(about, dict) else {}, len(line)
+
+    def _started_anew(self, encoder: str, *, rebuild: bool) -> PartialIndex:
+        self._file.truncate(0)
+        self._file.seek(0)
+        about = {"format": FORMAT, "encoder": encoder, "rebuild": rebuild}
+        _write_all(self._file, json.dumps(about).encode() + b"\n")
+        return PartialIndex(self._file, self._place, is_rebuild=rebuild)
+
+
+@contextmanager
+def partial_file(path: Path, place: Path | str) -> Iterator[PartialFile]:
+    """Lock the file of a place's partial index; it is removed when the enclosed code has ended well.
+
+    Args:
+        path: The file; missing parent folders are made, and removed again where nothing came of it.
+        place: What errors of writing name.
 
     Yields:
-        The partial index; no other process can open it meanwhile.
+        The file; no other process can have it meanwhile.
 
     Raises:
         FedRAGError: It cannot be written.
-        KnowledgeStoreError: Another process has it open.
+        KnowledgeStoreError: Another process has it.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     with os_errors(place):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = FileIO(path, "a+")
+        file = _open_locked(path, place)
     with file:
-        with os_errors(place):
-            _lock(file, place)
-            _require_beginning(file, encoder, reporter, rebuild=rebuild)
-            partial = PartialIndex(file, place)
+        partial = PartialFile(file, place)
         try:
             yield partial
         except BaseException:
-            if not len(partial):
+            if partial.is_empty:
                 path.unlink(missing_ok=True)
+                _remove_empty(made)
             raise
         with os_errors(place):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
-def _lock(file: FileIO, place: Path | str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise KnowledgeStoreError(
-            f"Another process is building the knowledge store for {place}.", "Wait for it or stop it."
-        ) from error
+def _open_locked(path: Path, place: Path | str) -> FileIO:
+    while True:
+        file = FileIO(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise KnowledgeStoreError(
+                f"Another process is building the knowledge store for {place}.", "Wait for it or stop it."
+            ) from error
+        # A build that ended between the two calls has removed the file, and the next would lock another one.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()
 
 
-def _require_beginning(file: FileIO, encoder: str, reporter: Reporter, *, rebuild: bool) -> None:
-    """Leave the file behind its first line, after emptying it where it is not of this format, encoder and purpose."""
-    file.seek(0)
-    beginning = file.readline()
-    about = _about(beginning)
-    fits = about.get("format") == FORMAT and about.get("encoder") == encoder and (about.get("rebuild") or not rebuild)
-    if fits and beginning.endswith(b"\n"):
-        return
-    if about:
-        why = "is of another encoder" if about.get("encoder") != encoder else "does not belong to a rebuild"
-        reporter.note(f"What an unfinished index has encoded {why} and is discarded.")
-    file.truncate(0)
-    file.seek(0)
-    about = {"format": FORMAT, "encoder": encoder, "rebuild": rebuild}
-    _write_all(file, json.dumps(about).encode() + b"\n")
-
-
-def _about(line: bytes) -> dict[str, object]:
-    try:
-        about = json.loads(line)
-    except ValueError:
-        return {}
-    return about if isinstance(about, dict) else {}
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _read_chunk(file: FileIO) -> tuple[list[bytes], Tensor] | None:

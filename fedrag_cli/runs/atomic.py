@@ -9,20 +9,27 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedrag_cli.errors import FedRAGError
+from fedrag_cli.runs.temporary import (
+    LEFTOVER,
+    discard,
+    name_aside,
+    new_directory,
+    remove,
+    remove_abandoned,
+    temporary_name,
+)
 
-_LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>[0-9a-f]{8}|old)\.tmp")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _ATTEMPTS = 5
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 
 
 @contextmanager
@@ -49,8 +56,9 @@ def os_errors(path: Path | str) -> Iterator[None]:
                 f"Cannot write {path}: {reason}.",
                 "Check who owns the folder and whether it is mounted read-only, or choose another folder.",
             ) from error
+        where = f" ({error.filename})" if error.filename is not None and str(error.filename) != str(path) else ""
         raise FedRAGError(
-            f"Cannot write {path}: {error}.", "Check that the folder exists and that its disk works."
+            f"Cannot write {path}: {reason}{where}.", "Check that the folder exists and that its disk works."
         ) from error
     except FedRAGError:
         raise
@@ -73,7 +81,7 @@ def write_bytes_atomically(path: Path | str, content: bytes) -> None:
         FedRAGError: If the file cannot be written.
     """
     path = Path(path)
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -126,7 +134,8 @@ def replace_directory_atomically(path: Path | str) -> Iterator[Path]:
     """Fill a temporary directory and put it in the place of another when all went well.
 
     The old directory is set aside by one rename and the new one takes its name by a second. A kill between the two
-    leaves the old one set aside; `restore_interrupted` and `remove_leftovers` put it back.
+    leaves the old one set aside; `restore_interrupted` and `remove_leftovers` put it back. What kills left of earlier
+    replacements of the same directory is removed.
 
     Args:
         path: The directory to replace or to make; missing parent folders are made.
@@ -138,18 +147,18 @@ def replace_directory_atomically(path: Path | str) -> Iterator[Path]:
         FedRAGError: If the enclosed code or the renaming meets an error of the operating system.
     """
     path = Path(path)
-    temporary = _temporary_name(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        try:
-            yield temporary
-            _sync_tree(temporary)
-            _put_in_place(temporary, path)
-        except BaseException:
-            # The first error is the one to report; what cannot be removed now is a recognisable leftover.
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        remove_abandoned(path)
+        with new_directory(path) as temporary:
+            try:
+                yield temporary
+                _sync_tree(temporary)
+                _put_in_place(temporary, path)
+            except BaseException:
+                # The first error is the one to report; what cannot be removed now is a recognisable leftover.
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
 
 
 def restore_interrupted(path: Path | str) -> bool:
@@ -165,15 +174,17 @@ def restore_interrupted(path: Path | str) -> bool:
         FedRAGError: If it cannot be renamed.
     """
     path = Path(path)
-    set_aside = _name_aside(path)
+    set_aside = name_aside(path)
     if os.path.lexists(path) or not set_aside.is_dir():
         return False
     with os_errors(path):
         try:
             set_aside.rename(path)
-        except FileNotFoundError:
-            # Another process has done so meanwhile.
-            return False
+        except OSError as error:
+            # Another process has done so meanwhile, or has put the new one there.
+            if error.errno == errno.ENOENT or error.errno in _NOT_EMPTY:
+                return False
+            raise
         sync_directory(path.parent)
     return True
 
@@ -196,7 +207,7 @@ def remove_leftovers(directory: Path | str) -> list[Path]:
     removed = []
     with os_errors(directory):
         for leftover in sorted(Path(directory).rglob(".*.tmp")):
-            match = _LEFTOVER.fullmatch(leftover.name)
+            match = LEFTOVER.fullmatch(leftover.name)
             # One leftover directory may hold another, which went with it.
             if match is None or not os.path.lexists(leftover):
                 continue
@@ -204,37 +215,29 @@ def remove_leftovers(directory: Path | str) -> list[Path]:
             if match["kind"] == "old" and not target.exists():
                 leftover.rename(target)
             else:
-                _remove(leftover)
+                remove(leftover)
                 removed.append(leftover)
     return removed
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _name_aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old.tmp")
-
-
 def _put_in_place(temporary: Path, path: Path) -> None:
-    set_aside = _name_aside(path)
+    set_aside = name_aside(path)
     for attempt in range(_ATTEMPTS):
         if path.is_dir():
-            _remove(set_aside)
+            discard(set_aside, path)
             path.rename(set_aside)
         try:
             temporary.rename(path)
             break
         except OSError as error:
             # A reader that took this for an interrupted replacement has put the old one back: set it aside once more.
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.is_dir() and attempt + 1 < _ATTEMPTS:
+            if error.errno in _NOT_EMPTY and path.is_dir() and attempt + 1 < _ATTEMPTS:
                 continue
             if set_aside.is_dir() and not path.exists():
                 set_aside.rename(path)
             raise
     sync_directory(path.parent)
-    _remove(set_aside)
+    discard(set_aside, path)
 
 
 def _disk_full(path: Path | str, reason: str) -> FedRAGError:
@@ -242,13 +245,6 @@ def _disk_full(path: Path | str, reason: str) -> FedRAGError:
         f"Cannot write {path}: the disk is full ({reason}).",
         "Free some space or choose a folder on another disk; what was saved before is intact.",
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync_tree(directory: Path) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
-from fedrag_cli.config.checks import evaluation_split
+from fedrag_cli.config.checks import require_evaluation_split
 from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import resolve_relevant_ids
-from fedrag_cli.errors import ConfigError, FedRAGError
+from fedrag_cli.errors import FedRAGError, KnowledgeStoreError
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.rag.from_run import with_tuned_models
@@ -70,7 +70,12 @@ def start_evaluation(
         except (FedRAGError, KeyboardInterrupt):
             run.remove()
             raise
-        return _see_through(run, config, data, metrics, rag_system, reporter)
+        try:
+            return _see_through(run, config, data, metrics, rag_system, reporter)
+        except KnowledgeStoreError:
+            # Passages that a store leaves on disk turn out to be damaged when they are read, before anything is kept.
+            run.remove()
+            raise
 
 
 def resume_evaluation(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -91,11 +96,7 @@ def _config_of(source: ConfigSource, evaluated_run: Path | None) -> Config:
 
 
 def _load(config: Config) -> tuple[RunData, list[str]]:
-    split = evaluation_split(config)
-    if split is None:
-        raise ConfigError(
-            "The config has neither dataset.test nor dataset.validation to evaluate on.", "Add one of them."
-        )
+    split = require_evaluation_split(config)
     nodes = _passages(config)
     examples = load_examples(getattr(config.dataset, split))
     # Without a corpus nothing is retrieved, so the ids of passages name nothing.

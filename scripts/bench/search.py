@@ -27,9 +27,9 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.config import MemoryStoreConfig
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, write_embeddings
+from fedrag_cli.rag.knowledge_stores.embeddings_file import write_embeddings
 from fedrag_cli.rag.knowledge_stores.memory import FORMAT, InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import write_nodes
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, write_nodes
 from fedrag_cli.rag.moving import converted_store
 
 DIMENSION, TOP_K, TARGET = 384, 10, 1.1

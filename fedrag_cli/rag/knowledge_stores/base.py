@@ -47,6 +47,8 @@ class KnowledgeStore(ABC):
         self.device = torch.device(device)
         self.encoder_fingerprint: str | None = None
         self.corpus_fingerprint: str | None = None
+        self.rounded_to: str | None = None
+        """The number format that embeddings in the store were rounded to, here or before they came here."""
         self._passages = Passages()
 
     def __len__(self) -> int:
@@ -136,6 +138,16 @@ class KnowledgeStore(ABC):
     def build_report(self) -> dict[str, Any]:
         """Return what whoever has built the store should know of it, for instance how well its search finds."""
         return {}
+
+    @property
+    def changes_cheaply(self) -> bool:
+        """Whether any change of a saved store costs less than writing it anew; of others only an append does."""
+        return False
+
+    @property
+    def is_worth_writing(self) -> bool:
+        """Whether a saved store that is as it was saved would be read more cheaply after it is written out anew."""
+        return False
 
     @property
     def is_kept_elsewhere(self) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fedrag_cli.rag.knowledge_stores.vectors import rows_at_once
 
-EMBEDDINGS_FILE = "embeddings.safetensors"
 _TENSOR = "embeddings"
 _FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _FORMATS.items()}
@@ -47,7 +46,7 @@ class EmbeddingsFile:
 
         Raises:
             SafetensorError: It is damaged.
-            ValueError: It holds something else than embeddings.
+            ValueError: It holds something other than embeddings.
             OSError: It cannot be read.
         """
         with safe_open(path, framework="pt") as file:

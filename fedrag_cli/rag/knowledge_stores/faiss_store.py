@@ -25,6 +25,8 @@ from fedrag_cli.rag.knowledge_stores.faiss_index import (
     vectors_between,
     write_index,
 )
+from fedrag_cli.rag.knowledge_stores.faults import REBUILD, damaged_store, no_store
+from fedrag_cli.rag.knowledge_stores.folders import read_one_state
 from fedrag_cli.rag.knowledge_stores.passages import (
     INDEX_FILE,
     STORE_FILE,
@@ -91,6 +93,7 @@ class FaissKnowledgeStore(KnowledgeStore):
     def replace_embeddings(self, embeddings: Tensor) -> None:
         """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
         check_new(self._passages.nodes, embeddings, self.dimension)
+        self.rounded_to = None
         self._build(embeddings)
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -103,7 +106,7 @@ class FaissKnowledgeStore(KnowledgeStore):
 
     def clear(self) -> None:
         """Remove all passages, their embeddings and the fingerprints."""
-        self.encoder_fingerprint = self.corpus_fingerprint = None
+        self.encoder_fingerprint = self.corpus_fingerprint = self.rounded_to = None
         self._passages = Passages()
         self._build(torch.zeros(0, 0))
 
@@ -137,6 +140,7 @@ class FaissKnowledgeStore(KnowledgeStore):
             "format": FORMAT,
             "encoder": self.encoder_fingerprint,
             "corpus": self.corpus_fingerprint,
+            "rounded": self.rounded_to,
             "passages": len(self),
             "built_of": self._built_of,
             "settings": self._build_settings(),
@@ -162,28 +166,32 @@ class FaissKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: The directory holds no store, a damaged one, or one that was built otherwise.
         """
+        return read_one_state(directory, lambda: cls._load(directory, config, device))
+
+    @classmethod
+    def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> FaissKnowledgeStore:
         store = cls(config, device)
-        hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
         damaged = f"The knowledge store in '{directory}' is damaged"
         try:
             about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
             store._passages = Passages(read_nodes(directory))
             if about["format"] != FORMAT or about["passages"] != len(store):
-                raise KnowledgeStoreError(f"{damaged} or of another format.", hint)
+                raise KnowledgeStoreError(f"{damaged} or of another format.", REBUILD)
             if len(store):
                 if about["index_file"] != file_fingerprint(directory / INDEX_FILE):
-                    raise KnowledgeStoreError(f"{damaged}: '{INDEX_FILE}' is not as it was written.", hint)
+                    raise KnowledgeStoreError(f"{damaged}: '{INDEX_FILE}' is not as it was written.", REBUILD)
                 store._index = read_index(directory / INDEX_FILE, memory_map=store.config.memory_map)
                 store._is_mapped = store.config.memory_map
             built_with = dict(about["settings"])
             store.encoder_fingerprint, store.corpus_fingerprint = about["encoder"], about["corpus"]
+            store.rounded_to = about.get("rounded")
             store._built_of = int(about["built_of"])
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise KnowledgeStoreError(f"'{directory}' holds no knowledge store of FAISS: {error}", hint) from error
+            raise no_store(directory, error, " of FAISS") from error
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-            raise KnowledgeStoreError(f"{damaged}: {error}", hint) from error
+            raise damaged_store(directory, error) from error
         if store._index is not None and store._index.ntotal != len(store):
-            raise KnowledgeStoreError(f"{damaged}: passages and embeddings differ in number.", hint)
+            raise KnowledgeStoreError(f"{damaged}: passages and embeddings differ in number.", REBUILD)
         store._require_same_settings(directory, built_with)
         return store
 

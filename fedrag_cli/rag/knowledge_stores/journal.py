@@ -20,10 +20,10 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, raw_bytes
+from fedrag_cli.rag.knowledge_stores.embeddings_file import raw_bytes
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
 from fedrag_cli.runs.atomic import os_errors, sync_directory
 
-JOURNAL_FILE = "changes.jsonl"
 # With more changes than this part of the passages, writing everything is worth it.
 _PART = 8
 _HEAD, _TAIL = '{"checksum": "', '", "change": '
@@ -87,7 +87,7 @@ class Journal:
                 put.pop(id, None)
                 deleted[id] = None
             put.update((node.id, (node, row)) for node, row in zip(change.nodes, change.embeddings, strict=True))
-        self._kept = sum(len(change.deleted) + len(change.nodes) for change in changes)
+        self._kept = sum(map(_weight, changes))
         self._fingerprints = changes[-1].encoder, changes[-1].corpus
         embeddings = torch.stack([row for _, row in put.values()]) if put else torch.zeros((0, 0), dtype=dtype)
         return Change(list(deleted), [node for node, _ in put.values()], embeddings, *self._fingerprints)
@@ -106,11 +106,12 @@ class Journal:
         self._all_changed = True
         self._put, self._deleted = {}, {}
 
-    def suffices(self, directory: Path, passages: int) -> bool:
+    def suffices(self, directory: Path, passages: int, fingerprints: tuple[str | None, str | None]) -> bool:
         """Whether adding to the notes in a folder keeps a store of so many passages, and is quicker than writing it."""
         if self._all_changed or directory.resolve() != self._directory or not self._directory.exists():
             return False
-        return (self._kept + len(self._put) + len(self._deleted)) * _PART <= passages
+        changed = len(self._put) + len(self._deleted) or int(fingerprints != self._fingerprints)
+        return not changed or (self._kept + changed) * _PART <= passages
 
     def pending(self, fingerprints: tuple[str | None, str | None]) -> tuple[list[str], list[str]] | None:
         """Return the ids of passages that were deleted, and of those put since; None where the folder has it all."""
@@ -143,7 +144,7 @@ class Journal:
             finally:
                 self._size = _size(self._path)
         self._end = self._size
-        self._kept += len(change.deleted) + len(change.nodes)
+        self._kept += _weight(change)
         self._fingerprints = change.encoder, change.corpus
         self._put, self._deleted = {}, {}
 
@@ -161,6 +162,11 @@ class Journal:
                     return
                 yield _from_line(line, dtype, number)
                 self._end += len(line)
+
+
+def _weight(change: Change) -> int:
+    """Return how many changes a line counts for; one of other fingerprints alone has to be read as well."""
+    return max(1, len(change.deleted) + len(change.nodes))
 
 
 def _to_line(change: Change) -> bytes:

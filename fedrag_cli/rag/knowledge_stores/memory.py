@@ -16,16 +16,17 @@ from fedrag_cli.rag.config import MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.knowledge_stores.blocks import search_blocks
 from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EMBEDDINGS_FILE, EmbeddingsFile, write_embeddings
+from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile, write_embeddings
+from fedrag_cli.rag.knowledge_stores.faults import damaged_store, no_store
+from fedrag_cli.rag.knowledge_stores.folders import read_one_state
 from fedrag_cli.rag.knowledge_stores.journal import Change, Journal
 from fedrag_cli.rag.knowledge_stores.memory_map import MappedStore, MappedVectors
-from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE, Passages, read_nodes, write_nodes
+from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, NODES_FILE, Passages, read_nodes, write_nodes
 from fedrag_cli.rag.knowledge_stores.recall import found_at_once, recall, sampled_positions
 from fedrag_cli.rag.knowledge_stores.vectors import HeldVectors, format_name
 from fedrag_cli.runs.atomic import replace_directory_atomically
 
 FORMAT = "fedrag-memory-store-1"
-_HINT = "Build it anew with 'fedrag index CONFIG --rebuild'."
 
 
 class InMemoryKnowledgeStore(KnowledgeStore):
@@ -43,6 +44,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         super().__init__(device)
         self.config = config or MemoryStoreConfig()
         self.dtype: torch.dtype = getattr(torch, self.config.dtype)
+        self.rounded_to = self._own_rounding
         self._held = HeldVectors(self.device, self.dtype)
         self._mapped: MappedStore | None = None
         self._journal: Journal | None = None
@@ -99,6 +101,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         check_new(self.nodes, embeddings, self.dimension, self.dtype)
         self._take_over()
         self._held.replace(embeddings.detach())
+        self.rounded_to = self._own_rounding
         self._note_all()
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -119,6 +122,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         self.encoder_fingerprint = self.corpus_fingerprint = None
         self._passages, self._mapped = Passages(), None
         self._held = HeldVectors(self.device, self.dtype)
+        self.rounded_to = self._own_rounding
         self._note_all()
 
     def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
@@ -129,6 +133,16 @@ class InMemoryKnowledgeStore(KnowledgeStore):
     def embeddings_at(self, positions: Tensor) -> Tensor:
         """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
         return self._vectors.at(positions).to(self.device, torch.float32)
+
+    @property
+    def changes_cheaply(self) -> bool:
+        """Whether any change of a saved store costs less than writing it anew."""
+        return True
+
+    @property
+    def is_worth_writing(self) -> bool:
+        """Whether a journal has taken into memory what is to stay on disk."""
+        return self.config.memory_map and self._mapped is None and len(self) > 0
 
     def measure_recall(self, embeddings: Tensor) -> None:
         """Compare searches with those over the embeddings before they were rounded, for `build_report`.
@@ -157,6 +171,8 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             "encoder": self.encoder_fingerprint or "",
             "corpus": self.corpus_fingerprint or "",
         }
+        if self.rounded_to is not None and self.rounded_to != self._own_rounding:
+            metadata["rounded"] = self.rounded_to
         with replace_directory_atomically(directory) as target:
             shape, blocks = (len(self), self.dimension), self._vectors.blocks(max(1, len(self)))
             write_embeddings(target / EMBEDDINGS_FILE, blocks, shape, self.dtype, metadata)
@@ -174,10 +190,11 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: Another process has changed the folder meanwhile.
         """
-        if self._journal is None or not self._journal.suffices(directory, len(self)):
+        fingerprints = (self.encoder_fingerprint, self.corpus_fingerprint)
+        if self._journal is None or not self._journal.suffices(directory, len(self), fingerprints):
             self.save(directory)
             return
-        pending = self._journal.pending((self.encoder_fingerprint, self.corpus_fingerprint))
+        pending = self._journal.pending(fingerprints)
         if pending is None:
             return
         deleted, put = pending
@@ -206,6 +223,12 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         Raises:
             KnowledgeStoreError: The directory holds no store, a damaged one, or one of another number format.
         """
+        return read_one_state(directory, lambda: cls._load(directory, config, device))
+
+    @classmethod
+    def _load(
+        cls, directory: Path, config: MemoryStoreConfig | None, device: torch.device | str
+    ) -> InMemoryKnowledgeStore:
         try:
             file = EmbeddingsFile.open(directory / EMBEDDINGS_FILE)
             if file.metadata.get("format") != FORMAT:
@@ -220,10 +243,14 @@ class InMemoryKnowledgeStore(KnowledgeStore):
                 )
             store._read(directory, file)
         except FileNotFoundError as error:
-            raise KnowledgeStoreError(f"'{directory}' holds no knowledge store: {error}", _HINT) from error
+            raise no_store(directory, error) from error
         except (SafetensorError, ValueError, TypeError, OSError) as error:
-            raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {error}", _HINT) from error
+            raise damaged_store(directory, error) from error
         return store
+
+    @property
+    def _own_rounding(self) -> str | None:
+        return None if self.dtype == torch.float32 else self.config.dtype
 
     @property
     def _vectors(self) -> HeldVectors | MappedVectors:
@@ -242,6 +269,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
             self._passages = Passages(nodes)
         self.encoder_fingerprint = file.metadata.get("encoder") or None
         self.corpus_fingerprint = file.metadata.get("corpus") or None
+        self.rounded_to = file.metadata.get("rounded") or self._own_rounding
         self._replay(directory)
 
     def _replay(self, directory: Path) -> None:

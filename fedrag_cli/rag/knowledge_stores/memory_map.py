@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile
+from fedrag_cli.rag.knowledge_stores.faults import damaged_store
 from fedrag_cli.rag.knowledge_stores.passages import NODES_FILE
 from fedrag_cli.rag.knowledge_stores.vectors import rows_at_once
 
@@ -88,10 +88,7 @@ class MappedPassages:
             ]
             found = [KnowledgeNode(**row) for row in rows]
         except (ValueError, TypeError) as error:
-            raise KnowledgeStoreError(
-                f"The knowledge store in '{self._path.parent}' is damaged: {error}",
-                "Build it anew with 'fedrag index CONFIG --rebuild'.",
-            ) from error
+            raise damaged_store(self._path.parent, error) from error
         _drop(self._mapping)
         return found
 

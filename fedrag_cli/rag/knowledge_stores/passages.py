@@ -11,6 +11,8 @@ from pathlib import Path
 from fedrag_cli.data.nodes import KnowledgeNode
 
 NODES_FILE = "nodes.jsonl"
+EMBEDDINGS_FILE = "embeddings.safetensors"
+JOURNAL_FILE = "changes.jsonl"
 INDEX_FILE = "index.faiss"
 STORE_FILE = "store.json"
 _ENDS = 65536

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, KnowledgeStoreError
 from fedrag_cli.rag.config import QdrantStoreConfig
+from fedrag_cli.rag.knowledge_stores.faults import sentence
 
 try:
     from qdrant_client import QdrantClient as QdrantClient
@@ -60,7 +61,7 @@ def open_folder(directory: Path, version: str) -> QdrantClient:
             client = QdrantClient(path=str(directory))
         except RuntimeError as error:
             raise KnowledgeStoreError(
-                f"The knowledge store in '{directory}' cannot be opened: {error}",
+                f"The knowledge store in '{directory}' cannot be opened: {sentence(str(error))}",
                 "An embedded Qdrant serves one process at a time: end the other one, or run a server and set "
                 "rag_system.knowledge_store.url.",
             ) from error
@@ -90,7 +91,7 @@ def qdrant_errors(place: str) -> Iterator[None]:
         yield
     except ResponseHandlingException as error:
         raise ConnectionFailedError(
-            f"The Qdrant server at {place} cannot be reached: {error}",
+            f"The Qdrant server at {place} cannot be reached: {sentence(str(error))}",
             "Check that it runs and that rag_system.knowledge_store.url is right.",
         ) from error
     except UnexpectedResponse as error:

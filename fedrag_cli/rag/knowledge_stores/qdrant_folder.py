@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.rag.knowledge_stores.faults import REBUILD, damaged_store, no_store
 from fedrag_cli.rag.knowledge_stores.passages import STORE_FILE, file_fingerprint
 
 FORMAT = "fedrag-qdrant-folder-1"
@@ -33,18 +34,17 @@ def version_of_folder(directory: Path) -> str:
     Raises:
         KnowledgeStoreError: The folder holds no store, or a damaged one.
     """
-    hint = "Build it anew with 'fedrag index CONFIG --rebuild'."
     try:
         about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
-            raise KnowledgeStoreError(f"The knowledge store in '{directory}' is of another format.", hint)
+            raise KnowledgeStoreError(f"The knowledge store in '{directory}' is of another format.", REBUILD)
         for name, fingerprint in about["files"].items():
             if file_fingerprint(directory / name) != fingerprint:
                 raise KnowledgeStoreError(
-                    f"The knowledge store in '{directory}' is damaged: '{name}' is not as it was written.", hint
+                    f"The knowledge store in '{directory}' is damaged: '{name}' is not as it was written.", REBUILD
                 )
         return str(about["version"])
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise KnowledgeStoreError(f"'{directory}' holds no knowledge store of Qdrant: {error}", hint) from error
+        raise no_store(directory, error, " of Qdrant") from error
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {error}", hint) from error
+        raise damaged_store(directory, error) from error

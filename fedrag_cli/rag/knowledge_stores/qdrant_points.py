@@ -24,10 +24,15 @@ def point_id(node_id: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, node_id))
 
 
+def payload_key(name: str) -> str:
+    """Return where a point keeps a passage's metadata of a name."""
+    return f"metadata.{name}"
+
+
 def metadata_filter(wanted: Mapping[str, str | int | bool]) -> models.Filter | None:
     """Return the filter that passes what has all these metadata; None where there is none."""
     conditions = [
-        models.FieldCondition(key=f"metadata.{key}", match=models.MatchValue(value=value))
+        models.FieldCondition(key=payload_key(key), match=models.MatchValue(value=value))
         for key, value in wanted.items()
     ]
     return models.Filter(must=list(conditions)) if conditions else None
@@ -47,7 +52,7 @@ def create_filter_indexes(client: QdrantClient, name: str, wanted: Mapping[str, 
         int: models.PayloadSchemaType.INTEGER,
     }
     for key, value in wanted.items():
-        client.create_payload_index(name, f"metadata.{key}", field_schema=kinds[type(value)])
+        client.create_payload_index(name, payload_key(key), field_schema=kinds[type(value)])
 
 
 def write_points(
@@ -93,6 +98,7 @@ def describe(source: KnowledgeStore) -> dict[str, Any]:
         "format": FORMAT,
         "encoder": source.encoder_fingerprint,
         "corpus": source.corpus_fingerprint,
+        "rounded": source.rounded_to,
         "passages": len(source),
     }
 

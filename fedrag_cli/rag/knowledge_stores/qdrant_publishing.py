@@ -14,6 +14,7 @@ from fedrag_cli.rag.knowledge_stores.qdrant_points import (
     create_collection,
     create_filter_indexes,
     describe,
+    payload_key,
 )
 from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
 
@@ -37,13 +38,8 @@ def publish(source: KnowledgeStore, config: QdrantStoreConfig, client: QdrantCli
     """
     server = client if client is not None else connect(config)
     name = f"{config.collection}-{uuid.uuid4().hex[:8]}"
+    old = require_own_collection(config, server)
     with qdrant_errors(config.url or "memory"):
-        old = _target_of(server, config.collection)
-        if old is None and server.collection_exists(config.collection):
-            raise KnowledgeStoreError(
-                f"'{config.collection}' is a collection of its own, which fedrag did not write and leaves alone.",
-                "Set rag_system.knowledge_store.collection to another name.",
-            )
         try:
             _fill(server, name, source, config)
             _point_to(server, config.collection, name, replaces=old is not None)
@@ -55,6 +51,47 @@ def publish(source: KnowledgeStore, config: QdrantStoreConfig, client: QdrantCli
         if old is not None:
             server.delete_collection(old)
     return QdrantKnowledgeStore(config, client=server)
+
+
+def require_own_collection(config: QdrantStoreConfig, client: QdrantClient | None = None) -> str | None:
+    """Check that publishing would replace nothing but what was published before.
+
+    Args:
+        config: The server and the collection's name.
+        client: The server, where it is connected already.
+
+    Returns:
+        The collection that the name points to; None where nothing has this name yet.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The name belongs to a collection that fedrag did not write.
+    """
+    server = client if client is not None else connect(config)
+    with qdrant_errors(config.url or "memory"):
+        old = _target_of(server, config.collection)
+        if old is None and server.collection_exists(config.collection):
+            raise KnowledgeStoreError(
+                f"'{config.collection}' is a collection of its own, which fedrag did not write and leaves alone.",
+                "Set rag_system.knowledge_store.collection to another name.",
+            )
+    return old
+
+
+def index_filter(config: QdrantStoreConfig) -> None:
+    """Let the server find what passes the config's filter, in a collection that was published with another one.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The server fails.
+    """
+    server = connect(config)
+    with qdrant_errors(config.url or "memory"):
+        name = _target_of(server, config.collection)
+        if name is not None:
+            known = server.get_collection(name).payload_schema or {}
+            missing = {key: value for key, value in config.filter.items() if payload_key(key) not in known}
+            create_filter_indexes(server, name, missing)
 
 
 def _fill(server: QdrantClient, name: str, source: KnowledgeStore, config: QdrantStoreConfig) -> None:

@@ -117,6 +117,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
     def replace_embeddings(self, embeddings: Tensor) -> None:
         """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
         check_new(self._passages.nodes, embeddings, self.dimension)
+        self.rounded_to = None
         if self._is_own:
             self._write(self._passages.nodes, embeddings, self._places)
         else:
@@ -136,7 +137,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
 
     def clear(self) -> None:
         """Remove all passages, their embeddings and the fingerprints; a server or a folder keeps its own."""
-        self.encoder_fingerprint = self.corpus_fingerprint = None
+        self.encoder_fingerprint = self.corpus_fingerprint = self.rounded_to = None
         self._client, self._is_own, self._dimension = in_memory(), True, 0
         self._set_passages([], [])
 
@@ -227,6 +228,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
             self._set_passages(*read_passages(self._client, name, self._filter))
         self._dimension = int(size) if count else 0
         self.encoder_fingerprint, self.corpus_fingerprint = about.get("encoder"), about.get("corpus")
+        self.rounded_to = about.get("rounded")
 
     def _search(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         found = self._ask(queries, wanted, exact=self.config.exact)
