@@ -16,6 +16,7 @@ from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
+from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.launch import process_count
 from fedrag_cli.runs.processes import Processes, join_processes
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
@@ -58,8 +59,8 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     config = source.config
     require_training(config)
     _require_shared_store(config)
-    processes = join_processes(choose_device(config.run.device))
-    with processes.failures_told():
+    processes = join_processes(lambda: choose_device(config.run.device))
+    with terminable(once=processes.count > 1), processes.failures_told():
         return _start(source, command, reporter, processes) if processes.is_main else _follow(config, processes)
 
 
@@ -94,8 +95,8 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
     """
     config = source.config
     _require_shared_store(config)
-    processes = join_processes(choose_device(config.run.device))
-    with processes.failures_told():
+    processes = join_processes(lambda: choose_device(config.run.device))
+    with terminable(once=processes.count > 1), processes.failures_told():
         return _resume(run, config, reporter, processes) if processes.is_main else _follow(config, processes)
 
 
@@ -103,7 +104,6 @@ def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Pr
     with run.locked():
         data = load_run_data(config)
         require_unchanged(run, "data", data_fingerprints(data))
-        run.update_manifest(status="running", error=None)
         rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, rag_system, reporter, processes)
@@ -141,6 +141,7 @@ def _see_through(
     started = time.monotonic()
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), processes.failures_told():
+        run.update_manifest(status="running", error=None)
         processes.main_does(lambda: run.checkpoints)
         record_fingerprints(run, rag_system, data)
         reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())
