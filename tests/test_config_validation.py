@@ -104,6 +104,17 @@ trainer:
         ("trainer.retriever.dropout", "maybe", "must be true or false, not 'maybe'"),
         ("trainer.retriever.train", "querry", "'querry' is not one of query, both (did you mean 'query'?)"),
         ("trainer.retriever.train", "x", "'x' is not one of query, both"),
+        ("rag_system.generator.quantization", 8, "8 is not one of 8bit, 4bit, null (did you mean '8bit'?)"),
+        ("rag_system.generator.quantization", "16bit", "'16bit' is not one of 8bit, 4bit, null"),
+        ("rag_system.generator.quantization", "8bits", "'8bits' is not one of 8bit, 4bit, null (did you mean '8bit'?)"),
+        ("rag_system.generator.quantization", "none", "'none' is not one of 8bit, 4bit, null"),
+        ("rag_system.generator.precision", "float32", "'float32' is not one of weights, bfloat16, fast"),
+        (
+            "rag_system.generator.precision",
+            "bf16",
+            "'bf16' is not one of weights, bfloat16, fast (did you mean 'bfloat16'?)",
+        ),
+        ("rag_system.generator.device_map", "cpu", "'cpu' is not one of auto, balanced, sequential, null"),
         (
             "trainer.retriever.save_every",
             "epochs",

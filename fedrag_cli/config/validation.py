@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedrag_cli.config.fields import slots_of
+from fedrag_cli.config.fields import is_optional, slots_of
 from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, in_order, suggestion
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import ConfigTree
@@ -129,7 +130,8 @@ def _message(details: ErrorDetails, path: KeyPath, owner: type | None) -> str:
         options = [
             option.strip().strip("'") for option in str(context.get("expected", "")).replace(" or ", ",").split(",")
         ]
-        return f"{given!r} is not one of {', '.join(options)}{_close(given, options)}"
+        listed = [*options, "null"] if owner is not None and is_optional(owner, str(path[-1])) else options
+        return f"{given!r} is not one of {', '.join(listed)}{_close(given, options)}"
     if kind == "value_error":
         return f"{given!r} {context.get('error')}"
     if kind in ("dataclass_type", "dict_type", "union_tag_not_found"):
@@ -143,5 +145,10 @@ def _message(details: ErrorDetails, path: KeyPath, owner: type | None) -> str:
 
 
 def _close(given: object, options: list[str]) -> str:
-    text = suggestion(given, options)
+    """Return a suggestion among the options with the numbers of what is given: 16bit does not mean 8bit."""
+    numbers = re.findall(r"\d+", str(given))
+    alike = [option for option in options if not numbers or re.findall(r"\d+", option) == numbers]
+    if isinstance(given, int) and len(alike) == 1:
+        return f" (did you mean '{alike[0]}'?)"
+    text = suggestion(given, alike)
     return text if "did you mean" in text else ""

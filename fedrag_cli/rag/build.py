@@ -108,7 +108,12 @@ def _load_models(
     if not with_generator or config.rag_system.generator is None:
         return retriever, None
     prompt, seed = config.rag_system.prompt, config.run.seed
-    return retriever, build("generator", config.rag_system.generator, prompt=prompt, device=device, seed=seed)
+    generator: CausalLMGenerator = build(
+        "generator", config.rag_system.generator, prompt=prompt, device=device, seed=seed
+    )
+    for note in generator.notes:
+        reporter.note(note)
+    return retriever, generator
 
 
 def _open_store(
