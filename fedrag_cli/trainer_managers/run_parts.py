@@ -295,6 +295,7 @@ def recorded_end(run: RunDirectory) -> Iterator[None]:
         code = getattr(error, "exit_code", None)
         interrupted = isinstance(error, KeyboardInterrupt) or code == EXIT_INTERRUPTED
         run.update_manifest(status="interrupted" if interrupted else "failed", error=str(error))
+        run.open_log().append("stopped")
         if interrupted:
             own = error.message if isinstance(error, RunInterruptedError) else ""
             raise RunInterruptedError(

@@ -18,6 +18,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.launch import process_count
+from fedrag_cli.runs.metrics_log import seconds_spent
 from fedrag_cli.runs.processes import Processes, join_processes
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
@@ -138,8 +139,9 @@ def _see_through(
     reporter: Reporter,
     processes: Processes,
 ) -> dict[str, Any]:
-    started = time.monotonic()
     reporter = RunReporter(run.open_log(), reporter)
+    # A run that goes on counts what its earlier parts have taken.
+    started = time.monotonic() - seconds_spent(run.events())
     with recorded_end(run), processes.failures_told():
         run.update_manifest(status="running", error=None)
         processes.main_does(lambda: run.checkpoints)
