@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedrag_cli.errors import ModelError
 from fedrag_cli.runs.launch import local_process_number, process_count
 
-_SAMPLED_VALUES = 16
+_SAMPLED_VALUES = 8
 PACKAGE_PREFIX = "package://"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -213,7 +213,7 @@ class FingerprintMemory:
 
     Every replacement of a tensor and every write that torch counts is noticed: optimizers, `copy_`, `load_state_dict`.
     Writes that torch does not count, through `parameter.data` (as peft does when it merges an adapter) or numpy, are
-    noticed where they change one of the 16 values that are looked at in each tensor. One that leaves those alone, such
+    noticed where they change one of the 8 values that are looked at in each tensor. One that leaves those alone, such
     as a single row of an embedding, is not; write it under `torch.no_grad()` to the parameter itself.
     """
 
@@ -235,8 +235,10 @@ def _samples(tensors: Sequence[Tensor]) -> list[bytes]:
     """Return some values of each tensor, evenly spread, with one transfer a device and number format."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        step = max(1, -(-tensor.numel() // _SAMPLED_VALUES))
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.reshape(-1)[::step])
+        if count := min(_SAMPLED_VALUES, tensor.numel()):
+            values = tensor.contiguous()
+            sample = values.as_strided((count,), (tensor.numel() // count,), values.storage_offset())
+            groups.setdefault((tensor.device, tensor.dtype), []).append(sample)
     return [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in groups.values()]
 
 
