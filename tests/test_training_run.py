@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -92,3 +95,32 @@ def test_the_time_of_a_resumed_run_counts_all_its_parts(
     (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     summary = resume_training(run, load_config_with_source(run.config_file), SilentReporter())
     assert 7200 < summary["seconds"] < 7200 + 600
+
+
+def test_a_terminal_shows_our_bars_alone(write_config: Callable[..., Path]) -> None:
+    terminal, other_end = os.openpty()
+    config = write_config(trainer={"mode": "generator"})
+    settings = ("trainer.generator.lora=null", "trainer.generator.max_steps=1", "evaluation.metrics=[mrr]")
+    environment = {name: value for name, value in os.environ.items() if "TQDM" not in name and "BARS" not in name}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "fedrag_cli", "train", str(config), *settings],
+        stderr=other_end,
+        env=environment | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"},
+    )
+    os.close(other_end)
+    shown = b""
+    while part := _read(terminal):
+        shown += part
+    os.close(terminal)
+    assert process.wait(60) == 0, shown.decode()
+    assert "1-generator" in shown.decode()
+    for bar in ("Loading weights", "Writing model shards", "it/s]"):
+        assert bar not in shown.decode()
+
+
+def _read(terminal: int) -> bytes:
+    """Return what comes next; nothing where the other end is closed."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
