@@ -105,6 +105,8 @@ def _load_models(
     device = config.run.device
     reporter.note("Loading the models")
     retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=device)
+    for note in retriever.notes:
+        reporter.note(note)
     if not with_generator or config.rag_system.generator is None:
         return retriever, None
     prompt, seed = config.rag_system.prompt, config.run.seed
