@@ -224,7 +224,7 @@ class FingerprintMemory:
     def fingerprint(self, model: nn.Module) -> str:
         """Return `weights_fingerprint(model)`, computed anew only where a weight has changed."""
         tensors = [*model.parameters(), *model.buffers()]
-        state = [*((tensor.data_ptr(), tensor._version) for tensor in tensors), *_samples(tensors)]
+        state: list[object] = [*((tensor.data_ptr(), tensor._version) for tensor in tensors), *_samples(tensors)]
         if self._known is None or self._known[0] != state:
             self._known = (state, weights_fingerprint(model))
         return self._known[1]
