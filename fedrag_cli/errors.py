@@ -62,7 +62,7 @@ class TrainingError(FedRAGError):
 
 
 class RunInterruptedError(FedRAGError):
-    """The run was interrupted by a signal; its state is saved."""
+    """The run was interrupted by a signal; the message says what is saved."""
 
     exit_code = EXIT_INTERRUPTED
 

@@ -104,6 +104,17 @@ trainer:
         ("trainer.retriever.dropout", "maybe", "must be true or false, not 'maybe'"),
         ("trainer.retriever.train", "querry", "'querry' is not one of query, both (did you mean 'query'?)"),
         ("trainer.retriever.train", "x", "'x' is not one of query, both"),
+        ("rag_system.generator.quantization", 8, "8 is not one of 8bit, 4bit, null (did you mean '8bit'?)"),
+        ("rag_system.generator.quantization", "16bit", "'16bit' is not one of 8bit, 4bit, null"),
+        ("rag_system.generator.quantization", "8bits", "'8bits' is not one of 8bit, 4bit, null (did you mean '8bit'?)"),
+        ("rag_system.generator.quantization", "none", "'none' is not one of 8bit, 4bit, null"),
+        ("rag_system.generator.precision", "float32", "'float32' is not one of weights, bfloat16, fast"),
+        (
+            "rag_system.generator.precision",
+            "bf16",
+            "'bf16' is not one of weights, bfloat16, fast (did you mean 'bfloat16'?)",
+        ),
+        ("rag_system.generator.device_map", "cpu", "'cpu' is not one of auto, balanced, sequential, null"),
         (
             "trainer.retriever.save_every",
             "epochs",
@@ -224,3 +235,39 @@ def test_suggestion() -> None:
 
 def test_problem_without_a_path() -> None:
     assert str(ConfigProblem(Position("a.yaml", 3), "", "is bad")) == "a.yaml:3: is bad"
+
+
+SECRET = "s3cret-value-of-a-token"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("run.seed", "${oc.env:TOKEN}", "must be a whole number, not the value of ${oc.env:TOKEN}"),
+        ("run.seed", "${run.name}", "must be a whole number, not the value of ${oc.env:TOKEN}"),
+        ("run.report_to", "x ${oc.env:TOKEN}", "must be a list, not the value of x ${oc.env:TOKEN}"),
+        ("run.seed", ["${oc.env:TOKEN}", 1], "must be a whole number, not [the value of ${oc.env:TOKEN}, 1]"),
+        ("run.seed", {"a": "${oc.env:TOKEN}"}, "must be a whole number, not {'a': the value of ${oc.env:TOKEN}}"),
+        ("trainer.mode", "${oc.env:TOKEN}", "the value of ${oc.env:TOKEN} is not one of retriever, generator"),
+        ("rag_system.retriever.type", "${oc.env:TOKEN}", "there is no type the value of ${oc.env:TOKEN} (known: "),
+        ("evaluation.metrics", ["${oc.env:TOKEN}"], "the value of ${oc.env:TOKEN} is no metric"),
+        ("trainer.generator.lora", "${oc.env:TOKEN}", "needs settings below it ('key: value' lines), not the value of"),
+        ("run.seed", "${oc.decode:'[${oc.env:TOKEN}'}", "stands for a text that cannot be read"),
+    ],
+)
+def test_a_value_from_the_environment_is_not_quoted(
+    tmp_path: Path, path: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", SECRET)
+    config = config_with("run.name", "${oc.env:TOKEN}")
+    *parents, last = path.split(".")
+    section = config
+    for key in parents:
+        section = section.setdefault(key, {})
+    section[last] = value
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    with pytest.raises(InvalidConfigError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert message in str(caught.value)
+    assert SECRET not in str(caught.value)
+    assert all(SECRET not in str(problem) for problem in caught.value.problems)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedrag_cli.errors import DataError, FedRAGError
-from fedrag_cli.runs.metrics_log import MetricsLog, latest_by_step, read_events
+from fedrag_cli.runs.metrics_log import MetricsLog, latest_by_step, read_events, seconds_spent
 
 
 def test_events_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -131,3 +131,17 @@ def test_every_line_is_json_by_itself(tmp_path: Path) -> None:
     for step in range(50):
         log.append("train_step", step=step)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == list(range(50))
+
+
+def test_the_time_of_a_run_is_that_of_its_parts_without_the_pauses_between_them() -> None:
+    def at(minute: int, second: int, event: str) -> dict[str, str]:
+        return {"event": event, "time": f"2026-11-25T10:{minute:02}:{second:02}.500+00:00"}
+
+    first = [at(0, 0, "started"), at(0, 10, "train_step"), at(0, 12, "stopped")]
+    assert seconds_spent([]) == 0.0
+    assert seconds_spent(first[:1]) == 0.0
+    assert seconds_spent(first) == 12.0
+    killed = [at(5, 0, "started"), at(5, 3, "train_step")]
+    assert seconds_spent([*first, *killed]) == 15.0
+    assert seconds_spent([*first, *killed, at(20, 0, "started")]) == 15.0
+    assert seconds_spent([*first, *killed, at(20, 0, "started"), at(21, 1, "evaluation")]) == 76.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from fedrag_cli.errors import (
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.models import ModelLocation, choose_device
 from fedrag_cli.rag.placement import placement_options
+from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.processes import Processes
 from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
 
@@ -105,6 +107,26 @@ def test_an_error_of_torch_is_traced_to_the_process_that_failed() -> None:
     (unexplained, _) = in_threads(lose, lambda processes: None)
     assert isinstance(unexplained, TrainingError)
     assert "Connection closed by peer" in unexplained.message
+
+
+def test_a_process_that_is_ended_because_another_has_failed_says_so() -> None:
+    told = threading.Event()
+
+    def end(processes: Processes) -> None:
+        told.wait(10)
+        raise KeyboardInterrupt
+
+    def fail(processes: Processes) -> None:
+        threading.Timer(0.2, told.set).start()
+        raise DataError("The file is empty.")
+
+    ended, _ = in_threads(end, fail)
+    assert isinstance(ended, OtherProcessError)
+    assert ended.message == "Process 1 of this training failed: The file is empty."
+    told.clear()
+    threading.Timer(0.2, told.set).start()
+    ended, _ = in_threads(end, end)
+    assert isinstance(ended, KeyboardInterrupt)
 
 
 def test_the_shares_of_a_batch_are_the_batch() -> None:
@@ -274,7 +296,7 @@ def test_an_interrupted_training_of_two_processes_goes_on_in_two(write_config: C
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["status"] == "interrupted", shown
     assert "Interrupted in 1-retriever after step" in shown
-    assert shown.count("Go on with: fedrag resume") == 1
+    assert shown.count(f"Go on with: torchrun --nproc_per_node 2 -m fedrag_cli resume {run}") == 1
     resumed = launch(TWO, "-m", "fedrag_cli", "resume", str(run), "--json")
     printed, shown = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, shown
@@ -315,9 +337,101 @@ def test_a_process_that_fails_ends_the_run_of_all(write_config: Callable[..., Pa
     assert "no room for the batch" in log
     (run,) = (config.parent / "runs").glob("*/*")
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    # The launcher may be quicker at ending the main process than that is at writing down why.
-    assert manifest["status"] in ("failed", "running")
+    assert manifest["status"] == "failed"
+    assert "Process 1 of this training failed: no room for the batch" in manifest["error"]
     assert not (run / "generator").exists()
+
+
+SLOW = """
+import sys, time
+from fedrag_cli.trainer_managers import training_run
+
+def wait(run, *arguments):
+    (run.path / "evaluating").touch()
+    for _ in range(600):
+        time.sleep(0.1)
+
+training_run.evaluate_once = wait
+from fedrag_cli.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.fl
+@pytest.mark.parametrize("launcher", [[sys.executable], TWO], ids=["one", "two"])
+def test_a_signal_before_the_first_step_is_written_down(
+    write_config: Callable[..., Path], tmp_path: Path, launcher: list[str]
+) -> None:
+    script, config = tmp_path / "slow.py", write_config()
+    script.write_text(SLOW, encoding="utf-8")
+    process = launch(launcher, str(script), "train", str(config), "run.device=cpu")
+    until = time.monotonic() + 120
+    while not list((config.parent / "runs").glob("*/*/evaluating")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=60)
+    (run,) = (config.parent / "runs").glob("*/*")
+    assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["status"] == "interrupted", shown
+    command = "fedrag" if launcher is not TWO else "torchrun --nproc_per_node 2 -m fedrag_cli"
+    assert shown.count(f"Go on with: {command} resume {run}") == 1
+    assert process.returncode == (130 if launcher is not TWO else 1)
+
+
+def test_the_way_to_go_on_names_the_launcher(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Path("runs/my run")
+    assert resume_command(run) == "torchrun --nproc_per_node 2 -m fedrag_cli resume 'runs/my run'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert "for several machines" in resume_command(run)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    accelerate = "accelerate launch --multi_gpu --num_processes 2 -m fedrag_cli resume 'runs/my run'"
+    assert resume_command(run) == accelerate
+    monkeypatch.delenv("RANK")
+    assert resume_command(run) == "fedrag resume 'runs/my run'"
+
+
+WITHOUT_DEVICE = """
+import os, sys
+from fedrag_cli.errors import ModelError
+from fedrag_cli.trainer_managers import training_run
+
+choose = training_run.choose_device
+
+def fail(device):
+    if os.environ["RANK"] == "1":
+        raise ModelError("This machine has no device 'cuda:1'.", "Set run.device to auto or cpu.")
+    return choose(device)
+
+training_run.choose_device = fail
+from fedrag_cli.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.fl
+def test_a_process_that_fails_before_it_joins_says_why_and_ends_the_others(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    script, config = tmp_path / "device.py", write_config()
+    script.write_text(WITHOUT_DEVICE, encoding="utf-8")
+    arguments = (str(script), "train", str(config), "run.device=cpu")
+    _, log = launch(TWO, *arguments).communicate(timeout=120)
+    assert log.count("Error: Process 1: This machine has no device 'cuda:1'.") == 1
+    # Without torchrun nobody ends the main process for it.
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    main_one, other = (
+        launch(["env", *(f"{name}={value}" for name, value in (shared | {"RANK": rank}).items()), sys.executable],
+               *arguments)
+        for rank in ("0", "1")
+    )  # fmt: skip
+    _, of_main = main_one.communicate(timeout=120)
+    assert main_one.returncode == EXIT_DATA
+    assert "Process 1 of this training failed: This machine has no device 'cuda:1'." in of_main
+    assert "Error: Process 1: This machine" in other.communicate(timeout=120)[1]
+    assert not (config.parent / "runs").exists()
 
 
 @pytest.mark.fl

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedrag_cli.errors import ConfigError
+from fedrag_cli.rag.models import FingerprintMemory, weights_fingerprint
 from fedrag_cli.trainers.config import LoRAConfig
 from fedrag_cli.trainers.huggingface.adapters import add_adapter
 
@@ -87,3 +88,15 @@ def test_an_adapter_on_other_layers_is_refused(models: dict[str, Path]) -> None:
 
 def test_gpt2_gets_an_adapter_without_a_warning(models: dict[str, Path]) -> None:
     assert adapter_weights(adapted(models["gpt2"]))
+
+
+def test_a_merged_adapter_changes_the_remembered_fingerprint(models: dict[str, Path]) -> None:
+    """peft merges through `.data`, which torch does not count as a write."""
+    model, memory = adapted(models["generator"]), FingerprintMemory()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    before = memory.fingerprint(model)
+    model.merge_adapter()
+    assert memory.fingerprint(model) == weights_fingerprint(model) != before

@@ -165,6 +165,10 @@ def test_a_remembered_fingerprint_follows_every_way_of_changing_weights() -> Non
     assert changed(), "another parameter"
     model[0].weight.data = torch.full((3, 4), 0.75)
     assert changed(), "another tensor behind the parameter"
+    model[0].weight.data.mul_(2.0)
+    assert changed(), "a write through .data, which torch does not count"
+    model[2].bias.detach().numpy()[1] += 1.0
+    assert changed(), "a write through numpy"
     model.to(torch.float64)
     assert changed(), "another number format"
     model[1].running_mean.add_(1.0)

@@ -20,7 +20,7 @@ from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.from_run import load_config_or_run
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.models import ModelLocation, choose_dtype, require_bfloat16
-from fedrag_cli.rag.placement import placement_options, quantization_config, settled
+from fedrag_cli.rag.placement import placement_note, placement_options, quantization_config, settled
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporting import SilentReporter
 from fedrag_cli.trainer_managers.run_parts import load_run_data
@@ -54,8 +54,25 @@ def test_a_device_map_on_a_machine_without_gpu_leaves_the_model_whole(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plain, mapped = load(models["generator"]), load(models["generator"], device_map=device_map)
     assert mapped.device == CPU
+    assert mapped.notes == (f"device_map: {device_map} has put the generator on cpu, because the process sees no GPU.",)
+    assert plain.notes == ()
     assert mapped.fingerprint() == plain.fingerprint()
     assert torch.equal(mapped.target_log_probs(PROMPTS, TARGETS), plain.target_log_probs(PROMPTS, TARGETS))
+
+
+def test_where_a_device_map_has_put_the_model_is_told(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    model.hf_device_map = {"embed": 0, "layers.0": 0, "layers.1": 1}  # type: ignore[assignment]
+    config = CausalLMConfig(model="m", device_map="balanced")
+    assert placement_note(config, model) == "device_map: balanced has put the generator on cuda:0 and cuda:1."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    notes: list[str] = []
+    reporter = SilentReporter()
+    monkeypatch.setattr(reporter, "note", notes.append)
+    build_rag_system(load_config(write_config(), ["rag_system.generator.device_map=auto"]), reporter=reporter)
+    assert [note for note in notes if note.startswith("device_map: auto has put the generator on cpu")]
 
 
 def test_a_model_that_does_not_fit_on_the_gpus_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,9 @@ from sentence_transformers import SentenceTransformer
 
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import SentenceTransformerConfig
+from fedrag_cli.rag.models import weights_fingerprint
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.rag.retrievers.structure import structure_fingerprint
 
 TEXTS = [
     "the cat",
@@ -125,6 +128,94 @@ def test_no_texts_give_no_embeddings(models: dict[str, Path]) -> None:
 def test_the_dimension_and_the_device_are_those_of_the_model(models: dict[str, Path]) -> None:
     retriever = load(models["retriever"])
     assert (retriever.dimension, retriever.device) == (32, torch.device("cpu"))
+
+
+# Prompts of the model itself
+
+
+def instructed(models: dict[str, Path], folder: Path, *, names: tuple[str, str] = ("query", "document")) -> Path:
+    """Write the tiny retriever with prompts of its own."""
+    model = SentenceTransformer(str(models["retriever"]), device="cpu", prompts={names[0]: "ask: ", names[1]: "read: "})
+    model.default_prompt_name = names[0]
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def test_a_models_own_prompts_are_used_as_sentence_transformers_does(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = instructed(models, tmp_path / "model")
+    retriever, plain = load(folder), SentenceTransformer(str(folder), device="cpu")
+    assert (plain.encode_query(TEXTS, convert_to_tensor=True) - retriever.encode_queries(TEXTS)).abs().max() < 1e-6
+    assert (plain.encode_document(TEXTS, convert_to_tensor=True) - retriever.encode_passages(TEXTS)).abs().max() < 1e-6
+    given = load(models["retriever"], query_prompt="ask: ", passage_prompt="read: ")
+    assert torch.equal(given.encode_queries(TEXTS), retriever.encode_queries(TEXTS))
+    assert given.fingerprint() == retriever.fingerprint()
+    assert given.query_fingerprint() == retriever.query_fingerprint()
+    assert given.notes == ()
+    assert retriever.notes == (
+        "The retriever's own prompts are used: 'ask: ' before queries, 'read: ' before passages "
+        "(query_prompt and passage_prompt change them).",
+    )
+    assert retriever.count_truncated(["z" * 60], queries=True) == 1
+    assert load(models["retriever"]).count_truncated(["z" * 60], queries=True) == 0
+
+
+def test_an_empty_prompt_switches_the_models_own_off(models: dict[str, Path], tmp_path: Path) -> None:
+    folder, plain = instructed(models, tmp_path / "model"), load(models["retriever"])
+    off = load(folder, query_prompt="", passage_prompt="")
+    assert torch.equal(off.encode_queries(TEXTS), plain.encode_queries(TEXTS))
+    assert (off.fingerprint(), off.query_fingerprint()) == (plain.fingerprint(), plain.query_fingerprint())
+    assert off.notes == ()
+    half = load(folder, passage_prompt="")
+    assert half.fingerprint() == plain.fingerprint()
+    assert half.query_fingerprint() != plain.query_fingerprint()
+    assert half.notes[0].count("before") == 1
+
+
+def test_a_model_without_prompts_keeps_the_fingerprint_that_it_had(models: dict[str, Path]) -> None:
+    for settings in ({}, {"query_prompt": "", "passage_prompt": ""}):
+        retriever = load(models["retriever"], **settings)
+        parts = ("", 64, "cosine", structure_fingerprint(retriever.passage_encoder))
+        digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest()
+        assert retriever.fingerprint() == f"{weights_fingerprint(retriever.passage_encoder)}-{digest}"
+
+
+def test_a_prompt_for_passages_goes_by_other_names_too(models: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("passage", "corpus"):
+        assert load(instructed(models, tmp_path / name, names=("query", name))).passage_prompt == "read: "
+    tasks = load(instructed(models, tmp_path / "tasks", names=("web_search", "sts")))
+    assert (tasks.query_prompt, tasks.passage_prompt) == ("", "")
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_models_own_prompts_survive_saving_tuning_and_two_encoders(
+    models: dict[str, Path], tmp_path: Path, separate: bool
+) -> None:
+    retriever = load(instructed(models, tmp_path / "model"))
+    if separate:
+        retriever.separate_encoders()
+        nudge(retriever.query_encoder)
+    retriever.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.is_shared is not separate
+    assert (again.query_prompt, again.passage_prompt) == ("ask: ", "read: ")
+    assert again.fingerprint() == retriever.fingerprint()
+    other = retriever.with_query_encoder(load(models["other_retriever"]).query_encoder, shared=False)
+    assert (other.query_prompt, other.passage_prompt) == ("ask: ", "read: ")
+    two = load(None, query_model=str(tmp_path / "model"), passage_model=str(models["other_retriever"]))
+    assert (two.query_prompt, two.passage_prompt) == ("ask: ", "")
+
+
+def test_a_prompt_that_is_not_pooled_is_left_out_of_the_embedding(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = instructed(models, tmp_path / "model")
+    pooled, plain = load(folder), SentenceTransformer(str(folder), device="cpu")
+    plain.set_pooling_include_prompt(False)
+    plain.save(str(tmp_path / "instructor"), create_model_card=False)
+    retriever = load(tmp_path / "instructor")
+    queries = retriever.encode_queries(TEXTS)
+    assert (plain.encode_query(TEXTS, convert_to_tensor=True) - queries).abs().max() < 1e-6
+    assert (pooled.encode_queries(TEXTS) - queries).abs().max() > 1e-3
+    with_gradient = retriever.embed(retriever.query_encoder, retriever.features(TEXTS, queries=True))
+    assert torch.allclose(with_gradient.detach(), queries, atol=1e-6)
 
 
 # Length

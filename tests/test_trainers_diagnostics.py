@@ -209,6 +209,27 @@ def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
     assert event["modules"] == movement(start, now)
 
 
+@pytest.mark.parametrize("lasting", [True, False])
+def test_an_interrupted_training_says_whether_a_checkpoint_is_saved(
+    rag_system: RAGSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    class Guard:
+        requested = True
+
+    @contextlib.contextmanager
+    def guarded() -> Iterator[Guard]:
+        yield Guard
+
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.base.deferred_interrupts", guarded)
+    config = ContrastiveConfig(batch_size=4, learning_rate=1e-3, epochs=2, validation=NEVER)
+    trainer = HuggingFaceTrainerForContrastive(rag_system, config=config)
+    folder = tmp_path / "checkpoints" if lasting else None
+    with pytest.raises(RunInterruptedError) as caught:
+        trainer.train(checkpoints=folder)
+    assert ("a checkpoint is saved" in caught.value.message) is lasting
+    assert len(list(tmp_path.rglob("checkpoint-1/complete.json"))) == int(lasting)
+
+
 def test_without_the_first_weights_nothing_is_said(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     PhaseStart(model, tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from fedrag_cli.config import load_config
 from fedrag_cli.errors import ModelError
@@ -16,6 +17,7 @@ from fedrag_cli.trainers.config import LSRConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT
 from fedrag_cli.trainers.huggingface.arguments import training_arguments
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+from fedrag_cli.trainers.huggingface.training_loop import TrainingLoop
 
 NEVER = ValidationConfig(every="never")
 Weights = dict[str, torch.Tensor]
@@ -123,7 +125,29 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, write_config: Callable[
     assert _distance(train("three"), train("four", dropout=True)) > 1e-4
 
 
-def test_another_gpu_than_the_first_is_refused_with_the_way_to_take_it(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cuda:1") as caught:
-        training_arguments(LSRConfig(), directory=tmp_path, seed=0, device=torch.device("cuda:1"))
-    assert "CUDA_VISIBLE_DEVICES=1" in caught.value.hint
+def test_training_is_placed_on_the_gpu_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed: what transformers and accelerate have chosen is what they would move model and batches to."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    second = torch.device("cuda:1")
+    config = LSRConfig(precision="float32")
+    arguments = training_arguments(config, directory=tmp_path, seed=0, device=second)
+    assert arguments.device == second
+    assert Accelerator().device == second
+    assert current == [second]
+    assert arguments.n_gpu <= 1
+    # The next training of the same process, on another device, starts from nothing.
+    on_cpu = training_arguments(config, directory=tmp_path, seed=0, device=torch.device("cpu"))
+    assert on_cpu.device == Accelerator(cpu=True).device == torch.device("cpu")
+    assert current == [second]
+
+
+def test_the_trainer_moves_its_model_to_the_device_of_its_arguments(tmp_path: Path) -> None:
+    """`meta` stands for a device that is not the first one: the model must end up there, and nowhere else."""
+    arguments = training_arguments(
+        LSRConfig(precision="float32"), directory=tmp_path, seed=0, device=torch.device("cpu")
+    )
+    vars(arguments)["_setup_devices"] = torch.device("meta")
+    model = torch.nn.Linear(2, 2)
+    TrainingLoop(model=model, args=arguments, validate=dict, on_batches=lambda batches: None)
+    assert model.weight.device.type == "meta"

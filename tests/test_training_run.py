@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.config import load_config
+from fedrag_cli.config import load_config, load_config_with_source
+from fedrag_cli.errors import RunInterruptedError
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.trainer_managers.training_run import resume_training, start_training
 
 
 def test_train_writes_a_whole_run_directory(write_config: Callable[..., Path], capsys) -> None:
@@ -63,3 +73,57 @@ def test_the_tuned_models_load_in_their_own_libraries(write_config: Callable[...
     adapted = PeftModel.from_pretrained(base, str(run / "generator"))
     assert any("lora" in name for name, _ in adapted.named_parameters())
     assert not [file for file in run.rglob("*") if file.suffix == ".bin" and "checkpoints" not in file.parts]
+
+
+def test_the_time_of_a_resumed_run_counts_all_its_parts(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    source = load_config_with_source(write_config())
+    with monkeypatch.context() as patched:
+        patched.setattr("fedrag_cli.trainer_managers.training_run.save_models", interrupt)
+        with pytest.raises(RunInterruptedError):
+            start_training(source, ["fedrag"], SilentReporter())
+    (path,) = Path(source.config.run.output_dir).glob("*/*")
+    run = RunDirectory.open(path)
+    events = run.events()
+    assert events[-1]["event"] == "stopped"
+    # As if the first part had begun two hours earlier than it has.
+    began = datetime.fromisoformat(events[0]["time"]) - timedelta(hours=2)
+    events[0]["time"] = began.isoformat()
+    (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    summary = resume_training(run, load_config_with_source(run.config_file), SilentReporter())
+    assert 7200 < summary["seconds"] < 7200 + 600
+
+
+def test_a_terminal_shows_our_bars_alone(write_config: Callable[..., Path]) -> None:
+    terminal, other_end = os.openpty()
+    # Bars draw nothing on a terminal without columns.
+    termios.tcsetwinsize(terminal, (40, 200))
+    config = write_config(trainer={"mode": "generator"})
+    settings = ("trainer.generator.lora=null", "trainer.generator.max_steps=1", "evaluation.metrics=[mrr]")
+    environment = {name: value for name, value in os.environ.items() if "TQDM" not in name and "BARS" not in name}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "fedrag_cli", "train", str(config), *settings],
+        stderr=other_end,
+        env=environment | {"OMP_NUM_THREADS": "1", "TERM": "xterm"},
+    )
+    os.close(other_end)
+    shown = b""
+    while part := _read(terminal):
+        shown += part
+    os.close(terminal)
+    assert process.wait(60) == 0, shown.decode()
+    assert "1-generator" in shown.decode()
+    for bar in ("Loading weights", "Writing model shards", "it/s]"):
+        assert bar not in shown.decode()
+
+
+def _read(terminal: int) -> bytes:
+    """Return what comes next; nothing where the other end is closed."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""

@@ -86,12 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quiet_environment() -> None:
-    """Turn the libraries' telemetry off before they are imported, and their progress bars where nobody looks."""
+    """Turn the libraries' telemetry off before they are imported, and their bars, which would stand between ours.
+
+    Those of downloads from the hub stay on a terminal: the hub decides on them itself.
+    """
     settings = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }

@@ -20,11 +20,12 @@ from fedrag_cli.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     ConfigError,
+    DataError,
     FedRAGError,
     OtherProcessError,
     RunInterruptedError,
 )
-from fedrag_cli.runs.launch import process_count, process_number
+from fedrag_cli.runs.launch import local_process_number, process_count, process_number
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
@@ -130,8 +131,10 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) -> None:
-    if process_number() > 0 and not _is_own(error):
-        raise typer.Exit(code)
+    if process_number() > 0:
+        if not _is_own(error):
+            raise typer.Exit(code)
+        error.message = f"Process {process_number()}: {error.message}"
     if json_output:
         details: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
         problems = getattr(error, "problems", None)
@@ -149,7 +152,10 @@ def _is_own(error: FedRAGError) -> bool:
     """Return whether an error of a process beside the main one is its alone, so that the main one does not tell it."""
     from fedrag_cli.runs.processes import have_joined
 
-    return have_joined() and not isinstance(error, OtherProcessError | RunInterruptedError)
+    if isinstance(error, ConfigError | DataError) and not have_joined():
+        # All processes of a machine read the same files, and the main one tells what is wrong with them.
+        return local_process_number() == 0
+    return not isinstance(error, OtherProcessError | RunInterruptedError)
 
 
 def _unexpected(error: Exception) -> FedRAGError:

@@ -116,6 +116,11 @@ def slots_of(owner: type, name: str) -> Iterator[ComponentSlot | type]:
     yield from (part for part in (hint, *get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part))
 
 
+def is_optional(owner: type, name: str) -> bool:
+    """Return whether a field may be null."""
+    return type(None) in get_args(_hints(owner).get(name))
+
+
 @functools.cache
 def _hints(owner: type) -> dict[str, Any]:
     return get_type_hints(owner, include_extras=True)

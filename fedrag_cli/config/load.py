@@ -16,7 +16,15 @@ from fedrag_cli.config.checks import check_config
 from fedrag_cli.config.fields import SecretMarker, markers_of
 from fedrag_cli.config.paths import absolute_paths
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path, in_order
-from fedrag_cli.config.references import escape, expression, failure, origin, resolved
+from fedrag_cli.config.references import (
+    escape,
+    expression,
+    failure,
+    origin,
+    outside_reference,
+    resolved,
+    without_values,
+)
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import DEFAULT_CONFIG, ConfigTree, read_tree
 from fedrag_cli.config.validation import validate_values
@@ -148,7 +156,8 @@ def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:
         try:
             value = node[key]
         except (OmegaConfBaseException, ValueError, KeyError) as error:
-            problems.append(ConfigProblem(tree.position(path), format_path(path), failure(error)))
+            message = without_values(failure(error), outside_reference(tree.tree, path) or "")
+            problems.append(ConfigProblem(tree.position(path), format_path(path), message))
             return None
         if isinstance(value, DictConfig):
             return {str(inner): resolve(value, inner, (*path, str(inner))) for inner in value}

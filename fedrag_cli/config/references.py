@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationToMissingValueError,
+    KeyValidationError,
     MissingMandatoryValue,
     UnsupportedInterpolationType,
 )
@@ -53,6 +55,20 @@ def expression(tree: DictConfig, path: KeyPath) -> str | None:
     return text if _RESOLVER.search(text) else None
 
 
+def outside_reference(tree: DictConfig, path: KeyPath) -> str | None:
+    """Return the text behind a value that a resolver gives, as `expression`, or that is a part of what one gives."""
+    found = (expression(tree, path[:length]) for length in range(1, len(path) + 1))
+    return next((text for text in found if text is not None), None)
+
+
+def without_values(text: str, reference: str) -> str:
+    """Return a text with the values of the environment variables that a reference names replaced by their names."""
+    for name in re.findall(r"oc\.env\s*:\s*(\w+)", reference):
+        value = os.environ.get(name)
+        text = text.replace(value, f"${{oc.env:{name}}}") if value else text
+    return text
+
+
 def failure(error: Exception) -> str:
     """Return in words why a reference cannot be resolved."""
     text = str(error).splitlines()[0]
@@ -65,6 +81,9 @@ def failure(error: Exception) -> str:
     if isinstance(error, UnsupportedInterpolationType):
         name = text.rpartition(" ")[2]
         return f"has the unknown resolver '{name}' (write ${{oc.env:NAME}} for an environment variable)"
+    if text.startswith("GrammarParseError"):
+        # Its own text quotes a piece of what it could not read.
+        return "stands for a text that cannot be read as a value"
     if "Recursive interpolation" in text:
         return "refers to itself"
     return text[:1].lower() + text[1:]
@@ -78,7 +97,7 @@ def _first_reference(tree: DictConfig, path: KeyPath) -> tuple[int, str]:
             break
         try:
             child = node._get_node(key)  # type: ignore[arg-type]
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, KeyValidationError):
             break
         if child is not None and child._is_interpolation():  # type: ignore[union-attr]
             return length, str(child._value())  # type: ignore[union-attr]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedrag_cli.config.fields import slots_of
+from fedrag_cli.config.fields import is_optional, slots_of
 from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, in_order, suggestion
+from fedrag_cli.config.references import outside_reference, without_values
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import ConfigTree
 from fedrag_cli.registry import registry
@@ -64,9 +66,10 @@ def _one_for_each_path(problems: Sequence[ConfigProblem]) -> Iterator[ConfigProb
 
 def _problem(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> ConfigProblem:
     path, owner = _locate(details["loc"], values)
-    message = _message(details, path, owner)
     if details["type"] in ("union_tag_invalid",):
         path = (*path, "type")
+    reference = outside_reference(tree.tree, path) or ""
+    message = without_values(_message(details, path, owner, tree), reference)
     return ConfigProblem(tree.position(path), format_path(path), message)
 
 
@@ -115,8 +118,9 @@ def _dataclass_at(owner: type, key: str, value: Any) -> type | None:
     return None
 
 
-def _message(details: ErrorDetails, path: KeyPath, owner: type | None) -> str:
+def _message(details: ErrorDetails, path: KeyPath, owner: type | None, tree: ConfigTree) -> str:
     kind, given = details["type"], details["input"]
+    shown = _shown(given, path, tree)
     context: dict[str, Any] = details.get("ctx") or {}
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"is no setting here{suggestion(path[-1], _field_names(owner) if owner else ())}"
@@ -124,24 +128,44 @@ def _message(details: ErrorDetails, path: KeyPath, owner: type | None) -> str:
         return "is required"
     if kind == "union_tag_invalid":
         tags = [tag.strip().strip("'") for tag in str(context.get("expected_tags", "")).split(",")]
-        return f"there is no type '{context.get('tag')}'{suggestion(context.get('tag'), tags)}"
+        tag = context.get("tag")
+        named = f"'{tag}'" if outside_reference(tree.tree, path) is None else shown
+        return f"there is no type {named}{suggestion(tag, tags)}"
     if kind == "literal_error":
         options = [
             option.strip().strip("'") for option in str(context.get("expected", "")).replace(" or ", ",").split(",")
         ]
-        return f"{given!r} is not one of {', '.join(options)}{_close(given, options)}"
+        listed = [*options, "null"] if owner is not None and is_optional(owner, str(path[-1])) else options
+        return f"{shown} is not one of {', '.join(listed)}{_close(given, options)}"
     if kind == "value_error":
-        return f"{given!r} {context.get('error')}"
+        return f"{shown} {context.get('error')}"
     if kind in ("dataclass_type", "dict_type", "union_tag_not_found"):
-        return f"needs settings below it ('key: value' lines), not {given!r}"
+        return f"needs settings below it ('key: value' lines), not {shown}"
     if kind in EXPECTED:
-        return f"must be {EXPECTED[kind]}, not {given!r}"
+        return f"must be {EXPECTED[kind]}, not {shown}"
     if kind == "string_too_short":
         return "must not be empty"
     message = details["msg"].replace("Input should be", "must be")
-    return f"{message[0].lower()}{message[1:]}, not {given!r}"
+    return f"{message[0].lower()}{message[1:]}, not {shown}"
+
+
+def _shown(given: object, path: KeyPath, tree: ConfigTree) -> str:
+    """Write a value as Python does, but what comes from outside of the config as its reference: it may be a secret."""
+    reference = outside_reference(tree.tree, path)
+    if reference is not None:
+        return f"the value of {reference}"
+    if isinstance(given, dict):
+        return f"{{{', '.join(f'{key!r}: {_shown(item, (*path, key), tree)}' for key, item in given.items())}}}"
+    if isinstance(given, list):
+        return f"[{', '.join(_shown(item, (*path, index), tree) for index, item in enumerate(given))}]"
+    return repr(given)
 
 
 def _close(given: object, options: list[str]) -> str:
-    text = suggestion(given, options)
+    """Return a suggestion among the options with the numbers of what is given: 16bit does not mean 8bit."""
+    numbers = re.findall(r"\d+", str(given))
+    alike = [option for option in options if not numbers or re.findall(r"\d+", option) == numbers]
+    if isinstance(given, int) and len(alike) == 1:
+        return f" (did you mean '{alike[0]}'?)"
+    text = suggestion(given, alike)
     return text if "did you mean" in text else ""

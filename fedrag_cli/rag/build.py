@@ -13,7 +13,6 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.loading import without_weight_bars
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.moving import converted_store
 from fedrag_cli.rag.opening import open_store
@@ -50,10 +49,10 @@ def build_rag_system(
     # What is wrong with a store is told before the models are loaded, which takes longer.
     store = _open_store(config, nodes, reporter)
     reporter.note("Loading the models")
-    retriever = load_retriever(config)
+    retriever = load_retriever(config, reporter)
     if store is not None:
         store.require_encoder(retriever.fingerprint())
-    generator = _load_generator(config) if with_generator else None
+    generator = _load_generator(config, reporter) if with_generator else None
     if store is None:
         built = build_knowledge_store(retriever, nodes, reporter)
         store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
@@ -73,9 +72,10 @@ def build_rag_system_without_passages(
     Raises:
         ModelError: A model is missing or broken.
     """
-    (reporter or SilentReporter()).note("Loading the models")
-    retriever = load_retriever(config)
-    generator = _load_generator(config) if with_generator else None
+    reporter = reporter or SilentReporter()
+    reporter.note("Loading the models")
+    retriever = load_retriever(config, reporter)
+    generator = _load_generator(config, reporter) if with_generator else None
     store = InMemoryKnowledgeStore(retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
     return _assemble(config, retriever, store, generator)
@@ -112,24 +112,27 @@ def _assemble(
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
 
 
-def load_retriever(config: Config) -> SentenceTransformerRetriever:
-    """Load the retriever that a config describes."""
-    with without_weight_bars():
-        retriever: SentenceTransformerRetriever = build(
-            "retriever", config.rag_system.retriever, device=config.run.device
-        )
+def load_retriever(config: Config, reporter: Reporter) -> SentenceTransformerRetriever:
+    """Load the retriever that a config describes, and tell what there is to know about it."""
+    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
+    _tell(retriever.notes, reporter)
     return retriever
 
 
-def _load_generator(config: Config) -> CausalLMGenerator | None:
+def _load_generator(config: Config, reporter: Reporter) -> CausalLMGenerator | None:
     settings = config.rag_system
     if settings.generator is None:
         return None
-    with without_weight_bars():
-        generator: CausalLMGenerator = build(
-            "generator", settings.generator, prompt=settings.prompt, device=config.run.device, seed=config.run.seed
-        )
+    generator: CausalLMGenerator = build(
+        "generator", settings.generator, prompt=settings.prompt, device=config.run.device, seed=config.run.seed
+    )
+    _tell(generator.notes, reporter)
     return generator
+
+
+def _tell(notes: Sequence[str], reporter: Reporter) -> None:
+    for note in notes:
+        reporter.note(note)
 
 
 def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> KnowledgeStore | None:

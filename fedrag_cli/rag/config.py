@@ -38,10 +38,11 @@ class SentenceTransformerConfig:
     """Branch, tag or commit of hub models."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """Score of a query and a passage."""
-    query_prompt: str = ""
-    """Text put before each query (for instance `query: ` for E5)."""
-    passage_prompt: str = ""
-    """Text put before each passage."""
+    query_prompt: str | None = None
+    """Text put before each query (for instance `query: ` for E5); by default what the model itself declares for
+    queries, if anything. An empty text switches that off."""
+    passage_prompt: str | None = None
+    """Text put before each passage; by default what the model itself declares for documents, if anything."""
     max_length: PositiveInt | None = None
     """Most tokens of a text; the model's own limit by default."""
     batch_size: PositiveInt = 64

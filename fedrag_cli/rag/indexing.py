@@ -61,7 +61,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         previous = open_previous(settings, reporter, rebuild=rebuild or file.holds_rebuild)
         nodes = load_corpus(config.dataset.corpus)
         started = time.monotonic()
-        retriever = load_retriever(config)
+        retriever = load_retriever(config, reporter)
         encoder = retriever.fingerprint()
         previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
         partial = file.begin(encoder, reporter, rebuild=rebuild)
@@ -128,6 +128,8 @@ def _encode(
 ) -> None:
     if not nodes:
         return
+    for note in retriever.notes:
+        reporter.note(note)
     if len(partial):
         reporter.note(f"Going on where an unfinished index was: {len(partial)} passages are encoded.")
     with reporter.task("Encoding passages", len(nodes), "passage") as advance:

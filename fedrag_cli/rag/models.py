@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedrag_cli.errors import ModelError
 from fedrag_cli.runs.launch import local_process_number, process_count
 
+_SAMPLED_VALUES = 8
 PACKAGE_PREFIX = "package://"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -208,18 +209,37 @@ def choose_dtype(dtype: str, device: torch.device, *, small: bool, setting: str)
 
 
 class FingerprintMemory:
-    """Remembers a model's fingerprint until a weight is written in place or replaced."""
+    """Remembers a model's fingerprint until a weight is written in place or replaced.
+
+    Every replacement of a tensor and every write that torch counts is noticed: optimizers, `copy_`, `load_state_dict`.
+    Writes that torch does not count, through `parameter.data` (as peft does when it merges an adapter) or numpy, are
+    noticed where they change one of the 8 values that are looked at in each tensor. One that leaves those alone, such
+    as a single row of an embedding, is not; write it under `torch.no_grad()` to the parameter itself.
+    """
 
     def __init__(self) -> None:
         """Remember nothing yet."""
-        self._known: tuple[tuple[tuple[int, int], ...], str] | None = None
+        self._known: tuple[list[object], str] | None = None
 
     def fingerprint(self, model: nn.Module) -> str:
         """Return `weights_fingerprint(model)`, computed anew only where a weight has changed."""
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in (*model.parameters(), *model.buffers()))
+        tensors = [*model.parameters(), *model.buffers()]
+        state: list[object] = [*((tensor.data_ptr(), tensor._version) for tensor in tensors), *_samples(tensors)]
         if self._known is None or self._known[0] != state:
             self._known = (state, weights_fingerprint(model))
         return self._known[1]
+
+
+@torch.no_grad()
+def _samples(tensors: Sequence[Tensor]) -> list[bytes]:
+    """Return some values of each tensor, evenly spread, with one transfer a device and number format."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if count := min(_SAMPLED_VALUES, tensor.numel()):
+            values = tensor.contiguous()
+            sample = values.as_strided((count,), (tensor.numel() // count,), values.storage_offset())
+            groups.setdefault((tensor.device, tensor.dtype), []).append(sample)
+    return [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in groups.values()]
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -85,6 +85,16 @@ def settled(model: Any, location: ModelLocation) -> Any:
     return model
 
 
+def placement_note(config: CausalLMConfig, model: Any) -> str:
+    """Return where a device map has put a model, in words; empty where there is no device map."""
+    if config.device_map is None:
+        return ""
+    placed = getattr(model, "hf_device_map", None) or {"": model.device}
+    names = dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in placed.values())
+    reason = ", because the process sees no GPU" if set(names) == {"cpu"} else ""
+    return f"device_map: {config.device_map} has put the generator on {' and '.join(names)}{reason}."
+
+
 def _require_quantization(location: ModelLocation) -> None:
     if location.gguf_file is not None:
         raise ConfigError(

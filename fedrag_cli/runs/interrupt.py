@@ -41,22 +41,31 @@ def deferred_interrupts() -> Iterator[InterruptGuard]:
     try:
         yield guard
     finally:
+        over = guard.requested and guard.ignores_repeats
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if over else handler)
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM interrupt the enclosed code as Ctrl-C does, so that it can leave its state whole."""
+def terminable(*, once: bool = False) -> Iterator[None]:
+    """Let SIGTERM interrupt the enclosed code as Ctrl-C does, so that it can leave its state whole.
+
+    Args:
+        once: Whether signals after the first mean no more than that: a launcher hands on what the terminal sends too.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if once:
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (SIGNALS if once else (signal.SIGTERM,))}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from pathlib import Path
 
 
 def process_count() -> int:
@@ -18,3 +20,17 @@ def process_number() -> int:
 def local_process_number() -> int:
     """Return which of the processes on this machine this one is, from 0; each takes the GPU of its number."""
     return int(os.environ.get("LOCAL_RANK", "0")) if process_count() > 1 else 0
+
+
+def resume_command(run_dir: Path) -> str:
+    """Return the command that goes on with a run, started by the launcher that has started this process."""
+    arguments = f"resume {shlex.quote(str(run_dir))}"
+    if process_count() == 1:
+        return f"fedrag {arguments}"
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        launcher = f"accelerate launch --multi_gpu --num_processes {process_count()}"
+    else:
+        launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', process_count())}"
+    on_several_machines = process_count() != int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
+    addition = " (with the launcher's options for several machines, on each of them)" if on_several_machines else ""
+    return f"{launcher} -m fedrag_cli {arguments}{addition}"

@@ -117,6 +117,23 @@ def latest_by_step(events: Iterable[Mapping[str, Any]], event: str) -> list[dict
     return [by_step[step] for by_step in by_phase.values() for step in sorted(by_step)]
 
 
+def seconds_spent(events: Iterable[Mapping[str, Any]]) -> float:
+    """Return how long a run has worked so far, without the pauses between its parts.
+
+    Args:
+        events: All events so far. A part begins with `started`, and counts up to the last event before the next one,
+            as a part that was killed could not write down its end.
+    """
+    total, start, last = 0.0, None, None
+    for record in events:
+        time = datetime.fromisoformat(str(record["time"]))
+        if record["event"] == "started":
+            total += (last - start).total_seconds() if start is not None and last is not None else 0.0
+            start = time
+        last = time
+    return total + ((last - start).total_seconds() if start is not None and last is not None else 0.0)
+
+
 def _parse(line: bytes, number: int, path: Path | str) -> dict[str, Any]:
     hint = "Lines are never changed once written; restore the log, or remove that line."
     try:

@@ -83,6 +83,18 @@ class Processes:
             self._store.delete_key(key)
         return result
 
+    def assemble(self) -> None:
+        """Wait until all processes are here, which is noticed at once where one of them fails instead.
+
+        Raises:
+            OtherProcessError: Another process failed while this one waited.
+        """
+        here = self._store.add("fedrag-here", 1)
+        while here < self.count:
+            self._raise_if_told()
+            time.sleep(0.05)
+            here = self._store.add("fedrag-here", 0)
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any of the processes."""
         if self.count == 1:
@@ -119,6 +131,11 @@ class Processes:
             yield
         except OtherProcessError:
             raise
+        except KeyboardInterrupt as error:
+            # A launcher ends the other processes where one has failed, and that one's failure is what has happened.
+            self._raise_if_told(but_interruptions=True)
+            self._tell(error)
+            raise
         except RuntimeError as error:
             self._raise_if_told()
             if self.count > 1 and _is_lost_connection(error):
@@ -139,44 +156,63 @@ class Processes:
         message = str(getattr(error, "message", "") or error or type(error).__name__)
         self._store.set(_FAILURE, pickle.dumps((self.number, message, getattr(error, "hint", ""), code)))
 
-    def _raise_if_told(self) -> None:
+    def _raise_if_told(self, *, but_interruptions: bool = False) -> None:
         if self.count == 1 or not self._store.check([_FAILURE]):
             return
         number, message, hint, code = pickle.loads(self._store.get(_FAILURE))
-        if number != self.number:
+        if number != self.number and not (but_interruptions and code == EXIT_INTERRUPTED):
             raise OtherProcessError(f"Process {number} of this training failed: {message}", hint, code)
 
 
-def join_processes(device: torch.device) -> Processes:
+def join_processes(choose_device: Callable[[], torch.device]) -> Processes:
     """Return the processes of this launch, after connecting them when it is called for the first time.
 
     Args:
-        device: Where this process computes.
+        choose_device: Returns where this process computes. The main process asks first, so that what is wrong for all
+            of them is told once.
 
     Raises:
         ConnectionFailedError: They cannot reach each other.
+        OtherProcessError: Another process has failed before it has joined.
+        FedRAGError: As `choose_device`.
     """
     if process_count() == 1:
         return Processes()
     if not _joined:
-        try:
+        with _connection_errors():
             store, number, count = next(iter(rendezvous("env://")))
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            distributed.init_process_group(
-                "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-                store=store,
-                rank=number,
-                world_size=count,
-                timeout=COLLECTIVE_TIMEOUT,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ConnectionFailedError(
-                f"The processes of this launch cannot reach each other: {error}",
-                "Start them with 'torchrun --nproc_per_node N -m fedrag_cli train CONFIG' or with accelerate launch.",
-            ) from error
-        _joined.append(Processes(number, count, store))
+        processes = Processes(number, count, store)
+        with processes.failures_told():
+            of_main = processes.main_does(lambda: str(choose_device()))
+            device = torch.device(of_main) if processes.is_main else choose_device()
+            processes.assemble()
+            with _connection_errors():
+                _connect(processes, store, device)
+        _joined.append(processes)
     return _joined[0]
+
+
+def _connect(processes: Processes, store: Any, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=processes.number,
+        world_size=processes.count,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+@contextmanager
+def _connection_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionFailedError(
+            f"The processes of this launch cannot reach each other: {error}",
+            "Start them with 'torchrun --nproc_per_node N -m fedrag_cli train CONFIG' or with accelerate launch.",
+        ) from error
 
 
 def have_joined() -> bool:

@@ -23,6 +23,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
 from fedrag_cli.runs.evaluation_plot import plot_evaluation
 from fedrag_cli.runs.interrupt import terminable
+from fedrag_cli.runs.metrics_log import seconds_spent
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.run_parts import (
     RunData,
@@ -130,8 +131,9 @@ def _see_through(
     rag_system: RAGSystem,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    started = time.monotonic()
     reporter = RunReporter(run.open_log(), reporter)
+    # A run that goes on counts what its earlier parts have taken.
+    started = time.monotonic() - seconds_spent(run.events())
     with recorded_end(run), terminable():
         record_fingerprints(run, rag_system, data)
         reporter.event("started", mode="evaluation", **data.counts())

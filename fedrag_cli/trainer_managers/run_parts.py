@@ -20,7 +20,7 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import judged_examples, resolve_relevant_ids
-from fedrag_cli.errors import FedRAGError, RunInterruptedError
+from fedrag_cli.errors import EXIT_INTERRUPTED, FedRAGError, RunInterruptedError
 from fedrag_cli.evaluation.difference import compare_metrics
 from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
 from fedrag_cli.evaluation.result import Evaluation
@@ -32,6 +32,7 @@ from fedrag_cli.runs.diagnostics import summarise
 from fedrag_cli.runs.diagnostics_plot import plot_diagnostics, plot_movement
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.federation_plot import plot_federation
+from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.metrics_log import MetricsLog
 from fedrag_cli.runs.model_card import model_card
 from fedrag_cli.runs.plots import plot_curves, plot_difference
@@ -291,11 +292,14 @@ def recorded_end(run: RunDirectory) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | RunInterruptedError)
+        code = getattr(error, "exit_code", None)
+        interrupted = isinstance(error, KeyboardInterrupt) or code == EXIT_INTERRUPTED
         run.update_manifest(status="interrupted" if interrupted else "failed", error=str(error))
+        run.open_log().append("stopped")
         if interrupted:
+            own = error.message if isinstance(error, RunInterruptedError) else ""
             raise RunInterruptedError(
-                str(getattr(error, "message", "") or "Interrupted; what was computed is saved."),
-                f"Go on with: fedrag resume {run.path}",
+                own or "Interrupted; what was computed is saved.",
+                f"Go on with: {resume_command(run.path)}",
             ) from error
         raise

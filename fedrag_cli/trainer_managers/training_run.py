@@ -16,7 +16,9 @@ from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
+from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.launch import process_count
+from fedrag_cli.runs.metrics_log import seconds_spent
 from fedrag_cli.runs.processes import Processes, join_processes
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
@@ -58,8 +60,8 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     config = source.config
     require_training(config)
     _require_shared_store(config)
-    processes = join_processes(choose_device(config.run.device))
-    with processes.failures_told():
+    processes = join_processes(lambda: choose_device(config.run.device))
+    with terminable(once=processes.count > 1), processes.failures_told():
         return _start(source, command, reporter, processes) if processes.is_main else _follow(config, processes)
 
 
@@ -94,8 +96,8 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
     """
     config = source.config
     _require_shared_store(config)
-    processes = join_processes(choose_device(config.run.device))
-    with processes.failures_told():
+    processes = join_processes(lambda: choose_device(config.run.device))
+    with terminable(once=processes.count > 1), processes.failures_told():
         return _resume(run, config, reporter, processes) if processes.is_main else _follow(config, processes)
 
 
@@ -103,7 +105,6 @@ def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Pr
     with run.locked():
         data = load_run_data(config)
         require_unchanged(run, "data", data_fingerprints(data))
-        run.update_manifest(status="running", error=None)
         rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, rag_system, reporter, processes)
@@ -138,9 +139,11 @@ def _see_through(
     reporter: Reporter,
     processes: Processes,
 ) -> dict[str, Any]:
-    started = time.monotonic()
     reporter = RunReporter(run.open_log(), reporter)
+    # A run that goes on counts what its earlier parts have taken.
+    started = time.monotonic() - seconds_spent(run.events())
     with recorded_end(run), processes.failures_told():
+        run.update_manifest(status="running", error=None)
         processes.main_does(lambda: run.checkpoints)
         record_fingerprints(run, rag_system, data)
         reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())

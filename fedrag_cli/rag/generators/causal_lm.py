@@ -35,7 +35,7 @@ from fedrag_cli.rag.models import (
     require_bfloat16,
     require_vocabulary,
 )
-from fedrag_cli.rag.placement import placement_options, settled
+from fedrag_cli.rag.placement import placement_note, placement_options, settled
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
 
 OnTexts = Callable[[list[int], list[str]], None]
@@ -70,6 +70,8 @@ class CausalLMGenerator:
         self.prompts = PromptEncoder(tokenizer, prompt or PromptConfig(), self.context_window)
         end = self.prompts.end_ids[-1]
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+        self.notes: tuple[str, ...] = ()
+        """What is worth knowing about how the model was loaded, a line each."""
 
     @classmethod
     def from_config(
@@ -103,7 +105,9 @@ class CausalLMGenerator:
             model = settled(model, location) if placement else model.to(target)
         if config.adapter is not None:
             model = _with_adapter(model, config.adapter)
-        return cls(model, tokenizer, config, prompt, seed)
+        generator = cls(model, tokenizer, config, prompt, seed)
+        generator.notes = tuple(filter(None, [placement_note(config, model)]))
+        return generator
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,12 @@ from fedrag_cli.rag.models import (
     model_errors,
     require_vocabulary,
 )
+from fedrag_cli.rag.retrievers.own_prompts import (
+    pools_without_prompt,
+    prompted_features,
+    prompts_note,
+    with_own_prompts,
+)
 from fedrag_cli.rag.retrievers.structure import structure_fingerprint
 
 Progress = Callable[[int], None]
@@ -36,7 +42,7 @@ class SentenceTransformerRetriever:
     Args:
         query_encoder: Encoder of queries.
         passage_encoder: Encoder of passages; the same object where the encoder is shared.
-        config: Prompts, similarity and batch size.
+        config: Prompts, similarity and batch size; prompts that it leaves open are those that the encoders declare.
     """
 
     def __init__(
@@ -45,10 +51,14 @@ class SentenceTransformerRetriever:
         passage_encoder: SentenceTransformer | None = None,
         config: SentenceTransformerConfig | None = None,
     ) -> None:
-        """Put both encoders in eval mode."""
+        """Put both encoders in eval mode, and settle the prompts."""
         self.query_encoder = query_encoder.eval()
         self.passage_encoder = (passage_encoder or query_encoder).eval()
-        self.config = config or SentenceTransformerConfig(model="model")
+        self.config = with_own_prompts(
+            config or SentenceTransformerConfig(model="model"), self.query_encoder, self.passage_encoder
+        )
+        self.notes: tuple[str, ...] = ()
+        """What is worth knowing about how the models were loaded, a line each."""
         self._memory_of_passages, self._memory_of_queries = FingerprintMemory(), FingerprintMemory()
 
     @classmethod
@@ -62,16 +72,22 @@ class SentenceTransformerRetriever:
         """
         if config.model is None:
             query = _load(config.query_model or "", config, device)
-            return cls(query, _load(config.passage_model or "", config, device), config)
-        model = _load(config.model, config, device)
-        if not isinstance(model[0], Router):
-            return cls(model, None, config)
-        routes = model[0].sub_modules
-        query, passage = (
-            SentenceTransformer(modules=list(routes[route]), device=str(model.device))
-            for route in ("query", "document")
-        )
-        return cls(query, passage, config)
+            retriever = cls(query, _load(config.passage_model or "", config, device), config)
+        else:
+            model = _load(config.model, config, device)
+            retriever = cls(*_parts(model), with_own_prompts(config, model, model))
+        retriever.notes = tuple(filter(None, [prompts_note(config, retriever.config)]))
+        return retriever
+
+    @property
+    def query_prompt(self) -> str:
+        """What is put before each query."""
+        return self.config.query_prompt or ""
+
+    @property
+    def passage_prompt(self) -> str:
+        """What is put before each passage."""
+        return self.config.passage_prompt or ""
 
     @property
     def is_shared(self) -> bool:
@@ -109,19 +125,24 @@ class SentenceTransformerRetriever:
         This is the weights and their number format, the modules with their settings, the tokenizer, the prompt, the
         length limit and the similarity.
         """
-        return self._fingerprint(self.passage_encoder, self._memory_of_passages, self.config.passage_prompt)
+        return self._fingerprint(self.passage_encoder, self._memory_of_passages, self.passage_prompt)
 
     def query_fingerprint(self) -> str:
         """Return a hash of what query embeddings depend on; see `fingerprint`."""
-        return self._fingerprint(self.query_encoder, self._memory_of_queries, self.config.query_prompt)
+        return self._fingerprint(self.query_encoder, self._memory_of_queries, self.query_prompt)
 
     def _fingerprint(self, encoder: SentenceTransformer, memory: FingerprintMemory, prompt: str) -> str:
-        settings = (prompt, encoder.max_seq_length, self.config.similarity, structure_fingerprint(encoder))
+        settings: tuple[object, ...] = (
+            prompt, encoder.max_seq_length, self.config.similarity, structure_fingerprint(encoder)
+        )  # fmt: skip
+        if prompt and pools_without_prompt(encoder):
+            # Stores that were filled while the prompt was pooled like the text must not pass for these.
+            settings = (*settings, "prompt not pooled")
         return f"{memory.fingerprint(encoder)}-{_short_hash(settings)}"
 
     def encode_queries(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
         """Encode queries without gradient; see `encode_passages`."""
-        return self._encode(self.query_encoder, queries, self.config.query_prompt, progress)
+        return self._encode(self.query_encoder, queries, self.query_prompt, progress)
 
     def encode_passages(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
         """Encode passages without gradient.
@@ -134,16 +155,14 @@ class SentenceTransformerRetriever:
             float32 tensor of shape (len(texts), dimension), on the encoder's device; of unit length where the
             similarity is cosine.
         """
-        return self._encode(self.passage_encoder, texts, self.config.passage_prompt, progress)
+        return self._encode(self.passage_encoder, texts, self.passage_prompt, progress)
 
     def features(self, texts: Sequence[str], *, queries: bool) -> dict[str, Any]:
         """Tokenise texts for a forward pass with gradient, prompts included."""
         encoder, prompt = (
-            (self.query_encoder, self.config.query_prompt)
-            if queries
-            else (self.passage_encoder, self.config.passage_prompt)
+            (self.query_encoder, self.query_prompt) if queries else (self.passage_encoder, self.passage_prompt)
         )
-        return dict(encoder.preprocess([prompt + text for text in texts]))
+        return prompted_features(encoder, texts, prompt)
 
     def embed(self, encoder: SentenceTransformer, features: Mapping[str, Any]) -> Tensor:
         """Run an encoder on tokenised texts, with gradient where the caller allows it.
@@ -164,7 +183,7 @@ class SentenceTransformerRetriever:
             The positions of a batch's texts, and their embeddings as `encode_passages` returns them. Leaving out the
             texts of the first batches gives the others in the same batches.
         """
-        return self._batches(self.passage_encoder, texts, self.config.passage_prompt)
+        return self._batches(self.passage_encoder, texts, self.passage_prompt)
 
     def _encode(
         self, encoder: SentenceTransformer, texts: Sequence[str], prompt: str, progress: Progress | None
@@ -194,7 +213,7 @@ class SentenceTransformerRetriever:
         order = sorted(range(len(texts)), key=lambda position: (-len(texts[position]), position))
         try:
             for batch in _chunks(order, self.config.batch_size):
-                features = encoder.preprocess([prompt + texts[position] for position in batch])
+                features = prompted_features(encoder, [texts[position] for position in batch], prompt)
                 yield batch, self.embed(encoder, _to_device(features, self.device))
         finally:
             encoder.train(was_training)
@@ -202,7 +221,7 @@ class SentenceTransformerRetriever:
     def count_truncated(self, texts: Sequence[str], *, queries: bool) -> int:
         """Count the texts that are longer than the encoder's limit, prompts included."""
         encoder = self.query_encoder if queries else self.passage_encoder
-        prompt = self.config.query_prompt if queries else self.config.passage_prompt
+        prompt = self.query_prompt if queries else self.passage_prompt
         limit = encoder.max_seq_length
         if not limit:
             return 0
@@ -219,7 +238,7 @@ class SentenceTransformerRetriever:
 
         Its `encode_query` and `encode_document` use the encoder and the prompt of queries and of passages.
         """
-        prompts = {"query": self.config.query_prompt, "document": self.config.passage_prompt}
+        prompts = {"query": self.query_prompt, "document": self.passage_prompt}
         if self.is_shared:
             self.query_encoder.prompts = prompts
             self.query_encoder.save(str(directory), create_model_card=False)
@@ -228,6 +247,17 @@ class SentenceTransformerRetriever:
         SentenceTransformer(modules=[router], device=str(self.device), prompts=prompts).save(
             str(directory), create_model_card=False
         )
+
+
+def _parts(model: SentenceTransformer) -> tuple[SentenceTransformer, SentenceTransformer]:
+    """Return the encoders of queries and of passages, which are one where the model is no Router of two."""
+    if not isinstance(model[0], Router):
+        return model, model
+    routes = model[0].sub_modules
+    query, passage = (
+        SentenceTransformer(modules=list(routes[route]), device=str(model.device)) for route in ("query", "document")
+    )
+    return query, passage
 
 
 def _load(reference: str, config: SentenceTransformerConfig, device: str) -> SentenceTransformer:

@@ -37,14 +37,8 @@ def training_arguments(
 
     Raises:
         TrainingError: The learning rate is not above 0.
-        ModelError: The device cannot compute in the wanted precision, or is not the first of its kind.
+        ModelError: The device cannot compute in the wanted precision.
     """
-    if device.type == "cuda" and device.index and process_count() == 1:
-        # transformers.Trainer takes the first device that it sees, and would part the trained model from the rest.
-        raise ModelError(
-            f"Training runs on the first GPU that the process sees, but the model is on {device}.",
-            f"Set CUDA_VISIBLE_DEVICES={device.index} in the environment and run.device: cuda.",
-        )
     if config.learning_rate <= 0:
         raise TrainingError(
             f"The learning rate is {config.learning_rate}, so training could not move a weight.",
@@ -86,7 +80,20 @@ def training_arguments(
     )
     # Several devices are for a launcher, with a process each; without it the model stays on the one it is on.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cuda" and device.index is not None and process_count() == 1:
+        _place(arguments, device)
     return arguments
+
+
+def _place(arguments: TrainingArguments, device: torch.device) -> None:
+    """Let transformers.Trainer and accelerate train on a device; by themselves they take the first one they see.
+
+    Both keep their choice once it is made: transformers in a cached property, accelerate in its shared state. What asks
+    for `cuda` without a number gets the current device.
+    """
+    torch.cuda.set_device(device)
+    vars(arguments)["_setup_devices"] = device
+    arguments.distributed_state.device = device
 
 
 def _precision(precision: str, device: torch.device) -> str:

@@ -74,7 +74,7 @@ class HuggingFaceTrainer(BaseTrainer):
         self.rag_system = rag_system
         self.config = config or self._config_of(rag_system)
         self.seed = seed if seed is not None else rag_system.config.run.seed if rag_system.config else 42
-        self.processes = join_processes(rag_system.retriever.device)
+        self.processes = join_processes(lambda: rag_system.retriever.device)
         self.reporter: Reporter = reporter if reporter and self.processes.is_main else SilentReporter()
         self.train_examples = self._examples(train_dataset, "train")
         self.validation_examples = self._examples(validation_dataset, "validation")
