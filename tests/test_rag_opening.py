@@ -138,36 +138,6 @@ def test_faults_are_told_in_sentences(error: Exception, told: str) -> None:
     assert fault_of(error) == told
 
 
-def test_weights_are_loaded_without_a_bar_and_downloads_keep_theirs(
-    write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from transformers.utils import logging
-
-    config, seen = str(write_config()), []
-    load = SentenceTransformerRetriever.from_config
-
-    def loading(*arguments: Any, **settings: Any) -> Any:
-        seen.append((logging.is_progress_bar_enabled(), are_progress_bars_disabled()))
-        return load(*arguments, **settings)
-
-    monkeypatch.setattr(SentenceTransformerRetriever, "from_config", loading)
-    shown = logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
-    capfd.readouterr()
-    for command in (["index", config, f"rag_system.knowledge_store.path={tmp_path / 'store'}"],
-                    ["query", config, QUESTION]):  # fmt: skip
-        assert main(command) == 0
-        assert "Loading weights" not in capfd.readouterr().err
-        assert logging.is_progress_bar_enabled()
-    assert seen == [(False, False)] * 2
-    logging.disable_progress_bar()
-    build_rag_system(load_config(config), with_generator=False)
-    assert (seen[2:], logging.is_progress_bar_enabled()) == ([(False, True)], False)
-    if shown:
-        logging.enable_progress_bar()
-
-
 @pytest.mark.parametrize("store", ["type: memory", "type: memory, memory_map: true", "type: faiss", "type: qdrant"])
 def test_an_evaluation_on_a_damaged_store_leaves_no_run_directory(
     write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], store: str
