@@ -787,7 +787,8 @@ def test_a_server_out_of_reach_is_told_before_anything_is_encoded(
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)
     for more in ([], ["--rebuild"]):
         assert main(["index", str(config), *more, "--json"]) == 4
-        assert "cannot be reached" in json.loads(capsys.readouterr().out)["error"]["message"]
+        message = json.loads(capsys.readouterr().out)["error"]["message"]
+        assert "cannot be reached: Connection refused." in message
     assert not encoded
     assert not (tmp_path / "runs").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fedrag_cli.errors import KnowledgeStoreError
@@ -50,5 +51,6 @@ def fault_of(error: Exception) -> str:
 
 
 def sentence(text: str) -> str:
-    """Return a text with a full stop at its end."""
+    """Return what a library says with a full stop at its end, and without the system's number in front."""
+    text = re.sub(r"^\[Errno -?\d+\] ", "", text)
     return text if text.endswith((".", "!", "?")) else f"{text}."
