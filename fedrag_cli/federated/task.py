@@ -137,6 +137,8 @@ class FLTask:
         key = (number, proximal_mu, record_digest(to_wire(weights)))
         if self._newest is not None and self._newest[0] == key:
             return self._newest[1]
+        # The weights of another round need not be in memory while this one is trained.
+        self._newest = None
         result = self._train(weights, number, proximal_mu, str(key[2]))
         self._newest = (key, result)
         return result
