@@ -153,11 +153,16 @@ def test_init_with_one_file_in_the_way_writes_nothing(tmp_path: Path, capsys: py
     assert [path.name for path in tmp_path.iterdir()] == ["fedrag.schema.json"]
 
 
-def test_init_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["init", str(tmp_path / "new")]) == 0
+@pytest.mark.parametrize(
+    ("template", "command"), [("quickstart", "fedrag train"), ("federated", "fedrag simulate --clients 3")]
+)
+def test_init_says_what_comes_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, command: str
+) -> None:
+    assert main(["init", str(tmp_path / "new"), "--template", template]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"wrote {tmp_path / 'new' / 'fedrag.yaml'}"
-    assert lines[-1] == f"Next: cd {tmp_path / 'new'} && fedrag train"
+    assert lines[-1] == f"Next: cd {tmp_path / 'new'} && {command}"
 
 
 def test_init_with_an_unknown_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

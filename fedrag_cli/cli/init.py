@@ -11,6 +11,8 @@ from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 
 NAME = "init"
+# What comes next where it is not training on one machine.
+NEXT = {"federated": "fedrag simulate --clients 3"}
 
 
 def command(
@@ -28,4 +30,6 @@ def command(
 
         written = write_template(template, directory)
         document = {"template": template, "files": [str(path) for path in written]}
-        current.result(document, lambda renderer: renderer.initialised(directory, written))
+        current.result(
+            document, lambda renderer: renderer.initialised(directory, written, NEXT.get(template, "fedrag train"))
+        )
