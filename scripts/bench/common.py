@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedrag_cli.config import load_config
-from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.reporting import SilentReporter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedrag_cli.rag.system import RAGSystem
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmarks"
 
@@ -25,6 +25,11 @@ def prepare_data(data: Path, target: Path) -> None:
 
 def build_system(name: str, *overrides: str) -> RAGSystem:
     """Build the RAG system of `configs/benchmarks/xquad-NAME.yaml`; see `prepare_data`."""
+    # Here, because what measures a process' memory must not have the models' libraries in it.
+    from fedrag_cli.config import load_config
+    from fedrag_cli.rag.build import build_rag_system
+    from fedrag_cli.runs.reporting import SilentReporter
+
     return build_rag_system(load_config(CONFIGS / f"xquad-{name}.yaml", overrides), reporter=SilentReporter())
 
 
