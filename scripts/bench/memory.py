@@ -92,7 +92,8 @@ def table(found: dict[str, dict[str, float]], steps: int) -> str:
     rows = [
         f"`python scripts/bench/memory.py DATA_FOLDER`: {steps} steps each. The floor of a run is what is resident of "
         "the models alone, and what training cannot do without: gradients, AdamW's two moments, and an adapter or the "
-        "queries' own encoder.",
+        "queries' own encoder. Growth is that of the resident memory, with what the C library keeps of freed blocks; "
+        "the number of tensors stays the same (`tests/test_trainers_memory.py`).",
         "",
         f"| what | floor, MB | peak, MB | of the floor | growth from step {steps // 5} to {steps}, MB |",
         "| --- | ---: | ---: | ---: | ---: |",
