@@ -16,6 +16,7 @@ from fedrag_cli.config import load_config
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.interrupt import InterruptGuard
 from fedrag_cli.runs.reporting import SilentReporter
 from fedrag_cli.trainers.config import ContrastiveConfig, LOOPConfig, LSRConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import (
@@ -182,6 +183,18 @@ def test_the_distances_are_those_from_the_start_of_the_phase(rag_system: RAGSyst
     assert recorder.of("moved")[1] == event
 
 
+def watched_guard(monkeypatch: pytest.MonkeyPatch) -> InterruptGuard:
+    """Let training look for interruptions at this guard alone."""
+    guard = InterruptGuard()
+
+    @contextlib.contextmanager
+    def guarded() -> Iterator[InterruptGuard]:
+        yield guard
+
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.base.deferred_interrupts", guarded)
+    return guard
+
+
 def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
     rag_system: RAGSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,19 +203,12 @@ def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
     trainer = HuggingFaceTrainerForContrastive(rag_system, config=config, reporter=recorder)
     start = trainer.trained_weights()
 
-    class Guard:
-        requested = False
-
-    @contextlib.contextmanager
-    def guarded() -> Iterator[Guard]:
-        yield Guard
-
-    monkeypatch.setattr("fedrag_cli.trainers.huggingface.base.deferred_interrupts", guarded)
-    trainer._on_step = lambda step: setattr(Guard, "requested", step == 3)  # type: ignore[method-assign, assignment]
+    guard = watched_guard(monkeypatch)
+    trainer._on_step = lambda step: setattr(guard, "requested", step == 3)  # type: ignore[method-assign, assignment]
     with pytest.raises(RunInterruptedError):
         trainer.train(checkpoints=tmp_path / "checkpoints")
     assert recorder.of("moved") == []
-    Guard.requested = False
+    guard.requested = False
     trainer.train(checkpoints=tmp_path / "checkpoints")
     [event] = recorder.of("moved")
     now = trainer.trained_weights()
@@ -213,14 +219,7 @@ def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
 def test_an_interrupted_training_says_whether_a_checkpoint_is_saved(
     rag_system: RAGSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
 ) -> None:
-    class Guard:
-        requested = True
-
-    @contextlib.contextmanager
-    def guarded() -> Iterator[Guard]:
-        yield Guard
-
-    monkeypatch.setattr("fedrag_cli.trainers.huggingface.base.deferred_interrupts", guarded)
+    watched_guard(monkeypatch).requested = True
     config = ContrastiveConfig(batch_size=4, learning_rate=1e-3, epochs=2, validation=NEVER)
     trainer = HuggingFaceTrainerForContrastive(rag_system, config=config)
     folder = tmp_path / "checkpoints" if lasting else None

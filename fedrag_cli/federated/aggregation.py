@@ -7,16 +7,17 @@ updates and get all of them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
 from fedrag_cli.errors import FederationError
+from fedrag_cli.federated.arrays import joined
 from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import Manifest, Weights, move_to_wire
@@ -59,19 +60,16 @@ def weighted_mean(updates: list[Update], manifest: Manifest) -> Weights:
         updates: At least one.
         manifest: Names and shapes of the weights.
     """
+    return {name: torch.from_numpy(joined(_mean_blocks(updates, name), shape)) for name, shape in manifest.items()}
+
+
+def _mean_blocks(updates: list[Update], name: str) -> Iterator[NDArray[np.float32]]:
     total = sum(update.examples for update in updates)
-    weights: Weights = {}
-    for name, shape in manifest.items():
-        mean = np.empty(math.prod(shape), np.float32)
-        done = 0
-        for blocks in zip(*(update.blocks(name) for update in updates), strict=True):
-            summed = np.zeros(len(blocks[0]), np.float64)
-            for update, block in zip(updates, blocks, strict=True):
-                summed += block.astype(np.float64) * update.examples
-            mean[done : done + len(summed)] = summed / total
-            done += len(summed)
-        weights[name] = torch.from_numpy(mean.reshape(shape))
-    return weights
+    for blocks in zip(*(update.blocks(name) for update in updates), strict=True):
+        summed = np.zeros(len(blocks[0]), np.float64)
+        for update, block in zip(updates, blocks, strict=True):
+            summed += block.astype(np.float64) * update.examples
+        yield (summed / total).astype(np.float32)
 
 
 def _mean_content(updates: list[Update], manifest: Manifest) -> RecordDict:

@@ -128,8 +128,6 @@ def _encode(
 ) -> None:
     if not nodes:
         return
-    for note in retriever.notes:
-        reporter.note(note)
     if len(partial):
         reporter.note(f"Going on where an unfinished index was: {len(partial)} passages are encoded.")
     with reporter.task("Encoding passages", len(nodes), "passage") as advance:
