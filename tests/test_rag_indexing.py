@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import data_rows, write_rows
+from sentence_transformers import SentenceTransformer
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config, load_config
@@ -865,3 +866,16 @@ def test_a_server_gets_a_new_collection_only_where_something_has_changed(
     assert [node.id for node in opened(config).nodes] == ["new", *(row["id"] for row in ROWS[1:])]
     assert len(server.get_collections().collections) == 1
     assert not list((tmp_path / "runs").glob(".*"))
+
+
+def test_what_a_model_tells_of_itself_is_told_once(write_config: WriteConfig, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(load_config(write_config()).rag_system.retriever.model), device="cpu")
+    model.prompts = {"query": "ask: ", "document": "read: "}
+    model.save(str(tmp_path / "instructed"), create_model_card=False)
+    notes = Notes()
+    overrides = [
+        f"rag_system.retriever.model={tmp_path / 'instructed'}",
+        f"rag_system.knowledge_store.path={tmp_path / 'told'}",
+    ]
+    build_index(load_config(write_config(), overrides), notes)
+    assert sum("own prompts are used" in note for note in notes.notes) == 1
