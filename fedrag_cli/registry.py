@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from fedrag_cli.errors import ConfigError, FedRAGError
 
@@ -107,7 +107,7 @@ class Registry:
                 f"'{self._origin}' registers the {kind} '{name}', which '{taken.origin}' has registered already.",
                 f"Uninstall one of '{self._origin}' and '{taken.origin}'.",
             )
-        if _type_literal(config_class) != (name,):
+        if not _has_type(config_class, name):
             raise ConfigError(
                 f'The config class of the {kind} \'{name}\' needs a field `type: Literal["{name}"] = "{name}"`.'
             )
@@ -166,8 +166,8 @@ def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
     return registry().get(kind, config.type).load_builder()(config, *args, **kwargs)
 
 
-def _type_literal(config_class: type) -> tuple[Any, ...]:
+def _has_type(config_class: type, name: str) -> bool:
+    """Look at the default alone: resolving the annotations of all config classes would slow every command's start."""
     if not dataclasses.is_dataclass(config_class):
-        return ()
-    hint = get_type_hints(config_class).get("type")
-    return get_args(hint) if get_origin(hint) is Literal else ()
+        return False
+    return any(field.name == "type" and field.default == name for field in dataclasses.fields(config_class))

@@ -17,7 +17,8 @@ from fedrag_cli.config.metrics import METRIC_HELP, METRIC_PATTERN
 from fedrag_cli.registry import registry
 
 if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+    from pydantic.json_schema import JsonSchemaValue
     from pydantic_core import CoreSchema
 
 
@@ -95,12 +96,39 @@ class ComponentSlot:
         return getattr(value, "type", None)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return a union over the registered config classes, tagged by `type`."""
+        """Return a validator that looks the class up, so that components which no value names cost no schema."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(self._validated)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the JSON schema of a union over the registered config classes, tagged by `type`."""
         from pydantic_core import core_schema
 
         components = registry().of_kind(self.kind)
-        choices = {name: handler.generate_schema(component.config_class) for name, component in components.items()}
-        return core_schema.tagged_union_schema(choices=choices, discriminator=self.type_of)
+        choices = {name: adapter_of(component.config_class).core_schema for name, component in components.items()}
+        return handler(core_schema.tagged_union_schema(choices=choices, discriminator=self.type_of))
+
+    def _validated(self, value: Any) -> Any:
+        from pydantic_core import PydanticKnownError
+
+        components, name = registry().of_kind(self.kind), self.type_of(value)
+        if name is None:
+            raise PydanticKnownError("union_tag_not_found", {"discriminator": "type"})
+        if name not in components:
+            known = ", ".join(f"'{known}'" for known in components)
+            raise PydanticKnownError(
+                "union_tag_invalid", {"discriminator": "type", "tag": name, "expected_tags": known}
+            )
+        return adapter_of(components[name].config_class).validate_python(value)
+
+
+@functools.cache
+def adapter_of(config_class: type[T]) -> TypeAdapter[T]:
+    """Return pydantic's adapter of a config class, made once."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(config_class)
 
 
 def markers_of(owner: type, name: str) -> tuple[object, ...]:

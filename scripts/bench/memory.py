@@ -4,13 +4,15 @@
 
 Every row is a process of its own. The first loads both models and the knowledge store, and runs each model once; the
 floor is what is resident then, because reading a GGUF file takes more for a moment. The others train with the
-benchmark's settings; their growth is that of the resident memory from a fifth of the steps to the last one. Batches are
-small, so that 500 steps end.
+benchmark's settings; their growth is that of the resident memory from a fifth of the steps to the last one, each after
+the C library (glibc) gave back what it keeps of freed blocks. Batches are small, so that 500 steps end.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -72,11 +74,23 @@ def measured(row: str, steps: int) -> dict[str, float]:
     side, name, settings = RUNS[row]
     overrides = [f"trainer.{side}.{setting}" for setting in (*QUIET, f"max_steps={steps}", *settings)]
     trainer = trainer_of(side, build_system(name, FEW, *overrides))
-    sizes: list[float] = []
-    trainer._on_step = lambda _step: sizes.append(resident("VmRSS"))
+    sizes: dict[int, int] = {}
+
+    def on_step(step: int) -> None:
+        if step in (steps // 5, steps):
+            sizes[step] = in_use()
+
+    trainer._on_step = on_step
     trainer.train()
     trained = sum(tensor.numel() * tensor.element_size() for tensor in trainer.trained_weights().values())
-    return {"peak": resident("VmHWM"), "trained": trained, "growth": sizes[-1] - sizes[steps // 5]}
+    return {"peak": resident("VmHWM"), "trained": trained, "growth": sizes[steps] - sizes[steps // 5]}
+
+
+def in_use() -> int:
+    """Return the resident bytes without blocks that were freed and that the C library keeps."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
 
 
 def trainer_of(side: str, rag_system: Any) -> Any:
@@ -92,8 +106,8 @@ def table(found: dict[str, dict[str, float]], steps: int) -> str:
     rows = [
         f"`python scripts/bench/memory.py DATA_FOLDER`: {steps} steps each. The floor of a run is what is resident of "
         "the models alone, and what training cannot do without: gradients, AdamW's two moments, and an adapter or the "
-        "queries' own encoder. Growth is that of the resident memory, with what the C library keeps of freed blocks; "
-        "the number of tensors stays the same (`tests/test_trainers_memory.py`).",
+        "queries' own encoder. Growth is that of the resident memory after `malloc_trim`, so without freed blocks that "
+        "the C library keeps; the peak is with them.",
         "",
         f"| what | floor, MB | peak, MB | of the floor | growth from step {steps // 5} to {steps}, MB |",
         "| --- | ---: | ---: | ---: | ---: |",
