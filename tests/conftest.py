@@ -7,9 +7,15 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedrag_cli.config import Config
+    from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -227,3 +233,42 @@ def write_config(tmp_path: Path, models: dict[str, Path]) -> Callable[..., Path]
         return path
 
     return write
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that takes the number of texts of every batch that goes through an encoder."""
+    from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+
+    sizes: list[int] = []
+    embed = SentenceTransformerRetriever.embed
+
+    def counting(self: SentenceTransformerRetriever, encoder: Any, features: Any) -> torch.Tensor:
+        sizes.append(len(features["input_ids"]))
+        return embed(self, encoder, features)
+
+    monkeypatch.setattr(SentenceTransformerRetriever, "embed", counting)
+    return sizes
+
+
+@pytest.fixture
+def config_of(write_config: Callable[..., Path], models: dict[str, Path], tmp_path: Path) -> Callable[..., Config]:
+    """Return a function that gives a config with batches of 4 and a store at a place."""
+    from fedrag_cli.config import load_config
+
+    def made(
+        place: str = "store",
+        store: dict[str, Any] | None = None,
+        rows: list[dict[str, Any]] | None = None,
+        **retriever: Any,
+    ) -> Config:
+        section = {
+            "retriever": {"model": str(models["retriever"]), "batch_size": 4, **retriever},
+            "knowledge_store": {**(store or {}), "path": str(tmp_path / place)},
+        }
+        path = write_config(rag_system=section)
+        if rows is not None:
+            write_rows(tmp_path / "corpus.jsonl", rows)
+        return load_config(path)
+
+    return made

@@ -16,7 +16,7 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.config.schema import FederatedConfig, TransportDtype
 from fedrag_cli.federated.agreement import Agreement
 from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
 from fedrag_cli.federated.config import FedAvgConfig
@@ -26,7 +26,7 @@ from fedrag_cli.federated.fleet.node import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.rounds import RoundState
-from fedrag_cli.federated.weights import TransportDtype, Weights, from_wire, update_to_wire
+from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporting import SilentReporter
 

@@ -26,6 +26,9 @@ from fedrag_cli.config.fields import (
     default_component,
 )
 
+TransportDtype = Literal["float32", "float16"]
+"""Number formats in which tuned weights travel in a federation."""
+
 DEFAULT_PROMPT = (
     "Answer the question with a few words from the context.\n\nContext:\n{context}\n\nQuestion: {query}\nAnswer:"
 )
@@ -176,7 +179,7 @@ class FederatedConfig:
     """Seconds that a client which vanished in a round is waited for, after it was found to be gone."""
     connect_timeout: PositiveFloat = 600.0
     """Seconds that a client tries to reach a server that does not answer."""
-    transport_dtype: Literal["float32", "float16"] = "float32"
+    transport_dtype: TransportDtype = "float32"
     """How tuned weights travel. float16 halves the traffic: clients get the global weights rounded to 11 bits of
     precision and send what training has changed, so that small steps are kept; values above 65504 are refused by the
     tensor's name. What is aggregated and saved is float32."""

@@ -11,8 +11,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedrag_cli.config.schema import TransportDtype
 from fedrag_cli.federated.arrays import MisdescribedArrayError, blocks_of, joined
-from fedrag_cli.federated.weights import Manifest, TransportDtype
+from fedrag_cli.federated.weights import Manifest
 
 EXAMPLES = "num-examples"
 VALIDATION_EXAMPLES = "validation-examples"

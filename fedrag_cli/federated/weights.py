@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedrag_cli.config.schema import TransportDtype
 from fedrag_cli.errors import FederationError, ModelError
 from fedrag_cli.federated.arrays import whole
 from fedrag_cli.runs.atomic import os_errors
@@ -24,8 +25,6 @@ Weights = dict[str, Tensor]
 Manifest = dict[str, list[int]]
 """Names of the trained tensors, with their shapes; the order is that of the names."""
 Arrays = dict[str, NDArray[np.float32]]
-TransportDtype = Literal["float32", "float16"]
-"""Number formats in which tensors travel."""
 BYTES_OF: dict[TransportDtype, int] = {"float32": 4, "float16": 2}
 LARGEST_FLOAT16 = 65504.0
 
