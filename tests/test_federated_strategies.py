@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
-from toy_federation import ToyClient
+from toy_federation import ToyClient, common
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
@@ -39,12 +39,13 @@ def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options
         strategy=strategy,
         rejoin_timeout=0.01,
         transport_dtype=options.pop("transport_dtype", "float32"),
+        privacy=options.pop("privacy", None),
     )
     built = build("strategy", strategy, min_clients=settings.min_clients, learning_rate=0.5)
     state = options.pop("state", None) or RoundState(0, {"w": START.clone()})
     federation = Federation(
         LocalGrid(names),  # type: ignore[arg-type]
-        COMMON,
+        common(state.weights["w"].numel()),
         settings,
         built,
         seed=1,

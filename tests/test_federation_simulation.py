@@ -12,6 +12,7 @@ import torch
 from federation import assert_same_weights, events, tuned_weights
 
 from fedrag_cli.cli.main import main
+from fedrag_cli.federated.privacy import spent_epsilon
 
 TRAINER = {
     "mode": "retriever",
@@ -173,3 +174,22 @@ def test_a_comparison_needs_questions(simulate: Callable[..., Any]) -> None:
     data = {"validation": None, "test": None}
     _, wrong = simulate("--compare", dataset=data, code=2)
     assert "--compare needs questions" in wrong["error"]["message"]
+
+
+def test_differential_privacy_is_told_wherever_rounds_are(
+    simulate: Callable[..., Any], write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, summary = simulate("federated.privacy={clipping_norm: 0.01, noise_multiplier: 2.0}")
+    spent = [spent_epsilon(2.0, rounds, 1e-5) for rounds in (1, 2)]
+    assert [row["epsilon"] for row in summary["rounds"]] == spent
+    assert [event["epsilon"] for event in events(run, "round")] == spent
+    updates = events(run, "client_update")
+    assert all(event["clipped"] and event["norm"] > 0.01 for event in updates)
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert f"epsilon {spent[1]:.4g} at delta 1e-05" in card
+    config = write_config("b", trainer=TRAINER, federated={"rounds": 1})
+    privacy = "federated.privacy={clipping_norm: 1e-9, noise_multiplier: 1.0, at: client}"
+    assert main(["simulate", str(config), privacy]) == 0
+    printed = capsys.readouterr().err
+    assert f"1 round spends epsilon {spent_epsilon(1.0, 1, 1e-5):.4g} at delta 1e-05" in printed
+    assert f"epsilon {spent_epsilon(1.0, 1, 1e-5):.4g} at delta 1e-05," in printed

@@ -47,7 +47,7 @@ def federation_line(name: str, fields: Mapping[str, Any]) -> str:
         loss = f", loss {fields['loss']:.4f}" if fields["loss"] is not None else ""
         return (
             f"Round {fields['round']} of {fields['rounds']} done: {len(fields['clients'])} clients{refused}, "
-            f"{fields['examples']} examples{loss}, {fields['seconds']:.1f} s"
+            f"{fields['examples']} examples{loss}{_epsilon(fields)}, {fields['seconds']:.1f} s"
         )
     if name == "federated_evaluation":
         who = "the clients' validation questions" if fields["by"] == "clients" else "the server's questions"
@@ -62,6 +62,10 @@ def federation_line(name: str, fields: Mapping[str, Any]) -> str:
 def megabytes(size: float) -> str:
     """Return a number of bytes in words."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _epsilon(fields: Mapping[str, Any]) -> str:
+    return f", epsilon {fields['epsilon']:.4g} at delta {fields['delta']:g}" if "epsilon" in fields else ""
 
 
 def _update_line(fields: Mapping[str, Any]) -> str:
@@ -155,11 +159,13 @@ class Board:
 
     def _rounds_table(self) -> Table:
         metrics = list(dict.fromkeys(name for values in self.measured.values() for name in values))
-        table = Table("after round", "clients", "refused", "examples", "loss", "seconds", *metrics, header_style="bold")
+        spends = any("epsilon" in done for done in self.finished.values())
+        columns = ["after round", "clients", "refused", "examples", "loss", "seconds", *(["epsilon"] if spends else [])]
+        table = Table(*columns, *metrics, header_style="bold")
         numbers = sorted({*self.finished, *self.measured})
         for number in numbers[-MOST_ROUNDS_SHOWN:]:
             done, values = self.finished.get(number), self.measured.get(number, {})
-            cells = ["", "", "", "", ""]
+            cells = [""] * (len(columns) - 1)
             if done is not None:
                 cells = [
                     str(len(done["clients"])),
@@ -167,6 +173,7 @@ class Board:
                     str(done["examples"]),
                     _number(done["loss"]),
                     f"{done['seconds']:.1f}",
+                    *([f"{done['epsilon']:.4g}"] if spends else []),
                 ]
             table.add_row(f"{number}/{self.rounds}", *cells, *(_number(values.get(name)) for name in metrics))
         return table

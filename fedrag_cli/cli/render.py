@@ -108,10 +108,11 @@ class Renderer:
                 str(row["examples"]),
                 f"{row['loss']:.4f}" if row.get("loss") is not None else "",
                 f"{row['seconds']:.1f}" if row.get("seconds") is not None else "",
+                f"{row['epsilon']:.4g}" if "epsilon" in row else "",
             ]
             for row in summary["rounds"]
         ]
-        columns = ["round", "clients", "refused", "examples", "loss", "seconds"]
+        columns = ["round", "clients", "refused", "examples", "loss", "seconds", "epsilon"]
         shown = [number for number in range(len(columns)) if any(row[number] for row in rows)]
         if rows:
             self.table([columns[number] for number in shown], [[row[number] for number in shown] for row in rows])

@@ -16,6 +16,8 @@ Finding = tuple[KeyPath, str]
 _INDEX_OF_SETTING = {"nlist": "ivf", "nprobe": "ivf", "m": "hnsw", "ef_construction": "hnsw", "ef_search": "hnsw"}
 # Retriever objectives that compare the passages of one query with each other.
 _RANKING_OBJECTIVES = ("lsr", "pdist", "emdr2", "loop")
+# Strategies to which updates are no more than their mean.
+_STRATEGIES_OF_MEANS = ("FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
 
 
 def check_config(config: Config) -> Iterator[Finding]:
@@ -182,6 +184,9 @@ def _check_federation(config: Config) -> Iterator[Finding]:
         yield (*path, "min_clients"), message
     if strategy.type == "MultiKrum" and strategy.num_nodes_to_select > settings.min_clients:
         yield (*path, "strategy", "num_nodes_to_select"), f"must not be above min_clients ({settings.min_clients})"
+    if settings.privacy is not None and strategy.type not in _STRATEGIES_OF_MEANS:
+        message = f"adds noise to the mean of the updates, which {strategy.type} does not take (use one of "
+        yield (*path, "privacy"), message + ", ".join(_STRATEGIES_OF_MEANS) + ")"
     if settings.wait_for_clients is not None and settings.wait_for_clients < settings.min_clients:
         yield (*path, "wait_for_clients"), f"must not be below min_clients ({settings.min_clients})"
     if strategy.type == "QFedAvg" and "loss" not in settings.metrics:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
+
 from fedrag_cli.config.fields import (
     ClientName,
     ComponentSlot,
@@ -160,6 +162,26 @@ class SitesConfig:
 
 
 @config_class
+class PrivacyConfig:
+    """Differential privacy for each client's part in the tuned weights (arXiv 1710.06963).
+
+    Updates are clipped, all count the same, and Gaussian noise is added to their mean. It is drawn from the system's
+    entropy, so runs do not repeat.
+    """
+
+    at: Literal["server", "client"] = "server"
+    """Who clips and adds noise: the server, which then sees the updates as they are, or each client before it sends,
+    with its share of the noise for `min_clients`."""
+    clipping_norm: PositiveFloat
+    """Largest L2 norm of an update (trained weights minus global weights); a longer one is scaled down to it."""
+    noise_multiplier: PositiveFloat
+    """Standard deviation of the noise on the sum of the updates, in clipping norms. Every round's record has the
+    epsilon that was spent."""
+    delta: Annotated[float, Interval(gt=0, lt=1)] = 1e-5
+    """The delta for which epsilon is given; well below one in the number of clients."""
+
+
+@config_class
 class FederatedConfig:
     """How several sites tune one model together, each on its own data."""
 
@@ -185,6 +207,8 @@ class FederatedConfig:
     tensor's name. What is aggregated and saved is float32."""
     max_update_norm: PositiveFloat | None = None
     """Largest L2 norm of an update (trained weights minus global weights); a larger one is refused."""
+    privacy: PrivacyConfig | None = None
+    """Differential privacy of the tuned weights; none by default."""
     metrics: tuple[FederatedMetricName, ...] = ("loss", "validation_loss")
     """What clients report beside their numbers of examples; nothing else leaves them but the tuned weights."""
     evaluate_every: PositiveInt = 1

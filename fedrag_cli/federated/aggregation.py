@@ -16,15 +16,22 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
+from fedrag_cli.config.schema import PrivacyConfig
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.arrays import joined
+from fedrag_cli.federated.privacy import gaussian_noise, noise_on_mean
 from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import Manifest, Weights, move_to_wire
 
 
 def aggregate(
-    strategy: Strategy, number: int, updates: Mapping[str, Update], reply: Message, manifest: Manifest
+    strategy: Strategy,
+    number: int,
+    updates: Mapping[str, Update],
+    reply: Message,
+    manifest: Manifest,
+    privacy: PrivacyConfig | None = None,
 ) -> Weights:
     """Return the next global weights.
 
@@ -36,6 +43,7 @@ def aggregate(
         updates: What passed the screening, by client; at least one.
         reply: Any reply of the round; its content is replaced.
         manifest: Names and shapes of the weights.
+        privacy: Under it the mean gets noise before the strategy sees it.
 
     Returns:
         float32 tensors in the order of the manifest.
@@ -45,39 +53,56 @@ def aggregate(
     """
     ordered = [updates[name] for name in sorted(updates)]
     if type(strategy) in MEANS:
-        return weighted_mean(ordered, manifest)
+        return weighted_mean(ordered, manifest, noise_on_mean(privacy, len(ordered)))
     if type(strategy) in STEPS_FROM_MEANS:
-        contents = [_mean_content(ordered, manifest)]
+        contents = [mean_content(ordered, manifest, privacy)]
     else:
         contents = [update.content() for update in ordered]
     return _checked(number, _by_strategy(strategy, number, contents, reply), manifest)
 
 
-def weighted_mean(updates: list[Update], manifest: Manifest) -> Weights:
-    """Return the mean of updates, weighted by examples: summed in float64 and rounded once to float32.
+def require_mean(strategy: Strategy, privacy: PrivacyConfig | None) -> None:
+    """Raise FederationError where noise is wanted but the strategy looks at more than the mean that gets it."""
+    if privacy is not None and type(strategy) not in (*MEANS, *STEPS_FROM_MEANS):
+        raise FederationError(
+            f"federated.privacy adds noise to the mean of the updates, which {type(strategy).__name__} does not take.",
+            f"Use one of {', '.join(kind.__name__ for kind in (*MEANS, *STEPS_FROM_MEANS))}.",
+        )
+
+
+def weighted_mean(updates: list[Update], manifest: Manifest, deviation: float = 0.0) -> Weights:
+    """Return the mean of updates by their weights: summed in float64 and rounded once to float32.
 
     Args:
         updates: At least one.
         manifest: Names and shapes of the weights.
+        deviation: Standard deviation of the noise that is added to each number.
     """
-    return {name: torch.from_numpy(joined(_mean_blocks(updates, name), shape)) for name, shape in manifest.items()}
+    return {
+        name: torch.from_numpy(joined(_mean_blocks(updates, name, deviation), shape))
+        for name, shape in manifest.items()
+    }
 
 
-def _mean_blocks(updates: list[Update], name: str) -> Iterator[NDArray[np.float32]]:
-    total = sum(update.examples for update in updates)
+def mean_content(updates: list[Update], manifest: Manifest, privacy: PrivacyConfig | None = None) -> RecordDict:
+    """Return one update that stands for all: their mean, with the sum of their weights, and with noise if wanted."""
+    total = sum(update.weight for update in updates)
+    loss = sum(update.weight * update.metrics.get("loss", 0.0) for update in updates) / total
+    metrics = MetricRecord({EXAMPLES: total, STRATEGY_LOSS: loss})
+    mean = weighted_mean(updates, manifest, noise_on_mean(privacy, len(updates)))
+    return RecordDict({"arrays": move_to_wire(mean), "metrics": metrics})
+
+
+def _mean_blocks(updates: list[Update], name: str, deviation: float) -> Iterator[NDArray[np.float32]]:
+    total = sum(update.weight for update in updates)
     for blocks in zip(*(update.blocks(name) for update in updates), strict=True):
         summed = np.zeros(len(blocks[0]), np.float64)
         for update, block in zip(updates, blocks, strict=True):
-            summed += block.astype(np.float64) * update.examples
-        yield (summed / total).astype(np.float32)
-
-
-def _mean_content(updates: list[Update], manifest: Manifest) -> RecordDict:
-    """Return one update that stands for all: their mean, with the sum of their examples."""
-    examples = sum(update.examples for update in updates)
-    loss = sum(update.examples * update.metrics.get("loss", 0.0) for update in updates) / examples
-    metrics = MetricRecord({EXAMPLES: examples, STRATEGY_LOSS: loss})
-    return RecordDict({"arrays": move_to_wire(weighted_mean(updates, manifest)), "metrics": metrics})
+            summed += block.astype(np.float64) * update.weight
+        mean = summed / total
+        if deviation:
+            mean += gaussian_noise(len(mean), deviation)
+        yield mean.astype(np.float32)
 
 
 def _by_strategy(strategy: Strategy, number: int, contents: list[RecordDict], reply: Message) -> ArrayRecord:

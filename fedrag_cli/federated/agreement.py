@@ -177,6 +177,12 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
     yield "rag_system.retriever.max_length", retriever.query_encoder.max_seq_length
     yield "federated.metrics", sorted(settings.metrics)
     yield "federated.transport_dtype", settings.transport_dtype
+    privacy = settings.privacy
+    for field in dataclasses.fields(privacy) if privacy is not None else ():
+        yield f"federated.privacy.{field.name}", getattr(privacy, field.name)
+    if privacy is not None and privacy.at == "client":
+        # Each client's share of the noise follows from it.
+        yield "federated.min_clients", settings.min_clients
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
@@ -11,8 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.errors import FederationError
+from fedrag_cli.federated.aggregation import mean_content, require_mean
 from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.screening import RefusedUpdateError, screen_update
+from fedrag_cli.federated.privacy import privacy_record
+from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import from_wire, in_dtype, save_weights, send_instead, to_wire
 from fedrag_cli.registry import build
@@ -32,7 +34,8 @@ class ScreenedStrategy(Strategy):
     """
 
     def __init__(self, strategy: Strategy, task: FLTask, reporter: Reporter | None = None) -> None:
-        """Keep both."""
+        """Keep both; raises FederationError where the strategy and the task's settings do not go together."""
+        require_mean(strategy, task.settings.privacy)
         self.strategy = strategy
         self.task = task
         self.reporter: Reporter = reporter or SilentReporter()
@@ -51,29 +54,46 @@ class ScreenedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand on what passed; raises FederationError where that is less than the quorum."""
         settings = self.task.settings
-        passed = []
-        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            try:
-                if reply.has_error():
-                    raise RefusedUpdateError("it failed")
-                update = screen_update(
-                    reply.content,
-                    self.task.agreement.manifest,
-                    self._reference,
-                    metrics=settings.metrics,
-                    max_norm=settings.max_update_norm,
-                    dtype=settings.transport_dtype,
-                )
-            except RefusedUpdateError as refusal:
-                self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
-                continue
-            reply.content = update.content()
-            passed.append(reply)
+        passed = list(self._screened(server_round, replies))
         if len(passed) < settings.min_clients:
             raise FederationError(
                 f"Round {server_round} has {len(passed)} usable updates, but needs {settings.min_clients}."
             )
-        return self.strategy.aggregate_train(server_round, passed)
+        if settings.privacy is not None:
+            return self._private(server_round, passed[0][0], [update for _, update in passed])
+        for reply, update in passed:
+            reply.content = update.content()
+        return self.strategy.aggregate_train(server_round, [reply for reply, _ in passed])
+
+    def _screened(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[Message, Update]]:
+        settings = self.task.settings
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+            try:
+                if reply.has_error():
+                    raise RefusedUpdateError("it failed")
+                yield (
+                    reply,
+                    screen_update(
+                        reply.content,
+                        self.task.agreement.manifest,
+                        self._reference,
+                        metrics=settings.metrics,
+                        max_norm=settings.max_update_norm,
+                        dtype=settings.transport_dtype,
+                        privacy=settings.privacy,
+                    ),
+                )
+            except RefusedUpdateError as refusal:
+                self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
+
+    def _private(
+        self, server_round: int, reply: Message, updates: list[Update]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Give the strategy the mean with its noise, which belongs before its step, and report what was spent."""
+        privacy = self.task.settings.privacy
+        reply.content = mean_content(updates, self.task.agreement.manifest, privacy)
+        arrays, metrics = self.strategy.aggregate_train(server_round, [reply])
+        return arrays, MetricRecord({**(metrics or {}), **privacy_record(privacy, server_round)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -34,7 +34,7 @@ class ClassicClient(NumPyClient):
 
     def __init__(self, task: FLTask) -> None:
         """Keep the task; raises ConfigError where its settings ask for what this API cannot do."""
-        _require_float32(task)
+        _require_plain_weights(task)
         self.task = task
 
     def get_parameters(self, config: dict[str, Scalar]) -> list[NDArray[Any]]:
@@ -81,7 +81,7 @@ class ClassicServer(Server):
         Raises:
             ConfigError: The settings ask for what this API cannot do.
         """
-        _require_float32(task)
+        _require_plain_weights(task)
         self.task = task
         initial = ndarrays_to_parameters(list(to_arrays(task.weights()).values()))
         chosen: Any = strategy if strategy is not None else _fedavg(task)
@@ -133,7 +133,12 @@ class MeasuredFedAvg(FedAvg):
         return super().aggregate_evaluate(server_round, measured, failures)
 
 
-def _require_float32(task: FLTask) -> None:
+def _require_plain_weights(task: FLTask) -> None:
+    if task.settings.privacy is not None:
+        raise ConfigError(
+            "Flower's classic API sends weights as they are, without federated.privacy.",
+            "Remove federated.privacy, or use server_app() and client_app().",
+        )
     if task.settings.transport_dtype != "float32":
         raise ConfigError(
             f"Flower's classic API sends weights as float32, not {task.settings.transport_dtype}.",

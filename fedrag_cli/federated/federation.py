@@ -14,12 +14,13 @@ from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.aggregation import aggregate
+from fedrag_cli.federated.aggregation import aggregate, require_mean
 from fedrag_cli.federated.agreement import Agreement
 from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.client import ACTION, EVALUATE_FIRST, FINAL, ROUNDS, STOP
 from fedrag_cli.federated.exchange import Exchange
 from fedrag_cli.federated.grid import POLL_SECONDS, ChosenNodes, FederationGrid, quiet_flower
+from fedrag_cli.federated.privacy import privacy_record
 from fedrag_cli.federated.roster import Roster
 from fedrag_cli.federated.rounds import RoundState
 from fedrag_cli.federated.screening import (
@@ -75,8 +76,9 @@ class Federation:
         save_round: SaveRound = lambda state: None,
         evaluate_global: EvaluateGlobal = lambda number, weights: None,
     ) -> None:
-        """Start without clients."""
+        """Start without clients; raises FederationError where the strategy and the settings do not go together."""
         quiet_flower()
+        require_mean(strategy, settings.privacy)
         self._grid = grid
         self._agreement = agreement
         self._settings = settings
@@ -101,6 +103,7 @@ class Federation:
             FederationError: Too few clients or too few usable updates; the last saved state stands.
         """
         restore_strategy(self._strategy, state.strategy)
+        self._announce_privacy()
         if state.number == 0:
             self._measure_globally(state)
             self._save_round(state)
@@ -114,6 +117,18 @@ class Federation:
             self._stop_clients()
             raise
         return state
+
+    def _announce_privacy(self) -> None:
+        privacy = self._settings.privacy
+        if privacy is None:
+            return
+        rounds = self._settings.rounds
+        spent = privacy_record(privacy, rounds)
+        who = "the server clips and adds noise" if privacy.at == "server" else "clients clip and add noise"
+        self._reporter.note(
+            f"Privacy: {who}; {rounds} round{'s spend' if rounds > 1 else ' spends'} epsilon {spent['epsilon']:.4g} at "
+            f"delta {privacy.delta:g}, for the tuned weights alone and not for what clients report"
+        )
 
     def _run_round(self, state: RoundState) -> None:
         number, started = state.number + 1, time.monotonic()
@@ -139,7 +154,9 @@ class Federation:
                 + ".",
                 "Look at the refused clients' own messages, and go on with 'fedrag resume' and this run's directory.",
             )
-        state.weights = aggregate(self._strategy, number, came.updates, reply, self._agreement.manifest)
+        state.weights = aggregate(
+            self._strategy, number, came.updates, reply, self._agreement.manifest, self._settings.privacy
+        )
         state.number = number
         state.strategy = strategy_state(self._strategy)
         self._record_round(state, came, time.monotonic() - started)
@@ -158,6 +175,7 @@ class Federation:
                     metrics=self._settings.metrics,
                     max_norm=self._settings.max_update_norm,
                     dtype=self._settings.transport_dtype,
+                    privacy=self._settings.privacy,
                 )
                 if update.metrics.get("loss", 0.0) < 0:
                     raise RefusedUpdateError("its loss is negative")
@@ -174,6 +192,7 @@ class Federation:
                 examples=update.examples,
                 metrics=update.metrics,
                 norm=update.norm,
+                clipped=update.scale < 1,
                 seconds=seconds,
                 bytes_sent=sent,
                 bytes_received=size,
@@ -229,6 +248,7 @@ class Federation:
             "examples": examples,
             "loss": loss,
             "seconds": seconds,
+            **privacy_record(self._settings.privacy, state.number),
         }
         state.history.append(summary)
         # Clients measure what they receive, which is the outcome of the round before.

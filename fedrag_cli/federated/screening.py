@@ -11,8 +11,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedrag_cli.config.schema import TransportDtype
+from fedrag_cli.config.schema import PrivacyConfig, TransportDtype
 from fedrag_cli.federated.arrays import MisdescribedArrayError, blocks_of, joined
+from fedrag_cli.federated.privacy import clip_scale
 from fedrag_cli.federated.weights import Manifest
 
 EXAMPLES = "num-examples"
@@ -37,7 +38,10 @@ class Update:
         examples: Number of training examples.
         metrics: Reported metrics, finite, of the agreed names only.
         norm: L2 norm of the trained weights minus the global ones.
-        base: The global weights, to which the arrays are to be added; empty where they are weights themselves.
+        base: The global weights; empty where they are not needed, because the arrays are weights that count in full.
+        is_change: Whether the arrays are what is to be added to the base.
+        scale: What the difference to the base is multiplied by, in (0, 1]; see `clip_scale`.
+        weight: How much the update counts beside others.
     """
 
     arrays: dict[str, Array]
@@ -45,18 +49,22 @@ class Update:
     metrics: dict[str, float]
     norm: float
     base: Mapping[str, Array] = field(default_factory=dict)
+    is_change: bool = False
+    scale: float = 1.0
+    weight: int = 1
 
     def blocks(self, name: str) -> Iterator[NDArray[np.float32]]:
         """Yield the trained weights of a tensor, a block at a time; see `blocks_of`."""
         if not self.base:
             yield from blocks_of(self.arrays[name])
             return
-        for before, change in zip(blocks_of(self.base[name]), blocks_of(self.arrays[name]), strict=True):
-            yield before + change
+        for before, values in zip(blocks_of(self.base[name]), blocks_of(self.arrays[name]), strict=True):
+            change = values if self.is_change else values - before
+            yield before + np.float32(self.scale) * change
 
     def content(self) -> RecordDict:
         """Return the update as strategies take it, with all its weights in memory as float32."""
-        metrics: dict[str, int | float] = {EXAMPLES: self.examples, STRATEGY_LOSS: self.metrics.get("loss", 0.0)}
+        metrics: dict[str, int | float] = {EXAMPLES: self.weight, STRATEGY_LOSS: self.metrics.get("loss", 0.0)}
         arrays = ArrayRecord(
             {name: Array(joined(self.blocks(name), array.shape)) for name, array in self.arrays.items()}
         )
@@ -71,6 +79,7 @@ def screen_update(
     metrics: Sequence[str] = (),
     max_norm: float | None = None,
     dtype: TransportDtype = "float32",
+    privacy: PrivacyConfig | None = None,
 ) -> Update:
     """Check an update.
 
@@ -81,6 +90,7 @@ def screen_update(
         metrics: Names of the metrics that were agreed on.
         max_norm: Largest L2 norm of the difference to the global weights.
         dtype: Number format that was agreed on; as float16 comes what training has changed, see `update_to_wire`.
+        privacy: Under it all updates count the same, and the server clips them, if that is not the clients' part.
 
     Raises:
         RefusedUpdateError: The update may not count.
@@ -95,7 +105,10 @@ def screen_update(
     examples, reported = read_metrics(content, metrics)
     if examples < 1:
         raise RefusedUpdateError("it reports no training example")
-    return Update(arrays, examples, reported, norm, reference if is_change else {})
+    scale = clip_scale(norm, privacy.clipping_norm) if privacy is not None and privacy.at == "server" else 1.0
+    base = reference if is_change or scale < 1 else {}
+    weight = examples if privacy is None else 1
+    return Update(arrays, examples, reported, norm, base, is_change, scale, weight)
 
 
 def read_metrics(content: RecordDict, metrics: Sequence[str]) -> tuple[int, dict[str, float]]:

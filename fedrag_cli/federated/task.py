@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import DataError
 from fedrag_cli.federated.agreement import Agreement, agreement_of
+from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.site import trainer_around
 from fedrag_cli.federated.weights import Weights, manifest_digest, record_digest, to_wire
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
@@ -35,7 +37,7 @@ class FitResult:
     """What a client trained.
 
     Args:
-        weights: The trained tensors, by name.
+        weights: The trained tensors, by name; clipped and with noise where the settings leave that to clients.
         examples: Number of its training examples.
         metrics: Mean training loss, steps and seconds.
     """
@@ -139,7 +141,7 @@ class FLTask:
             return self._newest[1]
         # The weights of another round need not be in memory while this one is trained.
         self._newest = None
-        result = self._train(weights, number, proximal_mu, str(key[2]))
+        result = self._protected(self._train(weights, number, proximal_mu, str(key[2])), weights)
         self._newest = (key, result)
         return result
 
@@ -233,6 +235,18 @@ class FLTask:
             shutil.rmtree(checkpoints)
         metrics = {"loss": result.loss, "steps": float(result.steps), "seconds": result.seconds}
         return FitResult(trained, len(trainer.train_examples), metrics)
+
+    def _protected(self, result: FitResult, received: Mapping[str, Tensor]) -> FitResult:
+        """Return a result with clipped weights and noise where the client sees to privacy.
+
+        It is done once a round, because the mean of several noises on the same weights would give them away.
+        """
+        privacy = self.settings.privacy
+        if privacy is None or privacy.at != "client":
+            return result
+        deviation = noise_of_client(privacy, self.settings.min_clients)
+        weights = protected(result.weights, received, privacy.clipping_norm, deviation)
+        return dataclasses.replace(result, weights=weights)
 
     def _round_directory(self, number: int, digest: str) -> Path | None:
         """Return the folder of a round's checkpoints; those of other rounds and other global weights are removed."""

@@ -183,6 +183,11 @@ def _federation(summary: Mapping[str, Any]) -> str:
         cells = [str(row["round"]), clients, refused, str(row["examples"])]
         rows.append([*cells, f"{loss:.4f}" if loss is not None else ""])
     listed = table(["Round", "Clients", "Refused", "Examples", "Loss"], rows, numbers=(0, 3, 4))
+    if "epsilon" in rounds[-1]:
+        listed += (
+            f"\n\nDifferential privacy of each client's part in these weights: epsilon {rounds[-1]['epsilon']:.4g} at "
+            f"delta {rounds[-1]['delta']:g}. What clients reported beside them has none."
+        )
     parts = {
         "server": "This is the global model, as the server of a federation keeps it.",
         "client": "This is the global model, as a client of a federation keeps it; the loss is its own.",

@@ -132,7 +132,7 @@ def _rounds(rounds: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any])
     measured = list(
         dict.fromkeys((name, who) for by in evaluations.values() for who in by for name in by[who]["metrics"])
     )
-    numbers = ["Round", "Examples", "Loss", "Seconds", *(f"{name}, {WHOSE.get(who, who)}" for name, who in measured)]
+    metrics = [f"{name}, {WHOSE.get(who, who)}" for name, who in measured]
     first = [{"round": 0, "clients": [], "before": True}] if "0" in evaluations else []
     rows = []
     for row in [*first, *rounds]:
@@ -144,13 +144,14 @@ def _rounds(rounds: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any])
             str(row.get("examples", "")),
             _number(row.get("loss")) or "",
             f"{row['seconds']:.0f}" if row.get("seconds") is not None else "",
+            f"{row['epsilon']:.4g}" if "epsilon" in row else "",
         ]
         rows.append(cells + [_number(found.get(who, {}).get("metrics", {}).get(name)) or "" for name, who in measured])
-    columns = ["Round", "Clients", "Refused", "Examples", "Loss", "Seconds", *numbers[4:]]
+    columns = ["Round", "Clients", "Refused", "Examples", "Loss", "Seconds", "Epsilon", *metrics]
     used = [place for place in range(len(columns)) if any(row[place] for row in rows)]
     return {
         "columns": [columns[place] for place in used],
-        "numbers": numbers,
+        "numbers": [name for name in columns if name not in ("Clients", "Refused")],
         "rows": [[row[place] for place in used] for row in rows],
     }
 

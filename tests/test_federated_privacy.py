@@ -1,0 +1,234 @@
+"""Differential privacy: clipped updates that all count the same, noise that nobody can take off, and its epsilon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
+from test_federated_strategies import federate, moved, strategy, toys
+from test_federated_task import make_manager
+from toy_federation import ToyClient, asking, common
+
+from fedrag_cli.config import load_config
+from fedrag_cli.config.problems import InvalidConfigError
+from fedrag_cli.config.schema import FederatedConfig, PrivacyConfig
+from fedrag_cli.errors import ConfigError, FederationError
+from fedrag_cli.federated.agreement import differences
+from fedrag_cli.federated.apps import ScreenedStrategy
+from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.privacy import clip_scale, noise_of_client, protected, spent_epsilon
+from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.weights import from_wire, to_wire
+from fedrag_cli.runs.reporting import SilentReporter
+
+# So little that it is lost in float32: what is left is clipping and weighing.
+SILENT = 1e-12
+
+
+def private(norm: float, noise: float = SILENT, **settings: Any) -> PrivacyConfig:
+    return PrivacyConfig(clipping_norm=norm, noise_multiplier=noise, **settings)
+
+
+def integrated_delta(mu: float, epsilon: float) -> float:
+    """Return the integral of max(p - e^epsilon q, 0) for normal densities p and q whose means lie mu apart."""
+    grid = np.linspace(-20, 20 + mu, 2_000_001)
+    p, q = (np.exp(-((grid - mean) ** 2) / 2) / math.sqrt(2 * math.pi) for mean in (mu, 0.0))
+    return float(np.maximum(p - math.exp(epsilon) * q, 0).sum() * (grid[1] - grid[0]))
+
+
+@pytest.mark.parametrize(
+    ("noise", "rounds", "delta"), [(1.0, 1, 1e-5), (1.0, 3, 1e-5), (0.7, 1, 1e-3), (4.0, 50, 1e-6), (3.730632, 1, 1e-5)]
+)
+def test_epsilon_is_what_the_definition_gives(noise: float, rounds: int, delta: float) -> None:
+    epsilon = spent_epsilon(noise, rounds, delta)
+    assert integrated_delta(math.sqrt(rounds) / noise, epsilon) == pytest.approx(delta, rel=1e-4)
+
+
+def test_epsilon_of_known_and_of_extreme_settings() -> None:
+    # The noise that the analytic Gaussian mechanism needs for epsilon 1.
+    assert spent_epsilon(3.730632, 1, 1e-5) == pytest.approx(1.0, abs=1e-5)
+    assert spent_epsilon(1.0, 0, 1e-5) == 0
+    assert spent_epsilon(1e9, 1, 1e-5) == 0
+    assert spent_epsilon(1.0, 4, 1e-5) == pytest.approx(spent_epsilon(0.5, 1, 1e-5), rel=1e-12)
+    spent = [spent_epsilon(1.0, rounds, 1e-5) for rounds in range(1, 20)]
+    assert spent == sorted(spent)
+    # Almost no noise is almost no privacy, not a number that rounding has made small.
+    for noise in (0.011, 0.0099, 1e-6, SILENT):
+        assert spent_epsilon(noise, 1, 1e-5) > 0.5 / noise**2
+
+
+def test_long_updates_are_scaled_and_short_ones_stay() -> None:
+    assert [clip_scale(norm, 2.0) for norm in (0.0, 1.0, 2.0, 8.0)] == [1.0, 1.0, 1.0, 0.25]
+    state = federate(strategy("FedAvg"), toys(), privacy=private(2.0))
+    # Steps of length 1, 2 and 4; examples of 1, 2 and 5 make no difference.
+    assert moved(state) == pytest.approx([1 / 3, 2 / 3, 2 / 3], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["FedAvgM", "FedProx", "FedAvg"])
+def test_means_of_float16_updates_are_clipped_alike(name: str) -> None:
+    options = {"server_momentum": 0.0} if name == "FedAvgM" else {}
+    clients = [
+        ToyClient(site, step, n, dtype="float16")
+        for site, step, n in (("a", [6.0, 8.0, 0.0], 9), ("b", [0.0, 0.0, 1.0], 1))
+    ]
+    state = federate(strategy(name, **options), clients, transport_dtype="float16", privacy=private(5.0))
+    assert moved(state) == pytest.approx([1.5, 2.0, 0.5], abs=1e-5)
+
+
+def noisy(noise: float, size: int, strategy_config: Any, clients: int = 4, **settings: Any) -> RoundState:
+    toys = [ToyClient(f"c{n}", [0.0] * size, examples=n + 1, agreement=common(size)) for n in range(clients)]
+    state = RoundState(0, {"w": torch.zeros(size)})
+    return federate(strategy_config, toys, state=state, privacy=private(8.0, noise, **settings))
+
+
+def test_the_noise_on_the_mean_has_the_size_that_epsilon_is_computed_from() -> None:
+    weights = noisy(0.5, 100_000, strategy("FedAvg")).weights["w"]
+    # noise_multiplier * clipping_norm / clients
+    assert float(weights.std()) == pytest.approx(0.5 * 8.0 / 4, rel=0.02)
+    assert abs(float(weights.mean())) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([weights[:-1], weights[1:]]))[0, 1])) < 0.02
+
+
+def test_no_seed_repeats_the_noise() -> None:
+    def drawn() -> torch.Tensor:
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return noisy(0.5, 1000, strategy("FedAvg")).weights["w"]
+
+    first, second = drawn(), drawn()
+    assert not torch.isclose(first, second).any()
+
+
+def test_noise_comes_before_the_strategys_step() -> None:
+    # However large d is, Flower's Adam first takes eta * sqrt(1 - beta_2 ** 2) * d / sqrt((1 - beta_2) * d ** 2).
+    weights = noisy(1000.0, 2000, strategy("FedAdam", eta=0.01, beta_1=0.0)).weights["w"]
+    assert float(weights.abs().max()) == pytest.approx(0.01 * math.sqrt((1 - 0.99**2) / (1 - 0.99)), rel=1e-3)
+    assert 800 < int((weights > 0).sum()) < 1200
+
+
+def test_every_round_tells_what_was_spent() -> None:
+    told: list[dict[str, Any]] = []
+    reporter = SilentReporter()
+    reporter.event = lambda name, **fields: told.append({"event": name, **fields})  # type: ignore[method-assign]
+    state = federate(strategy("FedAvg"), toys(), rounds=3, reporter=reporter, privacy=private(2.0, 1.5, delta=1e-4))
+    spent = [spent_epsilon(1.5, rounds, 1e-4) for rounds in (1, 2, 3)]
+    assert [row["epsilon"] for row in state.history] == spent
+    assert [(event["epsilon"], event["delta"]) for event in told if event["event"] == "round"] == [
+        (epsilon, 1e-4) for epsilon in spent
+    ]
+    first = {event["client"]: event["clipped"] for event in told if event["event"] == "client_update"}
+    assert first == {"a": False, "b": False, "c": True}
+    plain = federate(strategy("FedAvg"), toys())
+    assert "epsilon" not in plain.history[0]
+
+
+def test_a_client_that_sees_to_privacy_clips_and_adds_its_share() -> None:
+    received = {"a": torch.ones(100_000), "b": torch.zeros(3, 2)}
+    trained = {"a": torch.ones(100_000), "b": torch.full((3, 2), 4.0)}
+    sent = protected(trained, received, 2.0, 0.0)
+    assert torch.equal(sent["a"], received["a"])
+    assert float(sent["b"].norm()) == pytest.approx(2.0)
+    deviation = noise_of_client(private(2.0, 3.0, at="client"), 4)
+    assert deviation == 3.0
+    noise = protected(trained, received, 2.0, deviation)["a"] - 1
+    assert float(noise.std()) == pytest.approx(3.0, rel=0.02)
+    # The quorum's noises together are the server's.
+    assert math.sqrt(4) * deviation == 3.0 * 2.0
+
+
+def test_updates_of_clients_that_add_noise_are_not_touched_again() -> None:
+    weights = noisy(1.0, 1000, strategy("FedAvg"), at="client").weights["w"]
+    # Toys send no noise, so any would be the server's.
+    assert not weights.any()
+    state = federate(strategy("FedAvg"), toys(), privacy=private(2.0, 1.0, at="client"))
+    assert moved(state) == pytest.approx([1 / 3, 2 / 3, 4 / 3], abs=1e-6)
+
+
+def test_a_task_sends_protected_weights_once_a_round(write_config: Callable[..., Path]) -> None:
+    manager = make_manager(write_config, "retriever")
+    plain = manager.get_federated_task(FederatedConfig(min_clients=1))
+    start = plain.weights()
+    trained = plain.fit(start, {"server-round": 1}).weights
+    length = math.sqrt(sum(float((trained[name] - start[name]).square().sum()) for name in start))
+    settings = FederatedConfig(min_clients=1, privacy=private(length / 4, at="client"))
+    task = manager.get_federated_task(settings)
+
+    def sent() -> dict[str, torch.Tensor]:
+        content = RecordDict({"arrays": to_wire(start), "config": ConfigRecord({"server-round": 1})})
+        return from_wire(ClientHandler(task)(asking(content)).content.array_records["arrays"])
+
+    clipped = sent()
+    for name, tensor in clipped.items():
+        assert torch.allclose(tensor, start[name] + (trained[name] - start[name]) / 4, atol=1e-6)
+    settings = FederatedConfig(min_clients=1, privacy=private(length, 0.1, at="client"))
+    task = manager.get_federated_task(settings)
+    first, second = sent(), sent()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.allclose(first[name], trained[name], atol=1e-6) for name in first)
+
+
+def test_who_wants_other_privacy_is_refused(write_config: Callable[..., Path]) -> None:
+    manager = make_manager(write_config, "retriever")
+
+    def agreement(privacy: PrivacyConfig | None, clients: int = 2) -> Any:
+        return manager.get_federated_task(FederatedConfig(privacy=privacy, min_clients=clients)).agreement
+
+    words = "federated.privacy.noise_multiplier is 1.0, but the server has 0.5"
+    assert differences(agreement(private(1.0, 0.5)), agreement(private(1.0, 1.0))) == [words]
+    (first, *_) = differences(agreement(None), agreement(private(1.0, 1.0)))
+    assert first == 'federated.privacy.at is "server", but the server has not set'
+    # The share of the noise follows from the quorum.
+    shares = [agreement(private(1.0, 1.0, at="client"), clients) for clients in (2, 3)]
+    assert differences(*shares) == ["federated.min_clients is 3, but the server has 2"]
+    assert not differences(*[agreement(private(1.0, 1.0), clients) for clients in (2, 3)])
+
+
+def test_strategies_that_look_at_single_updates_are_refused(write_config: Callable[..., Path]) -> None:
+    section = {"privacy": {"clipping_norm": 1.0, "noise_multiplier": 1.0}, "strategy": {"type": "FedMedian"}}
+    path = write_config(federated=section)
+    with pytest.raises(InvalidConfigError, match="which FedMedian does not take"):
+        load_config(path)
+    assert load_config(path, ["federated.strategy.type=FedYogi"]).federated
+    task = make_manager(write_config, "retriever").get_federated_task(FederatedConfig(privacy=private(1.0)))
+    with pytest.raises(FederationError, match="which FedMedian does not take"):
+        ScreenedStrategy(FedMedian(), task)
+    with pytest.raises(ConfigError, match="classic API sends weights as they are"):
+        task.client(task.trainer.rag_system.retriever.query_encoder, None)
+
+
+@pytest.mark.parametrize("kind", [FedAvg, FedAdam])
+def test_the_message_api_clips_weighs_and_tells(write_config: Callable[..., Path], kind: Any) -> None:
+    manager = make_manager(write_config, "retriever")
+    settings = FederatedConfig(min_clients=2, privacy=private(2.0, SILENT if kind is FedAvg else 1000.0))
+    task = manager.get_federated_task(settings)
+    start = task.weights()
+    name = min(start, key=lambda name: start[name].numel())
+    app = ScreenedStrategy(kind(), task)
+    record = to_wire(start)
+    app._reference = record
+    if kind is FedAdam:
+        app.strategy.current_arrays = {key: array.numpy() for key, array in record.items()}  # type: ignore[attr-defined]
+
+    def reply(length: float, examples: int) -> Message:
+        changed = {key: tensor.clone() for key, tensor in start.items()}
+        changed[name].view(-1)[0] += length
+        metrics = MetricRecord({"num-examples": examples, "loss": 1.0})
+        return Message(RecordDict({"arrays": to_wire(changed), "metrics": metrics}), reply_to=asking(RecordDict()))
+
+    arrays, metrics = app.aggregate_train(1, [reply(1.0, 1), reply(8.0, 99)])
+    assert isinstance(arrays, ArrayRecord)
+    assert metrics is not None
+    assert metrics["epsilon"] == spent_epsilon(settings.privacy.noise_multiplier, 1, 1e-5)  # type: ignore[union-attr]
+    difference = from_wire(arrays)[name].view(-1) - start[name].view(-1)
+    if kind is FedAvg:
+        assert float(difference[0]) == pytest.approx((1.0 + 2.0) / 2, abs=1e-5)
+        assert float(difference[1:].abs().max()) < 1e-6
+    else:
+        assert 0 < float(difference.abs().max()) < 1.1
