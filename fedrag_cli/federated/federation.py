@@ -20,7 +20,7 @@ from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.client import ACTION, EVALUATE_FIRST, FINAL, ROUNDS, STOP
 from fedrag_cli.federated.exchange import Exchange
 from fedrag_cli.federated.grid import POLL_SECONDS, ChosenNodes, FederationGrid, quiet_flower
-from fedrag_cli.federated.privacy import privacy_record
+from fedrag_cli.federated.privacy import privacy_note, privacy_record
 from fedrag_cli.federated.roster import Roster
 from fedrag_cli.federated.rounds import RoundState
 from fedrag_cli.federated.screening import (
@@ -103,7 +103,8 @@ class Federation:
             FederationError: Too few clients or too few usable updates; the last saved state stands.
         """
         restore_strategy(self._strategy, state.strategy)
-        self._announce_privacy()
+        if self._settings.privacy is not None:
+            self._reporter.note(privacy_note(self._settings.privacy, self._settings.rounds))
         if state.number == 0:
             self._measure_globally(state)
             self._save_round(state)
@@ -117,18 +118,6 @@ class Federation:
             self._stop_clients()
             raise
         return state
-
-    def _announce_privacy(self) -> None:
-        privacy = self._settings.privacy
-        if privacy is None:
-            return
-        rounds = self._settings.rounds
-        spent = privacy_record(privacy, rounds)
-        who = "the server clips and adds noise" if privacy.at == "server" else "clients clip and add noise"
-        self._reporter.note(
-            f"Privacy: {who}; {rounds} round{'s spend' if rounds > 1 else ' spends'} epsilon {spent['epsilon']:.4g} at "
-            f"delta {privacy.delta:g}, for the tuned weights alone and not for what clients report"
-        )
 
     def _run_round(self, state: RoundState) -> None:
         number, started = state.number + 1, time.monotonic()

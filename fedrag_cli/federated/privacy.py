@@ -107,6 +107,16 @@ def privacy_record(privacy: PrivacyConfig | None, rounds: int) -> dict[str, floa
     return {"epsilon": spent_epsilon(privacy.noise_multiplier, rounds, privacy.delta), "delta": privacy.delta}
 
 
+def privacy_note(privacy: PrivacyConfig, rounds: int) -> str:
+    """Return in words what so many rounds will spend, and what that does not cover."""
+    who = "the server clips and adds noise" if privacy.at == "server" else "clients clip and add noise"
+    spent = privacy_record(privacy, rounds)["epsilon"]
+    return (
+        f"Privacy: {who}; {rounds} round{'s spend' if rounds > 1 else ' spends'} epsilon {spent:.4g} at delta "
+        f"{privacy.delta:g}, for the tuned weights alone and not for what clients report"
+    )
+
+
 def _delta(mu: float, epsilon: float) -> float:
     """Return Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu)."""
     first = math.exp(_log_normal(mu / 2 - epsilon / mu))
