@@ -81,6 +81,21 @@ def test_common_beginnings_are_computed_once(models: dict[str, Path]) -> None:
     assert tokens < 0.6 * sum(len(prompt) + len(target) for prompt, target in pairs)
 
 
+def test_packs_come_in_few_lengths(models: dict[str, Path]) -> None:
+    generator, pairs = load(models["generator"]), passages_and_questions()
+    lengths: set[tuple[int, int]] = set()
+
+    def note(_module: object, _arguments: object, options: dict[str, torch.Tensor], output: Any) -> None:
+        lengths.add((options["input_ids"].shape[1], output.logits.shape[1]))
+
+    assert can_pack(generator.model, 40)
+    generator.model.register_forward_hook(note, with_kwargs=True)
+    for count in range(1, 20):
+        generator.token_log_probs_of_ids(pairs[:count], lambda batch, rows: None)
+    assert len(lengths) > 5
+    assert all(tokens % 8 == rows % 8 == 0 for tokens, rows in lengths)
+
+
 def test_packs_hold_every_position_once_within_the_budget() -> None:
     pairs = passages_and_questions(9, 11)
     for budget in (1, 60, 200, 10_000):
