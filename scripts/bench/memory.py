@@ -112,8 +112,8 @@ def table(found: dict[str, dict[str, float]], steps: int) -> str:
         f"`python scripts/bench/memory.py DATA_FOLDER`: {steps} steps each. The floor of a run is what is resident of "
         "the models alone, and what training cannot do without: gradients, AdamW's two moments, and an adapter or the "
         "queries' own encoder. Growth is that of the resident memory after `malloc_trim`, so without freed blocks that "
-        "the C library keeps; the peak is with them. What LSR gains are compiled products for lengths of prompts that it "
-        "meets for the first time.",
+        "the C library keeps; the peak is with them. What LSR gains are compiled products for lengths of prompts that "
+        "it meets for the first time.",
         "",
         f"| what | floor, MB | peak, MB | of the floor | growth from step {steps // 5} to {steps}, MB |",
         "| --- | ---: | ---: | ---: | ---: |",
