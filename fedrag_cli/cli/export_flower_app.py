@@ -36,7 +36,8 @@ def command(
             {"directory": str(directory), "files": [str(path) for path in written]},
             lambda renderer: renderer.written(
                 written,
-                f"Run it with: flwr run {directory} SUPERLINK; start nodes with "
-                "flower-supernode --node-config 'config=\"/path/to/their.yaml\"'.",
+                "Where fedrag is installed, start flower-superlink --disable-runtime-dependency-installation and "
+                "flower-supernode --node-config 'config=\"/path/to/their.yaml\"', and run it with: "
+                f"flwr run {directory} SUPERLINK",
             ),
         )

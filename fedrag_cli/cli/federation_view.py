@@ -26,8 +26,8 @@ def federation_line(name: str, fields: Mapping[str, Any]) -> str:
         guard = [("TLS" if fields["tls"] else "no TLS"), ("allowed keys" if fields["keys"] else "any key")]
         done = f", {fields['done']} done" if fields["done"] else ""
         return (
-            f"Listening on {fields['address']} ({', '.join(guard)}); {fields['rounds']} rounds{done}, "
-            f"at least {fields['min_clients']} clients"
+            f"Listening on {fields['address']} ({', '.join(guard)}); {counted(fields['rounds'], 'round')}{done}, "
+            f"at least {counted(fields['min_clients'], 'client')}"
         )
     if name == "waiting":
         seen = ", ".join(fields["ready"]) or "none"
@@ -46,8 +46,8 @@ def federation_line(name: str, fields: Mapping[str, Any]) -> str:
         refused = f", {len(fields['refused'])} refused" if fields["refused"] else ""
         loss = f", loss {fields['loss']:.4f}" if fields["loss"] is not None else ""
         return (
-            f"Round {fields['round']} of {fields['rounds']} done: {len(fields['clients'])} clients{refused}, "
-            f"{fields['examples']} examples{loss}{_epsilon(fields)}, {fields['seconds']:.1f} s"
+            f"Round {fields['round']} of {fields['rounds']} done: {counted(len(fields['clients']), 'client')}{refused}"
+            f", {counted(fields['examples'], 'example')}{loss}{_epsilon(fields)}, {fields['seconds']:.1f} s"
         )
     if name == "federated_evaluation":
         who = "the clients' validation questions" if fields["by"] == "clients" else "the server's questions"
@@ -57,6 +57,11 @@ def federation_line(name: str, fields: Mapping[str, Any]) -> str:
         what = "has the final model" if fields["received"] else f"did not get the final model: {fields['reason']}"
         return f"Client {fields['client']} {what}"
     return ""
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def megabytes(size: float) -> str:
@@ -73,7 +78,7 @@ def _update_line(fields: Mapping[str, Any]) -> str:
         return f"Round {fields['round']}: update of {fields['client']} refused: {fields['reason']}"
     loss = fields["metrics"].get("loss")
     return (
-        f"Round {fields['round']}: update of {fields['client']}: {fields['examples']} examples"
+        f"Round {fields['round']}: update of {fields['client']}: {counted(fields['examples'], 'example')}"
         + (f", loss {loss:.4f}" if loss is not None else "")
         + f", {fields['seconds']:.1f} s, {megabytes(fields['bytes_received'])}"
     )
@@ -227,8 +232,10 @@ class LiveFederationReporter:
         self._live.stop()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Take an event into the table."""
+        """Take an event into the table; what goes from it with the next event is printed above it."""
         self._board.apply(name, fields)
+        if name == "listening":
+            self.note(federation_line(name, fields))
 
     def note(self, message: str) -> None:
         """Print a line above the table."""

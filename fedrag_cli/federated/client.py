@@ -73,7 +73,7 @@ class ClientHandler:
         if config.get(ACTION) == STOP:
             self.failure = FederationError(
                 "The server ended the federation without a final model.",
-                "Its messages say why; join again when it is resumed.",
+                "Its messages say why. Wait until it is resumed.",
             )
             return _reply(message, {ACTION: STOP})
         server = Agreement.from_json(str(config.get(AGREEMENT, "")))
@@ -94,7 +94,9 @@ class ClientHandler:
         self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(_arrays(message))}")
         weights = from_wire(_arrays(message))
         before = (
-            self._measure(weights, config, f"round {number}, before training") if config.get(EVALUATE_FIRST) else None
+            self._measure(weights, number - 1, f"round {number}, before training")
+            if config.get(EVALUATE_FIRST)
+            else None
         )
         result = self.task.fit(weights, config)
         arrays = update_to_wire(result.weights, weights, self.task.settings.transport_dtype)
@@ -108,8 +110,7 @@ class ClientHandler:
             bytes_sent=record_bytes(arrays),
         )
         metrics = self._metrics(result.examples, reported, before)
-        sent = ", ".join(name for name in metrics if name not in (EXAMPLES, VALIDATION_EXAMPLES))
-        beside = f"{EXAMPLES} {result.examples}" + (f" and {sent}" if sent else "")
+        beside = f"{EXAMPLES} {result.examples}" + "".join(f", {name}" for name in metrics if name != EXAMPLES)
         self.reporter.note(
             f"Round {number}{of}: sending {len(arrays)} tensors, {_megabytes(arrays)}, with {beside}; then waiting"
         )
@@ -120,7 +121,7 @@ class ClientHandler:
         final = bool(config.get(FINAL))
         weights = from_wire(_arrays(message))
         number = int(config.get(SERVER_ROUND, 0))
-        result = self._measure(weights, config, "the final model" if final else f"round {number}")
+        result = self._measure(weights, number, "the final model" if final else f"round {number}")
         if final:
             self.task.load(weights)
             if self.on_final is not None:
@@ -129,12 +130,13 @@ class ClientHandler:
         metrics = self._metrics(result.examples, result.metrics, result)
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
-    def _measure(self, weights: Mapping[str, Any], config: Mapping[str, Any], what: str) -> EvaluateResult:
-        result = self.task.evaluate(weights, config)
+    def _measure(self, weights: Mapping[str, Any], number: int, what: str) -> EvaluateResult:
+        """Measure the global model as it is after a round."""
+        result = self.task.evaluate(weights)
         if result.examples:
             values = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             self.reporter.note(f"The global model on {result.examples} validation questions ({what}): {values}")
-            self.reporter.event("client_evaluation", round=int(config.get(SERVER_ROUND, 0)), metrics=result.metrics)
+            self.reporter.event("client_evaluation", round=number, examples=result.examples, metrics=result.metrics)
         return result
 
     def _metrics(self, examples: int, measured: Mapping[str, float], before: EvaluateResult | None) -> MetricRecord:

@@ -77,7 +77,7 @@ class Exchange:
 
     def _send(self, participant: Participant, message: Message) -> None:
         kind, content, ttl = message.metadata.message_type, message.content, message.metadata.ttl
-        sent = time.monotonic()
+        sent, participant.has_worked = time.monotonic(), True
         (message_id,) = self._grid.push_messages([message])
         self._outstanding[participant.name] = _Outstanding(
             content, kind, message_id, participant.node_id, participant.activation, sent, ttl

@@ -141,7 +141,7 @@ class Federation:
                 f"Round {number} has {len(came.updates)} usable updates, but needs {self._settings.min_clients}"
                 + "".join(f"; {name}: {reason}" for name, reason in sorted(came.refused.items()))
                 + ".",
-                "Look at the refused clients' own messages, and go on with 'fedrag resume' and this run's directory.",
+                _hint(came.refused),
             )
         state.weights = aggregate(
             self._strategy, number, came.updates, reply, self._agreement.manifest, self._settings.privacy
@@ -223,8 +223,7 @@ class Federation:
         refused = "".join(f"; {p.name} was refused: {p.reason}" for p in self.roster.with_status("refused"))
         raise FederationError(
             f"{len(ready)} of {quorum} clients were there after {self._settings.gather_timeout:g} s{refused}.",
-            "Start the other clients and go on with 'fedrag resume' and this run's directory, or lower "
-            "federated.min_clients.",
+            "Start the other clients, or lower federated.min_clients in the run directory's config.yaml.",
         )
 
     def _record_round(self, state: RoundState, came: _Round, seconds: float) -> None:
@@ -265,12 +264,19 @@ class Federation:
             self._reporter.event("federated_evaluation", round=state.number, by="server", **found)
 
     def _hand_out(self, state: RoundState) -> None:
-        """Give every client the final weights, and take its measurement of them."""
-        try:
-            self._gather()
-        except FederationError as error:
-            # The rounds are done and saved; who is there gets the weights.
-            self._reporter.note(error.message)
+        """Give every client the final weights, and take its measurement of them.
+
+        Clients that are away then are remembered, and get the weights from a server that is resumed.
+        """
+        if state.missing:
+            self._await_clients(state.missing)
+        else:
+            try:
+                self._gather()
+            except FederationError as error:
+                # The rounds are done and saved; who is there gets the weights.
+                self._reporter.note(error.message)
+        expected = set(state.missing or (name for row in state.history for name in row["clients"]))
         config = ConfigRecord({SERVER_ROUND: state.number, FINAL: True})
         # What travels as float32 is the weights themselves; otherwise they are more than what travels.
         dtype = self._settings.transport_dtype
@@ -280,6 +286,8 @@ class Federation:
         messages = [Message(content, p.node_id, MessageType.EVALUATE) for p in self.roster.ready()]
         measured: list[dict[str, float]] = []
 
+        absent = expected - {p.name for p in self.roster.ready()}
+
         def on_reply(name: str, reply: Message, seconds: float) -> None:
             try:
                 measured.append(read_metrics(reply.content, self._settings.metrics)[1])
@@ -287,15 +295,33 @@ class Federation:
                 on_failure(name, str(refusal))
                 return
             self.roster.dismiss(name)
+            expected.discard(name)
             self._reporter.event("client_final", client=name, received=True, reason="")
 
         def on_failure(name: str, reason: str) -> None:
             self._reporter.event("client_final", client=name, received=False, reason=reason)
 
         self._exchange(messages, self._settings.round_timeout, on_reply, on_failure)
+        for name in sorted(absent & expected):
+            on_failure(name, "it is away")
         if is_whole:
             state.weights = move_from_wire(arrays)
-        self._note_evaluation(state, state.number, "clients", measured)
+        if state.missing is None:
+            self._note_evaluation(state, state.number, "clients", measured)
+        state.missing = sorted(expected)
+
+    def _await_clients(self, names: Sequence[str]) -> None:
+        """Wait until all of some clients are there, or the time for gathering is over."""
+        end, noted = time.monotonic() + self._settings.gather_timeout, 0.0
+        while time.monotonic() < end:
+            self.roster.refresh()
+            ready = [participant.name for participant in self.roster.ready()]
+            if set(names) <= set(ready):
+                return
+            if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
+                noted = time.monotonic()
+                self._reporter.event("waiting", ready=ready, wanted=len(names))
+            time.sleep(POLL_SECONDS)
 
     def _await_absent(self) -> None:
         """Wait a while for clients that have taken part and are away just now, but not for those that were given up."""
@@ -320,6 +346,13 @@ def _mean(values: Sequence[tuple[int, float | None]]) -> float | None:
     known = [(examples, value) for examples, value in values if value is not None]
     total = sum(examples for examples, _ in known)
     return sum(examples * value for examples, value in known) / total if total else None
+
+
+def _hint(refused: Mapping[str, str]) -> str:
+    """Say what to do about refused updates."""
+    if any("above the bound" in reason for reason in refused.values()):
+        return "If their norms are right, raise federated.max_update_norm in the run directory's config.yaml."
+    return "Look at the refused clients' own messages."
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Participant:
         status: ready, refused (it does not fit), offline, given up (it was offline for too long), or dismissed (it has
             the final weights).
         reason: Why it was refused, in words.
+        claimed: The name that it gives itself, where keys say nothing of names.
+        has_worked: Whether it was sent a message beyond the handshake.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Participant:
     activation: int
     status: Status
     reason: str = ""
+    claimed: str = ""
+    has_worked: bool = False
 
 
 class Roster:
@@ -76,6 +80,8 @@ class Roster:
             ):
                 participant.status = "ready"
                 self._tell(participant)
+        for participant in self.with_status("offline"):
+            self._take_over(participant)
 
     def find(self, name: str) -> Participant | None:
         """Return the participant of a name; None where it has come back under another one."""
@@ -104,6 +110,19 @@ class Roster:
     def participant_at(self, node_id: int) -> Participant:
         """Return the client that messages to a node reach."""
         return next(p for p in self._participants.values() if p.node_id == node_id)
+
+    def _take_over(self, gone: Participant) -> None:
+        """Give the name of a client that went away to one that calls itself the same and came after it.
+
+        A client that was killed and started again without keys is there before its former connection is found dead.
+        """
+        for other in self.ready():
+            if other.claimed == gone.name and not other.has_worked:
+                del self._participants[other.name]
+                self._participants[gone.name] = other
+                other.name = gone.name
+                self._tell(other)
+                return
 
     def _is_current(self, participant: Participant, members: dict[int, Member]) -> bool:
         return members[participant.node_id].activation == participant.activation
@@ -135,7 +154,9 @@ class Roster:
             # The same key under another name is still the same client.
             del self._participants[other.name]
         status: Status = "refused" if reason else "ready"
-        self._participants[name] = Participant(name, member.node_id, member.activation, status, reason)
+        self._participants[name] = Participant(
+            name, member.node_id, member.activation, status, reason, "" if member.name else claimed
+        )
         if before is None or (before.name, before.status, before.reason) != (name, status, reason):
             self._tell(self._participants[name])
 

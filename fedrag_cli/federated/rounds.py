@@ -31,6 +31,7 @@ class RoundState:
         strategy: What the strategy keeps from round to round.
         history: A summary of each round so far.
         evaluations: Metrics of the global weights by round, as clients and server measured them.
+        missing: Clients that took part and have not got the final weights; None before these were handed out.
     """
 
     number: int
@@ -38,6 +39,7 @@ class RoundState:
     strategy: State = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: list[str] | None = None
 
 
 def save_round(directory: Path, state: RoundState) -> None:
@@ -50,7 +52,12 @@ def save_round(directory: Path, state: RoundState) -> None:
     with replace_directory_atomically(directory / f"{PREFIX}{state.number:04d}") as target, os_errors(target):
         save_weights(state.weights, target / WEIGHTS)
         save_file({name: array.copy() for name, array in state.strategy.items()}, target / STRATEGY)
-        known = {"round": state.number, "history": state.history, "evaluations": state.evaluations}
+        known = {
+            "round": state.number,
+            "history": state.history,
+            "evaluations": state.evaluations,
+            "missing": state.missing,
+        }
         (target / STATE).write_text(json.dumps(known), encoding="utf-8")
     for old in _rounds(directory)[:-KEPT]:
         shutil.rmtree(old)
@@ -70,7 +77,12 @@ def load_newest_round(directory: Path) -> RoundState | None:
         known = json.loads((newest / STATE).read_text(encoding="utf-8"))
         strategy = load_file(newest / STRATEGY)
         return RoundState(
-            known["round"], load_weights(newest / WEIGHTS), strategy, known["history"], known["evaluations"]
+            known["round"],
+            load_weights(newest / WEIGHTS),
+            strategy,
+            known["history"],
+            known["evaluations"],
+            known.get("missing"),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(

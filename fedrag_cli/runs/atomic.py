@@ -28,6 +28,8 @@ from fedrag_cli.runs.temporary import (
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _ATTEMPTS = 5
+# What torch's archive writer says where fewer bytes arrived than it wrote; it has no word of the system's reason.
+_TORCH_WROTE_TOO_LITTLE = "unexpected pos"
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 
@@ -65,7 +67,7 @@ def os_errors(path: Path | str) -> Iterator[None]:
     except Exception as error:
         # Libraries that write by themselves raise errors of their own, which carry the system's words.
         reason = os.strerror(errno.ENOSPC)
-        if reason in str(error):
+        if reason in str(error) or _TORCH_WROTE_TOO_LITTLE in str(error):
             raise _disk_full(path, reason) from error
         raise
 

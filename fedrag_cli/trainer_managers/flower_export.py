@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import yaml
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -17,6 +18,7 @@ from fedrag_cli.config import Config, ConfigSource, load_config
 from fedrag_cli.config.checks import require_training, trains_with_generator
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.federated.apps import client_app, server_app
+from fedrag_cli.federated.config import public_settings
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.runs.atomic import os_errors, replace_directory_atomically
@@ -35,7 +37,8 @@ name = "fedrag-flower-app"
 version = "1.0.0"
 description = "Federated tuning of a RAG system; all code comes from the installed fedrag-cli"
 license = "Apache-2.0"
-dependencies = ["fedrag-cli"]
+# fedrag-cli and what it needs are installed already, on the SuperLink and on every SuperNode.
+dependencies = []
 
 [tool.hatch.build.targets.wheel]
 packages = ["{PACKAGE}"]
@@ -89,7 +92,7 @@ def export_flower_app(source: ConfigSource, directory: Path) -> list[Path]:
         directory / PACKAGE / "__init__.py": "",
         directory / PACKAGE / "server_app.py": SERVER_MODULE,
         directory / PACKAGE / "client_app.py": CLIENT_MODULE,
-        directory / PACKAGE / "config.yaml": source.to_yaml(),
+        directory / PACKAGE / "config.yaml": _public_yaml(source),
     }
     present = [str(path) for path in files if path.exists()]
     if present:
@@ -101,6 +104,16 @@ def export_flower_app(source: ConfigSource, directory: Path) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     return list(files)
+
+
+def _public_yaml(source: ConfigSource) -> str:
+    """Return the config without where the server's data and keys are: the app goes to every node."""
+    config = yaml.safe_load(source.to_yaml())
+    del config["dataset"]
+    if config.get("federated") is not None:
+        config["federated"] = public_settings(config["federated"])
+    text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def exported_server_app(config_file: Path) -> ServerApp:

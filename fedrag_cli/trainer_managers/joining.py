@@ -11,7 +11,7 @@ from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training
-from fedrag_cli.errors import FedRAGError
+from fedrag_cli.errors import ConnectionFailedError, FedRAGError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.endpoint import client_authority, parse_address
 from fedrag_cli.federated.fleet.failures import ServerAddress
@@ -21,6 +21,7 @@ from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
+from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.federated_parts import (
@@ -128,6 +129,8 @@ def _see_through(
         else:
             _take_part(run, config, task, node, reporter)
         after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
+        if after is None:
+            reporter.note("Nothing was measured here: the config has neither dataset.test nor dataset.validation")
         rounds = _rounds(run)
         summary = federation_summary(
             run,
@@ -138,7 +141,7 @@ def _see_through(
             before=before,
             after=after,
             rounds=rounds,
-            evaluations={},
+            evaluations=_evaluations(run),
             seconds=time.monotonic() - started,
         )
         write_results(run, summary)
@@ -161,7 +164,11 @@ def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode,
 
     handler = ClientHandler(task, _name(config), reporter, on_final=keep)
     reporter.note("Ready; waiting for the server")
-    node.run(handler)
+    try:
+        node.run(handler)
+    except ConnectionFailedError as error:
+        error.hint = f"{error.hint} Then go on with: {resume_command(run.path)}".strip()
+        raise
     if handler.failure is not None:
         raise handler.failure
 
@@ -171,6 +178,15 @@ def _rounds(run: RunDirectory) -> list[dict[str, Any]]:
     events = [event for event in run.events() if event["event"] == "client_round"]
     by_round = {event["round"]: {"examples": event["examples"], **event["metrics"]} for event in events}
     return [{"round": number, **by_round[number]} for number in sorted(by_round)]
+
+
+def _evaluations(run: RunDirectory) -> dict[str, Any]:
+    """Return how good the global model was on this client's validation questions, by round."""
+    events = [event for event in run.events() if event["event"] == "client_evaluation"]
+    return {
+        str(event["round"]): {"client": {"examples": event["examples"], "metrics": event["metrics"]}}
+        for event in events
+    }
 
 
 def _dialled(config: Config, address: str, *, insecure: bool) -> ServerAddress:

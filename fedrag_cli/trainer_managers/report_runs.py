@@ -35,7 +35,11 @@ UNSET = json.dumps(None)
 # A run's name and folder say nothing about what it did.
 NAMING = ("run.name", "run.output_dir")
 ENCODERS = {"query": "query encoder only", "both": "query and passage encoder"}
-WHOSE = {"server": "server's questions", "clients": "clients' validation questions"}
+WHOSE = {
+    "server": "server's questions",
+    "clients": "clients' validation questions",
+    "client": "this client's questions",
+}
 
 
 def describe_run(path: Path) -> dict[str, Any]:

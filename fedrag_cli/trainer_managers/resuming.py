@@ -11,6 +11,10 @@ from fedrag_cli.runs.launch import process_count
 from fedrag_cli.runs.reporting import Reporter
 
 
+def _is_server(run: RunDirectory) -> bool:
+    return run.federation_role() == "server"
+
+
 def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
     """Go on with a run: a training, an evaluation, or a server, a client or a simulation of a federation.
 
@@ -22,7 +26,7 @@ def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> d
     Returns:
         The summary; that of a finished run as it is.
     """
-    if run.manifest().get("status") == "done":
+    if run.manifest().get("status") == "done" and not (run.summary().get("missing") and _is_server(run)):
         reporter.note(f"The run in {run.path} is finished already.")
         return run.summary()
     of_training = run.manifest().get("evaluation") is None and run.federation_role() is None

@@ -20,7 +20,7 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import judged_examples, resolve_relevant_ids
-from fedrag_cli.errors import EXIT_INTERRUPTED, FedRAGError, RunInterruptedError
+from fedrag_cli.errors import EXIT_INTERRUPTED, FederationError, FedRAGError, RunInterruptedError
 from fedrag_cli.evaluation.difference import compare_metrics
 from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
 from fedrag_cli.evaluation.result import Evaluation
@@ -284,7 +284,7 @@ def differences_of(config: Config, before: Evaluation | None, after: Evaluation 
 
 @contextmanager
 def recorded_end(run: RunDirectory) -> Iterator[None]:
-    """Write into the manifest how a run ended; an interruption becomes an error that says how to go on.
+    """Write into the manifest how a run ended; errors after which it can go on say how.
 
     Raises:
         RunInterruptedError: The user or a signal interrupted the enclosed code.
@@ -302,4 +302,6 @@ def recorded_end(run: RunDirectory) -> Iterator[None]:
                 own or "Interrupted; what was computed is saved.",
                 f"Go on with: {resume_command(run.path)}",
             ) from error
+        if isinstance(error, FederationError):
+            error.hint = f"{error.hint} Then go on with: {resume_command(run.path)}".strip()
         raise

@@ -23,6 +23,7 @@ from fedrag_cli.federated.weights import BYTES_OF
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
+from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_trainers
 from fedrag_cli.trainer_managers.federated_parts import (
@@ -169,7 +170,13 @@ def _see_through(
             evaluations=state.evaluations,
             seconds=time.monotonic() - started,
         )
+        summary["missing"] = state.missing or []
         write_results(run, summary)
+        if state.missing:
+            reporter.note(
+                f"Without the final model: {', '.join(state.missing)}. When they are back, hand it out with: "
+                f"{resume_command(run.path)}"
+            )
     return summary
 
 
