@@ -8,7 +8,7 @@ from typing import Any
 
 from fedrag_cli.config.metrics import GENERATOR_METRICS, generator_metrics_of, ranking_metrics_of
 from fedrag_cli.config.problems import KeyPath
-from fedrag_cli.config.schema import Config
+from fedrag_cli.config.schema import Config, FederatedConfig
 from fedrag_cli.errors import ConfigError
 
 Finding = tuple[KeyPath, str]
@@ -187,10 +187,23 @@ def _check_federation(config: Config) -> Iterator[Finding]:
     if settings.privacy is not None and strategy.type not in _STRATEGIES_OF_MEANS:
         message = f"adds noise to the mean of the updates, which {strategy.type} does not take (use one of "
         yield (*path, "privacy"), message + ", ".join(_STRATEGIES_OF_MEANS) + ")"
+    yield from _check_lora_aggregation(config, settings)
     if settings.wait_for_clients is not None and settings.wait_for_clients < settings.min_clients:
         yield (*path, "wait_for_clients"), f"must not be below min_clients ({settings.min_clients})"
     if strategy.type == "QFedAvg" and "loss" not in settings.metrics:
         yield (*path, "metrics"), "must have loss in it for QFedAvg, which weighs clients by it"
+
+
+def _check_lora_aggregation(config: Config, settings: FederatedConfig) -> Iterator[Finding]:
+    chosen, path = settings.lora_aggregation, ("federated", "lora_aggregation")
+    if chosen == "average":
+        return
+    if config.trainer.mode != "generator" or config.trainer.generator.lora is None:
+        yield path, f"{chosen} is for LoRA adapters, but none is tuned (trainer.mode: generator with a lora section)"
+    if chosen == "svd" and settings.strategy.type not in ("FedAvg", "FedProx"):
+        yield path, f"svd gives the mean itself, of which {settings.strategy.type} takes no step; use FedAvg or FedProx"
+    if chosen == "svd" and settings.privacy is not None:
+        yield path, "svd looks at single updates, which federated.privacy keeps it from; use freeze_a or average"
 
 
 def _check_trainer(config: Config, side: str) -> Iterator[Finding]:

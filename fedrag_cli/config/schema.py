@@ -207,6 +207,11 @@ class FederatedConfig:
     tensor's name. What is aggregated and saved is float32."""
     max_update_norm: PositiveFloat | None = None
     """Largest L2 norm of an update (trained weights minus global weights); a larger one is refused."""
+    lora_aggregation: Literal["average", "svd", "freeze_a"] = "average"
+    """How LoRA adapters become one. average takes the means of their factors B and A apart, though what is learned is
+    their product; every round's record has the share of it that this misses, as lora_gap. svd takes the adapter of the
+    same rank that is closest to the mean of the products. freeze_a trains B alone, with the same A everywhere, which
+    makes the mean exact and halves the traffic."""
     privacy: PrivacyConfig | None = None
     """Differential privacy of the tuned weights; none by default."""
     metrics: tuple[FederatedMetricName, ...] = ("loss", "validation_loss")

@@ -7,6 +7,7 @@ updates and get all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,9 +17,10 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedrag_cli.config.schema import PrivacyConfig
+from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.arrays import joined
+from fedrag_cli.federated.lora import Factors, adapter_pairs, best_of_rank, norm_of_product, residual, stacked
 from fedrag_cli.federated.privacy import gaussian_noise, noise_on_mean
 from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
@@ -31,7 +33,7 @@ def aggregate(
     updates: Mapping[str, Update],
     reply: Message,
     manifest: Manifest,
-    privacy: PrivacyConfig | None = None,
+    settings: FederatedConfig,
 ) -> Weights:
     """Return the next global weights.
 
@@ -43,7 +45,7 @@ def aggregate(
         updates: What passed the screening, by client; at least one.
         reply: Any reply of the round; its content is replaced.
         manifest: Names and shapes of the weights.
-        privacy: Under it the mean gets noise before the strategy sees it.
+        settings: Say what becomes of LoRA adapters, and whether the mean gets noise before the strategy sees it.
 
     Returns:
         float32 tensors in the order of the manifest.
@@ -53,17 +55,22 @@ def aggregate(
     """
     ordered = [updates[name] for name in sorted(updates)]
     if type(strategy) in MEANS:
-        return weighted_mean(ordered, manifest, noise_on_mean(privacy, len(ordered)))
+        return _mean(ordered, manifest, settings)
     if type(strategy) in STEPS_FROM_MEANS:
-        contents = [mean_content(ordered, manifest, privacy)]
+        contents = [mean_content(ordered, manifest, settings)]
     else:
         contents = [update.content() for update in ordered]
     return _checked(number, _by_strategy(strategy, number, contents, reply), manifest)
 
 
-def require_mean(strategy: Strategy, privacy: PrivacyConfig | None) -> None:
-    """Raise FederationError where noise is wanted but the strategy looks at more than the mean that gets it."""
-    if privacy is not None and type(strategy) not in (*MEANS, *STEPS_FROM_MEANS):
+def require_mean(strategy: Strategy, settings: FederatedConfig) -> None:
+    """Raise FederationError where the settings make a mean, but the strategy looks at more than that."""
+    if settings.lora_aggregation == "svd" and (type(strategy) not in MEANS or settings.privacy is not None):
+        raise FederationError(
+            f"federated.lora_aggregation: svd does not go with {type(strategy).__name__} or with federated.privacy.",
+            "Use FedAvg or FedProx without privacy, or freeze_a.",
+        )
+    if settings.privacy is not None and type(strategy) not in (*MEANS, *STEPS_FROM_MEANS):
         raise FederationError(
             f"federated.privacy adds noise to the mean of the updates, which {type(strategy).__name__} does not take.",
             f"Use one of {', '.join(kind.__name__ for kind in (*MEANS, *STEPS_FROM_MEANS))}.",
@@ -84,13 +91,46 @@ def weighted_mean(updates: list[Update], manifest: Manifest, deviation: float = 
     }
 
 
-def mean_content(updates: list[Update], manifest: Manifest, privacy: PrivacyConfig | None = None) -> RecordDict:
+def makes_mean(settings: FederatedConfig) -> bool:
+    """Return whether the settings ask for a mean that no strategy of Flower's computes by itself."""
+    return settings.privacy is not None or settings.lora_aggregation == "svd"
+
+
+def mean_content(updates: list[Update], manifest: Manifest, settings: FederatedConfig) -> RecordDict:
     """Return one update that stands for all: their mean, with the sum of their weights, and with noise if wanted."""
     total = sum(update.weight for update in updates)
     loss = sum(update.weight * update.metrics.get("loss", 0.0) for update in updates) / total
     metrics = MetricRecord({EXAMPLES: total, STRATEGY_LOSS: loss})
-    mean = weighted_mean(updates, manifest, noise_on_mean(privacy, len(updates)))
-    return RecordDict({"arrays": move_to_wire(mean), "metrics": metrics})
+    return RecordDict({"arrays": move_to_wire(_mean(updates, manifest, settings)), "metrics": metrics})
+
+
+def lora_gap(updates: Mapping[str, Update], manifest: Manifest) -> float | None:
+    """Return what averaging the factors of LoRA adapters misses of the mean of their products.
+
+    Returns:
+        The L2 norm of the difference over that of the mean product, all layers together; None where no adapter with
+        both factors is tuned, or nothing was learned.
+    """
+    ordered = [updates[name] for name in sorted(updates)]
+    missed = learned = 0.0
+    for b, a in adapter_pairs(manifest):
+        factors = _factors(ordered, b, a)
+        missed += norm_of_product(*residual(factors)) ** 2
+        learned += norm_of_product(*stacked(factors)) ** 2
+    return math.sqrt(missed / learned) if learned else None
+
+
+def _mean(updates: list[Update], manifest: Manifest, settings: FederatedConfig) -> Weights:
+    mean = weighted_mean(updates, manifest, noise_on_mean(settings.privacy, len(updates)))
+    if settings.lora_aggregation == "svd":
+        for b, a in adapter_pairs(manifest):
+            mean[b], mean[a] = (factor.float() for factor in best_of_rank(_factors(updates, b, a)))
+    return mean
+
+
+def _factors(updates: list[Update], b: str, a: str) -> list[Factors]:
+    total = sum(update.weight for update in updates)
+    return [Factors(update.tensor(b), update.tensor(a), update.weight / total) for update in updates]
 
 
 def _mean_blocks(updates: list[Update], name: str, deviation: float) -> Iterator[NDArray[np.float32]]:

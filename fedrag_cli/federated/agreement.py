@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.lora import LORA_A
 from fedrag_cli.federated.weights import Manifest, manifest_of
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
@@ -89,7 +90,7 @@ def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agre
         PROTOCOL,
         trainer.side,
         manifest_of(trainable(trainer.model)),
-        _fingerprints(trainer),
+        _fingerprints(trainer, settings),
         dict(_settings(trainer, settings)),
     )
 
@@ -129,11 +130,15 @@ def base_fingerprint(model: nn.Module, vocabulary: Mapping[str, int] | None = No
     Returns:
         16 hexadecimal digits.
     """
+    return _fingerprint(_base_tensors(model), json.dumps(sorted((vocabulary or {}).items())))
+
+
+def _fingerprint(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(_base_tensors(model)):
+    for name, tensor in sorted(tensors):
         digest.update(f"{name}:{tuple(tensor.shape)}".encode())
         digest.update(_canonical(tensor))
-    digest.update(json.dumps(sorted((vocabulary or {}).items())).encode())
+    digest.update(text.encode())
     return digest.hexdigest()
 
 
@@ -150,7 +155,7 @@ def _canonical(tensor: Tensor) -> bytes:
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _fingerprints(trainer: HuggingFaceTrainer) -> dict[str, str]:
+def _fingerprints(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> dict[str, str]:
     rag_system = trainer.rag_system
     retriever = rag_system.retriever
     found = {
@@ -161,6 +166,10 @@ def _fingerprints(trainer: HuggingFaceTrainer) -> dict[str, str]:
     if trainer.config.needs_generator and rag_system.generator is not None:
         generator = rag_system.generator
         found["generator"] = base_fingerprint(generator.model, generator.tokenizer.get_vocab())
+    if settings.lora_aggregation == "freeze_a":
+        found["frozen half of the adapter's"] = _fingerprint(
+            (name, tensor) for name, tensor in trainer.model.named_parameters() if LORA_A in name
+        )
     return found
 
 
@@ -177,6 +186,7 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
     yield "rag_system.retriever.max_length", retriever.query_encoder.max_seq_length
     yield "federated.metrics", sorted(settings.metrics)
     yield "federated.transport_dtype", settings.transport_dtype
+    yield "federated.lora_aggregation", settings.lora_aggregation
     privacy = settings.privacy
     for field in dataclasses.fields(privacy) if privacy is not None else ():
         yield f"federated.privacy.{field.name}", getattr(privacy, field.name)

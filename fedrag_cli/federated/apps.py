@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.aggregation import mean_content, require_mean
+from fedrag_cli.federated.aggregation import makes_mean, mean_content, require_mean
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.privacy import privacy_record
 from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
@@ -35,7 +35,7 @@ class ScreenedStrategy(Strategy):
 
     def __init__(self, strategy: Strategy, task: FLTask, reporter: Reporter | None = None) -> None:
         """Keep both; raises FederationError where the strategy and the task's settings do not go together."""
-        require_mean(strategy, task.settings.privacy)
+        require_mean(strategy, task.settings)
         self.strategy = strategy
         self.task = task
         self.reporter: Reporter = reporter or SilentReporter()
@@ -59,8 +59,8 @@ class ScreenedStrategy(Strategy):
             raise FederationError(
                 f"Round {server_round} has {len(passed)} usable updates, but needs {settings.min_clients}."
             )
-        if settings.privacy is not None:
-            return self._private(server_round, passed[0][0], [update for _, update in passed])
+        if makes_mean(settings):
+            return self._of_mean(server_round, passed[0][0], [update for _, update in passed])
         for reply, update in passed:
             reply.content = update.content()
         return self.strategy.aggregate_train(server_round, [reply for reply, _ in passed])
@@ -86,14 +86,14 @@ class ScreenedStrategy(Strategy):
             except RefusedUpdateError as refusal:
                 self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
 
-    def _private(
+    def _of_mean(
         self, server_round: int, reply: Message, updates: list[Update]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Give the strategy the mean with its noise, which belongs before its step, and report what was spent."""
-        privacy = self.task.settings.privacy
-        reply.content = mean_content(updates, self.task.agreement.manifest, privacy)
+        """Give the strategy the mean, with noise where that is wanted, before its step, and report what was spent."""
+        settings = self.task.settings
+        reply.content = mean_content(updates, self.task.agreement.manifest, settings)
         arrays, metrics = self.strategy.aggregate_train(server_round, [reply])
-        return arrays, MetricRecord({**(metrics or {}), **privacy_record(privacy, server_round)})
+        return arrays, MetricRecord({**(metrics or {}), **privacy_record(settings.privacy, server_round)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

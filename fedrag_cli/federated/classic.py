@@ -134,6 +134,11 @@ class MeasuredFedAvg(FedAvg):
 
 
 def _require_plain_weights(task: FLTask) -> None:
+    if task.settings.lora_aggregation == "svd":
+        raise ConfigError(
+            "Flower's classic API averages adapters by its own strategies, without federated.lora_aggregation: svd.",
+            "Set it to average or freeze_a, or use server_app() and client_app().",
+        )
     if task.settings.privacy is not None:
         raise ConfigError(
             "Flower's classic API sends weights as they are, without federated.privacy.",

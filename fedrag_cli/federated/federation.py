@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.aggregation import aggregate, require_mean
+from fedrag_cli.federated.aggregation import aggregate, lora_gap, require_mean
 from fedrag_cli.federated.agreement import Agreement
 from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.client import ACTION, EVALUATE_FIRST, FINAL, ROUNDS, STOP
@@ -78,7 +78,7 @@ class Federation:
     ) -> None:
         """Start without clients; raises FederationError where the strategy and the settings do not go together."""
         quiet_flower()
-        require_mean(strategy, settings.privacy)
+        require_mean(strategy, settings)
         self._grid = grid
         self._agreement = agreement
         self._settings = settings
@@ -143,9 +143,7 @@ class Federation:
                 + ".",
                 _hint(came.refused),
             )
-        state.weights = aggregate(
-            self._strategy, number, came.updates, reply, self._agreement.manifest, self._settings.privacy
-        )
+        state.weights = aggregate(self._strategy, number, came.updates, reply, self._agreement.manifest, self._settings)
         state.number = number
         state.strategy = strategy_state(self._strategy)
         self._record_round(state, came, time.monotonic() - started)
@@ -236,6 +234,7 @@ class Federation:
             "examples": examples,
             "loss": loss,
             "seconds": seconds,
+            **self._lora_record(came),
             **privacy_record(self._settings.privacy, state.number),
         }
         state.history.append(summary)
@@ -243,6 +242,12 @@ class Federation:
         measured = [update.metrics for update in came.updates.values()]
         self._note_evaluation(state, state.number - 1, "clients", measured)
         self._reporter.event("round", rounds=self._settings.rounds, **summary)
+
+    def _lora_record(self, came: _Round) -> dict[str, float]:
+        if self._settings.lora_aggregation != "average":
+            return {}
+        gap = lora_gap(came.updates, self._agreement.manifest)
+        return {} if gap is None else {"lora_gap": gap}
 
     def _note_evaluation(
         self, state: RoundState, number: int, who: str, measured: Sequence[Mapping[str, float]]

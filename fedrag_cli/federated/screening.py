@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedrag_cli.config.schema import PrivacyConfig, TransportDtype
 from fedrag_cli.federated.arrays import MisdescribedArrayError, blocks_of, joined
@@ -61,6 +63,10 @@ class Update:
         for before, values in zip(blocks_of(self.base[name]), blocks_of(self.arrays[name]), strict=True):
             change = values if self.is_change else values - before
             yield before + np.float32(self.scale) * change
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the trained weights of one tensor, whole."""
+        return torch.from_numpy(joined(self.blocks(name), self.arrays[name].shape))
 
     def content(self) -> RecordDict:
         """Return the update as strategies take it, with all its weights in memory as float32."""

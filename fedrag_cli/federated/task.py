@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import DataError
 from fedrag_cli.federated.agreement import Agreement, agreement_of
+from fedrag_cli.federated.lora import freeze_a
 from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.site import trainer_around
 from fedrag_cli.federated.weights import Weights, manifest_digest, record_digest, to_wire
@@ -82,6 +83,8 @@ class FLTask:
         self.trainer = trainer
         self.settings = settings or FederatedConfig()
         self.work_directory = work_directory
+        if self.settings.lora_aggregation == "freeze_a":
+            freeze_a(trainer.model)
         self.agreement: Agreement = agreement_of(trainer, self.settings)
         self._seed = trainer.seed
         self._is_whole = True
