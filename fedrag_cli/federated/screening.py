@@ -43,7 +43,7 @@ class Update:
         base: The global weights; empty where they are not needed, because the arrays are weights that count in full.
         is_change: Whether the arrays are what is to be added to the base.
         scale: What the difference to the base is multiplied by, in (0, 1]; see `clip_scale`.
-        weight: How much the update counts beside others.
+        counts_alike: Whether all updates count the same, however many examples they have.
     """
 
     arrays: dict[str, Array]
@@ -53,7 +53,12 @@ class Update:
     base: Mapping[str, Array] = field(default_factory=dict)
     is_change: bool = False
     scale: float = 1.0
-    weight: int = 1
+    counts_alike: bool = False
+
+    @property
+    def weight(self) -> int:
+        """How much the update counts beside others."""
+        return 1 if self.counts_alike else self.examples
 
     def blocks(self, name: str) -> Iterator[NDArray[np.float32]]:
         """Yield the trained weights of a tensor, a block at a time; see `blocks_of`."""
@@ -113,8 +118,7 @@ def screen_update(
         raise RefusedUpdateError("it reports no training example")
     scale = clip_scale(norm, privacy.clipping_norm) if privacy is not None and privacy.at == "server" else 1.0
     base = reference if is_change or scale < 1 else {}
-    weight = examples if privacy is None else 1
-    return Update(arrays, examples, reported, norm, base, is_change, scale, weight)
+    return Update(arrays, examples, reported, norm, base, is_change, scale, counts_alike=privacy is not None)
 
 
 def read_metrics(content: RecordDict, metrics: Sequence[str]) -> tuple[int, dict[str, float]]:
