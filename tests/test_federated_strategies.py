@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,10 +19,12 @@ from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.agreement import Agreement
 from fedrag_cli.federated.config import STRATEGIES
 from fedrag_cli.federated.federation import Federation
+from fedrag_cli.federated.grid import Member
 from fedrag_cli.federated.local import LocalGrid
+from fedrag_cli.federated.roster import Roster
 from fedrag_cli.federated.rounds import RoundState
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
-from fedrag_cli.federated.weights import to_wire
+from fedrag_cli.federated.weights import Weights, to_wire
 from fedrag_cli.registry import build, registry
 from fedrag_cli.runs.reporting import SilentReporter
 
@@ -265,9 +268,6 @@ def test_a_server_that_died_while_handing_out_does_so_when_it_is_resumed() -> No
 
 
 def test_a_key_that_comes_back_under_another_name_is_one_client() -> None:
-    from fedrag_cli.federated.grid import Member
-    from fedrag_cli.federated.roster import Roster
-
     client = ToyClient("first", [0, 0, 0])
     grid = LocalGrid({"x": client})  # type: ignore[dict-item]
     roster = Roster(grid, COMMON, SilentReporter())
@@ -286,8 +286,6 @@ def test_a_key_that_comes_back_under_another_name_is_one_client() -> None:
 
 def test_a_client_that_answers_its_earlier_greeting_and_leaves_is_refused_in_words() -> None:
     """A client looks whether the server is there, leaves, comes back, and answers what was sent to its first visit."""
-    from fedrag_cli.federated.grid import Member
-    from fedrag_cli.federated.roster import Roster
 
     class Late(LocalGrid):
         """Replies to the first greeting come only after the second visit began; the second one is never answered."""
@@ -329,3 +327,61 @@ def test_reasons_with_brackets_do_not_break_the_table() -> None:
     shown = console.export_text()
     assert "[/INST]" in shown
     assert "[bold]" in shown
+
+
+class Leaving(LocalGrid):
+    """A grid whose clients may be away."""
+
+    away: set[str]
+
+    def members(self) -> list[Member]:
+        return [member for member in super().members() if member.name not in self.away]
+
+
+def test_a_client_that_misses_the_end_is_named_and_gets_the_model_from_a_resumed_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "LocalGrid", Leaving)
+    clients, told = toys(), []
+    monkeypatch.setattr(Leaving, "away", set(), raising=False)
+    reporter = SilentReporter()
+    reporter.event = lambda name, **fields: told.append((name, fields))  # type: ignore[method-assign]
+
+    def leave(weights: Weights) -> Weights:
+        Leaving.away = {"c"}
+        return weights
+
+    clients[2].change = leave
+    done = federate(strategy("FedAvg"), clients, reporter=reporter)
+    assert done.missing == ["c"]
+    final = {
+        fields["client"]: (fields["received"], fields["reason"]) for name, fields in told if name == "client_final"
+    }
+    assert final == {"a": (True, ""), "b": (True, ""), "c": (False, "it is away")}
+    assert clients[2].final is None
+    Leaving.away = {"a", "b"}
+    weights = done.weights["w"].clone()
+    resumed = federate(strategy("FedAvg"), clients, state=done)
+    assert resumed.missing == []
+    assert resumed.number == 1
+    assert clients[2].final is not None
+    assert torch.equal(clients[2].final["w"], weights)
+
+
+def test_a_client_that_comes_back_with_another_key_takes_its_name_over() -> None:
+    client = ToyClient("b", [0, 0, 0])
+    grid = LocalGrid({"x": client, "y": client})  # type: ignore[dict-item]
+    told: list[tuple[str, str]] = []
+    reporter = SilentReporter()
+    reporter.event = lambda name, **fields: told.append((fields["client"], fields["status"]))  # type: ignore[method-assign]
+    roster = Roster(grid, COMMON, reporter)
+    first, second = Member(2, "", "aaaaaa000000", 1), Member(3, "", "bbbbbb000000", 1)
+    grid.members = lambda: [first]  # type: ignore[method-assign]
+    roster.refresh()
+    grid.members = lambda: [first, second]  # type: ignore[method-assign]
+    roster.refresh()
+    assert [participant.name for participant in roster.ready()] == ["b", "b-bbbbbb"]
+    grid.members = lambda: [second]  # type: ignore[method-assign]
+    roster.refresh()
+    assert [(participant.name, participant.node_id) for participant in roster.ready()] == [("b", 3)]
+    assert told == [("b", "ready"), ("b-bbbbbb", "ready"), ("b", "offline"), ("b", "ready")]

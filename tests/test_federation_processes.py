@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,26 @@ def test_ctrl_c_on_a_client_and_on_the_server_saves_and_both_go_on(federate: Cal
     assert len(again.finish()["rounds"]) == 2
     clients[0].finish()
     back.finish()
+
+
+def test_a_client_that_was_away_at_the_end_gets_the_model_later(federate: Callable[..., Federation]) -> None:
+    federation = federate(
+        sites=3, trainer=SLOW_ROUNDS, federated={"min_clients": 2, "wait_for_clients": 3, "rejoin_timeout": 4.0}
+    )
+    server, clients = federation.serve(), [federation.join(site) for site in range(3)]
+    clients[2].wait_for("Round 2 of 2: sending")
+    time.sleep(1.0)
+    clients[2].kill()
+    summary = server.finish()
+    assert summary["missing"] == ["site2"]
+    assert "Without the final model: site2. When they are back, hand it out with: fedrag resume" in server.log
+    for client in clients[:2]:
+        client.finish()
+    again = federation.resume(server.run_directory(), "server-again")
+    back = federation.resume(clients[2].run_directory(), "site2-again")
+    assert again.finish()["missing"] == []
+    back.finish()
+    assert_same_weights(clients[2].run_directory(), server.run_directory())
+    thrice = federation.resume(server.run_directory(), "server-thrice")
+    thrice.finish()
+    assert "is finished already" in thrice.log
