@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from fedrag_cli.cli.progress import PlainReporter, TerminalReporter, duration
@@ -45,6 +44,9 @@ class Renderer:
         """Print a table: drawn on a terminal, aligned columns elsewhere."""
         console = self.output if stdout else self.console
         if console.is_terminal:
+            # Here, because most commands show none.
+            from rich.table import Table
+
             table = Table(*columns, header_style="bold")
             for row in rows:
                 table.add_row(*row)

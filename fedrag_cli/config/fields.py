@@ -47,7 +47,26 @@ def config_class(cls: type[T]) -> type[T]:
     The docstring below a field is its help; `listing.setting_help` reads it from the source when somebody asks.
     """
     cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    # Methods that all classes share: dataclasses compiles them anew for each class, which slows every command's start.
+    cls.__repr__, cls.__eq__, cls.__hash__ = _shown, _is_equal, _hashed  # type: ignore[method-assign]
+    return dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
+
+
+def _shown(self: Any) -> str:
+    values = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+    return f"{type(self).__qualname__}({', '.join(values)})"
+
+
+def _is_equal(self: Any, other: object) -> bool:
+    return type(self) is type(other) and _values(self) == _values(other)
+
+
+def _hashed(self: Any) -> int:
+    return hash(_values(self))
+
+
+def _values(config: Any) -> tuple[Any, ...]:
+    return tuple(getattr(config, field.name) for field in dataclasses.fields(config))
 
 
 @dataclasses.dataclass(frozen=True)
