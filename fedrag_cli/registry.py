@@ -19,13 +19,14 @@ from typing import Any
 from fedrag_cli.errors import ConfigError, FedRAGError
 
 ENTRY_POINT_GROUP = "fedrag.components"
-BUILT_IN_MODULES = (
-    "fedrag_cli.data.config",
-    "fedrag_cli.data.benchmarks.config",
-    "fedrag_cli.rag.config",
-    "fedrag_cli.trainers.config",
-    "fedrag_cli.federated.config",
-)
+BUILT_IN_MODULES = {
+    "fedrag_cli.data.config": ("corpus", "examples"),
+    "fedrag_cli.data.benchmarks.config": ("corpus", "examples"),
+    "fedrag_cli.rag.config": ("retriever", "generator", "knowledge_store"),
+    "fedrag_cli.trainers.config": ("retriever_trainer", "generator_trainer"),
+    "fedrag_cli.federated.config": ("strategy",),
+}
+"""Modules that register components, and of which kinds; each is imported when somebody asks for what it may hold."""
 KINDS = (
     "retriever",
     "generator",
@@ -83,6 +84,7 @@ class Registry:
 
     def __init__(self) -> None:
         """Start empty."""
+        self._waiting: dict[str, tuple[str, ...]] = {}
         self._components: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
         self._origin = "fedrag-cli"
 
@@ -115,25 +117,35 @@ class Registry:
 
     def get(self, kind: str, name: str) -> Component:
         """Return one component; raises ConfigError with the known names where there is none."""
-        try:
-            return self._components[kind][name]
-        except KeyError:
+        found = self.find(kind, name)
+        if found is None:
             known = ", ".join(sorted(self._components.get(kind, {})))
-            raise ConfigError(f"There is no {kind} of type '{name}'.", f"Known types: {known}.") from None
+            raise ConfigError(f"There is no {kind} of type '{name}'.", f"Known types: {known}.")
+        return found
+
+    def find(self, kind: str, name: str) -> Component | None:
+        """Return one component, or None; no more modules are imported than it takes to find it."""
+        known = self._components.get(kind, {})
+        while name not in known and self._import_next(kind):
+            pass
+        return known.get(name)
 
     def of_kind(self, kind: str) -> dict[str, Component]:
         """Return the components of a kind by name."""
+        while self._import_next(kind):
+            pass
         return dict(self._components[kind])
 
     def all(self) -> list[Component]:
         """Return every component, in the order of `KINDS` and then of registration."""
-        return [component for kind in KINDS for component in self._components[kind].values()]
+        return [component for kind in KINDS for component in self.of_kind(kind).values()]
 
     def load(self) -> Registry:
         """Register the built-in components and those of installed packages, and return the registry itself."""
-        for module_name in BUILT_IN_MODULES:
-            importlib.import_module(module_name).register(self)
+        self._waiting = dict(BUILT_IN_MODULES)
         for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+            # What is built in comes first, so that a package that takes one of its names is told so.
+            self.all()
             self._origin = entry_point.dist.name if entry_point.dist else entry_point.value
             try:
                 entry_point.load()(self)
@@ -146,6 +158,15 @@ class Registry:
                     f"Repair or uninstall '{self._origin}'.",
                 ) from error
         return self
+
+    def _import_next(self, kind: str) -> bool:
+        """Let one more module register that may hold components of a kind; return whether there was one."""
+        for module, kinds in self._waiting.items():
+            if kind in kinds:
+                del self._waiting[module]
+                importlib.import_module(module).register(self)
+                return True
+        return False
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedrag_cli
+from fedrag_cli.cli.main import main
 
 HEAVY = ("torch", "transformers", "datasets", "sentence_transformers", "peft", "flwr", "accelerate", "numpy")
 CONFIG = """\
@@ -106,3 +108,15 @@ def test_unknown_name() -> None:
 
 def test_type_information_is_marked() -> None:
     assert resources.files(fedrag_cli).joinpath("py.typed").is_file()
+
+
+def test_garbage_is_collected_again_when_long_work_begins_and_after_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr("fedrag_cli.cli.render.Renderer.reporter", lambda self: seen.append(gc.isenabled()))
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG, encoding="utf-8")
+    assert main(["index", str(config)]) != 0
+    assert seen == [True]
+    assert gc.isenabled()

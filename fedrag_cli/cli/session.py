@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -60,7 +61,8 @@ class Session:
             show(self.renderer)
 
     def reporter(self) -> Reporter:
-        """Return what long work reports to."""
+        """Return what long work reports to, which begins now."""
+        gc.enable()
         from fedrag_cli.runs.reporting import SilentReporter
 
         return SilentReporter() if self.quiet else self.renderer.reporter()
@@ -71,6 +73,7 @@ class Session:
         if self.quiet or not live or not self.renderer.console.is_terminal:
             yield self.reporter()
             return
+        gc.enable()
         from fedrag_cli.cli.federation_view import LiveFederationReporter
 
         # The libraries' own bars would break the table; they read this when they are imported.

@@ -131,15 +131,16 @@ class ComponentSlot:
     def _validated(self, value: Any) -> Any:
         from pydantic_core import PydanticKnownError
 
-        components, name = registry().of_kind(self.kind), self.type_of(value)
+        name = self.type_of(value)
         if name is None:
             raise PydanticKnownError("union_tag_not_found", {"discriminator": "type"})
-        if name not in components:
-            known = ", ".join(f"'{known}'" for known in components)
+        component = registry().find(self.kind, name)
+        if component is None:
+            known = ", ".join(f"'{known}'" for known in registry().of_kind(self.kind))
             raise PydanticKnownError(
                 "union_tag_invalid", {"discriminator": "type", "tag": name, "expected_tags": known}
             )
-        return adapter_of(components[name].config_class).validate_python(value)
+        return adapter_of(component.config_class).validate_python(value)
 
 
 @functools.cache

@@ -112,7 +112,7 @@ def _dataclass_at(owner: type, key: str, value: Any) -> type | None:
     for slot in slots_of(owner, key):
         if isinstance(slot, type):
             return slot
-        component = registry().of_kind(slot.kind).get(slot.type_of(value) or "")
+        component = registry().find(slot.kind, slot.type_of(value) or "")
         if component is not None:
             return component.config_class
     return None
