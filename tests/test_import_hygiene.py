@@ -117,6 +117,6 @@ def test_garbage_is_collected_again_when_long_work_begins_and_after_a_command(
     monkeypatch.setattr("fedrag_cli.cli.render.Renderer.reporter", lambda self: seen.append(gc.isenabled()))
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG, encoding="utf-8")
-    assert main(["index", str(config)]) != 0
+    assert main(["index", str(config), f"rag_system.knowledge_store.path={tmp_path / 'store'}"]) != 0
     assert seen == [True]
     assert gc.isenabled()
