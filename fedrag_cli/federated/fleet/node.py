@@ -56,6 +56,7 @@ from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterrupted
 from fedrag_cli.federated.fleet.failures import AnsweredError, LostConnectionError, ServerAddress, raise_if_hopeless
 from fedrag_cli.federated.fleet.guard import SESSION_HEADER, SUPERSEDED
 from fedrag_cli.federated.grid import quiet_flower
+from fedrag_cli.federated.keys import fingerprint
 from fedrag_cli.runs.reporting import Reporter
 
 HEARTBEAT_SECONDS = 10.0
@@ -231,7 +232,8 @@ class FleetNode:
         except AnsweredError as error:
             self._raise_unless_precondition(error)
             raise ConnectionFailedError(
-                f"The server at {self._server.address} does not know this client's key.",
+                f"The server at {self._server.address} does not know this client's key (fingerprint "
+                f"{fingerprint(self._public_key)}).",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
             ) from error
         self._node = Node(node_id=answer.node_id)
@@ -240,7 +242,8 @@ class FleetNode:
     def _raise_unless_precondition(self, error: AnsweredError) -> None:
         if error.code == 401:
             raise ConnectionFailedError(
-                f"The server at {self._server.address} does not know this client's key, or its signature is too old.",
+                f"The server at {self._server.address} does not know this client's key (fingerprint "
+                f"{fingerprint(self._public_key)}), or its signature is too old.",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys, and check "
                 "that both clocks are right.",
             ) from error
