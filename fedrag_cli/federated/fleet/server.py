@@ -138,7 +138,7 @@ class FleetServer:
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 app,
-                # uvloop reads from a connection that was told to pause, and so would the handshake's first bytes be lost.
+                # uvloop reads from connections that were told to pause, which loses the first bytes of a handshake.
                 loop="asyncio",
                 http=entrance(certificate.context() if certificate else None, refusals),
                 log_level="critical",
