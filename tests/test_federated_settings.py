@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,44 @@ def test_a_key_is_known_by_the_fingerprint_that_openssh_prints(
     assert main(["keys", "node", "south", "--dir", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert f"fingerprint {fingerprint(load_public_key(tmp_path / 'south.pub'))}" in printed.out + printed.err
+
+
+def test_what_is_wrong_with_a_clients_key_is_a_matter_of_its_config(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(rag_system={"retriever": {"model": "org/none"}})
+    join = ["join-fl", str(path), "--address", "127.0.0.1:9", "federated.rounds=1", "--quiet"]
+    assert main([*join, f"federated.key={tmp_path}/none.key"]) == 2
+    assert "none.key' cannot be read" in capsys.readouterr().err
+    _, public = write_node_key(tmp_path, "north")
+    assert main([*join, f"federated.key={public}"]) == 2
+    assert "is a public key" in capsys.readouterr().err
+
+
+@pytest.mark.fl
+def test_a_taken_port_is_found_before_models_are_loaded(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(rag_system={"retriever": {"model": "org/none"}})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["serve-fl", str(path), "--address", address, "federated.rounds=1", "--quiet"]) == 4
+    assert f"Cannot listen on {address}: Address already in use." in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fl
+def test_a_server_says_at_its_start_that_keys_are_missing(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(rag_system={"retriever": {"model": "org/none"}})
+    write_node_key(tmp_path / "clients", "north")
+    serve = ["serve-fl", str(path), "--address", "127.0.0.1:0", "federated.allowed_keys=clients"]
+    line = "1 key in federated.allowed_keys, but federated.min_clients is 2: put the other clients' public keys there"
+    assert main([*serve, "federated.rounds=1"]) == 3
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert main([*serve, "federated.min_clients=1"]) == 3
+    assert "federated.min_clients is" not in capsys.readouterr().err
 
 
 EXAMPLES = [Example(str(n), f"q{n}", ("a",), (), {"site": n % 3, "topic": "ab"[n % 2]}) for n in range(30)]

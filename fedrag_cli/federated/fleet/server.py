@@ -222,7 +222,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # Python adds the address, which stands in the message already.
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise ConnectionFailedError(
             f"Cannot listen on {host}:{port}: {reason}.",
             "Choose another --address, or stop what uses the port.",
