@@ -171,7 +171,7 @@ def test_a_server_says_at_its_start_that_keys_are_missing(
 ) -> None:
     path = write_config(rag_system={"retriever": {"model": "org/none"}})
     write_node_key(tmp_path / "clients", "north")
-    serve = ["serve-fl", str(path), "--address", "127.0.0.1:0", "federated.allowed_keys=clients"]
+    serve = ["serve-fl", str(path), "--address", "127.0.0.1:0", f"federated.allowed_keys={tmp_path}/clients"]
     line = "1 key in federated.allowed_keys, but federated.min_clients is 2: put the other clients' public keys there"
     assert main([*serve, "federated.rounds=1"]) == 3
     assert line in " ".join(capsys.readouterr().err.split())
