@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from fedrag_cli.cli.main import main
+from fedrag_cli.cli.main import app, main
 from fedrag_cli.errors import EXIT_DATA, EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 
 CONFIG = """\
@@ -21,6 +22,13 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "c.yaml"
     path.write_text(CONFIG, encoding="utf-8")
     return path
+
+
+def every_command(command: Any) -> Iterator[list[str]]:
+    """Yield the words of a command and of all below it."""
+    yield []
+    for name, below in getattr(command, "commands", {}).items():
+        yield from ([name, *words] for words in every_command(below))
 
 
 def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -43,6 +51,16 @@ def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr()
     for command in ("init", "validate", "train", "query", "doctor"):
         assert f"\n  {command} " in shown.out + shown.err
+
+
+def test_the_help_of_every_command_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in every_command(typer.main.get_command(app)):
+        assert main([*path, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(" ".join(["Usage: fedrag", *path]))
+        assert "\\" not in shown, path
+    assert main(["serve-fl", "--help"]) == 0
+    assert "[default: 127.0.0.1:8080]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

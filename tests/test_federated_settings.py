@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +19,14 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.sites import corpus_by_owner, split_at_random, split_by_dirichlet, split_by_owner
-from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError
+from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.federated.endpoint import check_server_settings, client_authority, parse_address
 from fedrag_cli.federated.keys import (
+    fingerprint,
     load_allowed_keys,
     load_or_make_key,
     load_private_key,
+    load_public_key,
     write_authority,
     write_node_key,
     write_server_certificate,
@@ -97,24 +103,80 @@ def test_keys_are_private_and_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_bad_keys_are_said_so(tmp_path: Path) -> None:
     private, public = write_node_key(tmp_path, "north")
     private.chmod(0o644)
-    with pytest.raises(ConnectionFailedError, match="Others may read"):
+    with pytest.raises(ConfigError, match="Others may read"):
         load_private_key(private)
-    with pytest.raises(ConnectionFailedError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.key' cannot be read: .*No such file"):
         load_private_key(tmp_path / "none.key")
-    public.chmod(0o600)
-    with pytest.raises(ConnectionFailedError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a public key") as error:
         load_private_key(public)
+    assert str(private) in error.value.hint
     (tmp_path / "again.pub").write_bytes(public.read_bytes())
     with pytest.raises(ConfigError, match="are the same key"):
         load_allowed_keys(tmp_path)
     (tmp_path / "again.pub").write_text("ssh-rsa nonsense")
     with pytest.raises(ConfigError, match="is no public key"):
         load_allowed_keys(tmp_path)
-    with pytest.raises(ConfigError, match="holds no public key"):
+    with pytest.raises(ConfigError, match=r"there is no folder '.*none'") as missing:
         load_allowed_keys(tmp_path / "none")
+    assert missing.value.hint.startswith("Make it")
+    with pytest.raises(ConfigError, match=r"north\.pub' is no folder"):
+        load_allowed_keys(public)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no public key"):
+        load_allowed_keys(tmp_path / "empty")
     made = load_or_make_key(tmp_path / "own.key")
     assert load_or_make_key(tmp_path / "own.key").private_numbers() == made.private_numbers()
     assert (tmp_path / "own.key").stat().st_mode & 0o077 == 0
+
+
+def test_a_key_is_known_by_the_fingerprint_that_openssh_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "node", "north", "--dir", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["fingerprint"]
+    blob = base64.b64decode((tmp_path / "north.pub").read_bytes().split()[1])
+    assert shown == "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    assert main(["keys", "node", "south", "--dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert f"fingerprint {fingerprint(load_public_key(tmp_path / 'south.pub'))}" in printed.out + printed.err
+
+
+def test_what_is_wrong_with_a_clients_key_is_a_matter_of_its_config(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(rag_system={"retriever": {"model": "org/none"}})
+    join = ["join-fl", str(path), "--address", "127.0.0.1:9", "federated.rounds=1", "--quiet"]
+    assert main([*join, f"federated.key={tmp_path}/none.key"]) == 2
+    assert "none.key' cannot be read" in capsys.readouterr().err
+    _, public = write_node_key(tmp_path, "north")
+    assert main([*join, f"federated.key={public}"]) == 2
+    assert "is a public key" in capsys.readouterr().err
+
+
+@pytest.mark.fl
+def test_a_taken_port_is_found_before_models_are_loaded(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(rag_system={"retriever": {"model": "org/none"}})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["serve-fl", str(path), "--address", address, "federated.rounds=1", "--quiet"]) == 4
+    assert f"Cannot listen on {address}: Address already in use." in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fl
+def test_a_server_says_at_its_start_that_keys_are_missing(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(rag_system={"retriever": {"model": "org/none"}})
+    write_node_key(tmp_path / "clients", "north")
+    serve = ["serve-fl", str(path), "--address", "127.0.0.1:0", f"federated.allowed_keys={tmp_path}/clients"]
+    line = "1 key in federated.allowed_keys, but federated.min_clients is 2: put the other clients' public keys there"
+    assert main([*serve, "federated.rounds=1"]) == 3
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert main([*serve, "federated.min_clients=1"]) == 3
+    assert "federated.min_clients is" not in capsys.readouterr().err
 
 
 EXAMPLES = [Example(str(n), f"q{n}", ("a",), (), {"site": n % 3, "topic": "ab"[n % 2]}) for n in range(30)]

@@ -39,13 +39,15 @@ def node(
             check_client_name(name)
         except ValueError as error:
             raise ConfigError(f"'{name}' {error}.") from error
-        from fedrag_cli.federated.keys import write_node_key
+        from fedrag_cli.federated.keys import fingerprint, load_public_key, write_node_key
 
         private, public = write_node_key(directory, name)
+        known_by = fingerprint(load_public_key(public))
         current.result(
-            {"private_key": str(private), "public_key": str(public)},
+            {"private_key": str(private), "public_key": str(public), "fingerprint": known_by},
             lambda renderer: renderer.written(
                 [private, public],
+                f"fingerprint {known_by}\n"
                 f"Set federated.key to {private}; give {public} to the server's owner, for federated.allowed_keys.",
             ),
         )

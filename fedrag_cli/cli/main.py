@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import typer
+import typer.core
 
 from fedrag_cli.cli import (
     compare,
@@ -37,6 +38,9 @@ Exit codes: 0 done, 1 failed, 2 usage or config, 3 data or model missing or bad,
 5 federation failed, 130 interrupted with a checkpoint saved. With --json a command prints one JSON document to stdout;
 all else goes to stderr.
 """
+
+# Typer escapes brackets for Rich wherever Rich is installed, also in plain help, which then shows the backslashes.
+typer.core.HAS_RICH = False
 
 # Plain help: Rich's needs a Markdown parser, whose import takes as long as all the rest together.
 app = typer.Typer(

@@ -6,6 +6,8 @@ owner may read; public keys are one line in OpenSSH's format.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import ipaddress
 import os
 import stat
@@ -19,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedrag_cli.errors import ConfigError, ConnectionFailedError
+from fedrag_cli.errors import ConfigError
 from fedrag_cli.runs.atomic import os_errors
 
 PrivateKey = ec.EllipticCurvePrivateKey
@@ -27,6 +29,7 @@ CURVE = ec.SECP384R1
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 365
 PUBLIC_SUFFIX = ".pub"
+PUBLIC_STARTS = (b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC KEY")
 
 
 def write_node_key(directory: Path, name: str) -> tuple[Path, Path]:
@@ -115,22 +118,27 @@ def load_private_key(path: Path) -> PrivateKey:
     """Read a node's private key, in PEM or OpenSSH's format.
 
     Raises:
-        ConnectionFailedError: The file is missing, is no such key, or others may read it.
+        ConfigError: The file is missing, is no such key, or others may read it.
     """
     hint = "Make one with: fedrag keys node NAME"
     try:
         content = path.read_bytes()
+        if content.startswith(PUBLIC_STARTS):
+            raise ConfigError(
+                f"'{path}' is a public key, and the private one is needed here.",
+                f"Set federated.key to the private key that was made with it, such as {path.with_suffix('.key')}.",
+            )
         if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise ConnectionFailedError(f"Others may read the private key '{path}'.", f"Run: chmod 600 {path}")
+            raise ConfigError(f"Others may read the private key '{path}'.", f"Run: chmod 600 {path}")
         key = (
             serialization.load_ssh_private_key(content, None)
             if b"OPENSSH" in content
             else serialization.load_pem_private_key(content, None)
         )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConnectionFailedError(f"The private key '{path}' cannot be read: {error}", hint) from error
+        raise ConfigError(f"The private key '{path}' cannot be read: {error}", hint) from error
     if not isinstance(key, PrivateKey) or not isinstance(key.curve, CURVE):
-        raise ConnectionFailedError(f"'{path}' is no node key (an elliptic-curve key on SECP384R1).", hint)
+        raise ConfigError(f"'{path}' is no node key (an elliptic-curve key on SECP384R1).", hint)
     return key
 
 
@@ -153,13 +161,22 @@ def load_allowed_keys(directory: Path) -> dict[str, bytes]:
     Raises:
         ConfigError: The folder is missing or empty, a file is no key, or two files hold the same key.
     """
+    advice = f"the public key of each client (NAME{PUBLIC_SUFFIX}); 'fedrag keys node NAME' makes a pair."
+    if not directory.exists():
+        raise ConfigError(
+            f"federated.allowed_keys: there is no folder '{directory}'.", f"Make it, and put into it {advice}"
+        )
+    if not directory.is_dir():
+        raise ConfigError(
+            f"federated.allowed_keys: '{directory}' is no folder.", f"Name a folder, and put into it {advice}"
+        )
     files = sorted(directory.glob(f"*{PUBLIC_SUFFIX}"))
     if not files:
         raise ConfigError(
             f"federated.allowed_keys: '{directory}' holds no public key (NAME{PUBLIC_SUFFIX}).",
-            "Put the public key of each client there; 'fedrag keys node NAME' makes a pair.",
+            f"Put there {advice}",
         )
-    keys = {file.stem: _public_key(file) for file in files}
+    keys = {file.stem: load_public_key(file) for file in files}
     owners: dict[bytes, str] = {}
     for name, key in keys.items():
         if key in owners:
@@ -168,7 +185,15 @@ def load_allowed_keys(directory: Path) -> dict[str, bytes]:
     return keys
 
 
-def _public_key(path: Path) -> bytes:
+def load_public_key(path: Path) -> bytes:
+    """Read a node's public key, in OpenSSH's format or PEM.
+
+    Returns:
+        The key in the form in which requests carry it.
+
+    Raises:
+        ConfigError: The file is missing or is no such key.
+    """
     try:
         content = path.read_bytes()
         key = (
@@ -185,6 +210,24 @@ def _public_key(path: Path) -> bytes:
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     return public_key_to_bytes(key)
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Return the fingerprint that `ssh-keygen -lf NAME.pub` prints.
+
+    Args:
+        public_key: The key in the form in which requests carry it.
+
+    Raises:
+        ValueError: It is no key that OpenSSH knows.
+    """
+    try:
+        key = serialization.load_pem_public_key(public_key)
+        line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
+    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def _certificate(

@@ -14,7 +14,7 @@ from fedrag_cli.config.checks import trains_with_generator
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, FedRAGError
 from fedrag_cli.federated.endpoint import Address, check_server_settings, parse_address
-from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate
+from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate, listen
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_allowed_keys
 from fedrag_cli.federated.rounds import load_newest_round
@@ -51,10 +51,25 @@ PIECES = "pieces"
 
 @dataclass(frozen=True)
 class Protection:
-    """What protects a server: its certificate, and the public keys by client name; None for what it does without."""
+    """What protects a server; None for what it does without.
+
+    Args:
+        certificate: Its certificate.
+        folder: Where the public keys are that may join.
+        allowed: These keys, by client name.
+    """
 
     certificate: ServerCertificate | None
+    folder: Path | None
     allowed: dict[str, bytes] | None
+
+    def read_allowed(self) -> dict[str, bytes]:
+        """Return the keys that are in the folder now.
+
+        Raises:
+            ConfigError: One of them is damaged.
+        """
+        return load_allowed_keys(self.folder) if self.folder is not None else {}
 
 
 def start_serving(
@@ -80,6 +95,8 @@ def start_serving(
     side = require_federation(config)
     where = parse_address(address)
     protection = _protection(settings_of(config), where, insecure=insecure)
+    _check_free(where)
+    _note_missing_keys(protection, settings_of(config), reporter)
     evaluates = "evaluation" in source.tree.tree
     if evaluates and config.dataset.corpus is None:
         raise ConfigError(
@@ -109,6 +126,8 @@ def resume_serving(run: RunDirectory, source: ConfigSource, reporter: Reporter) 
     federation, config = run.manifest()["federation"], source.config
     where = parse_address(federation["address"])
     protection = _protection(settings_of(config), where, insecure=federation["insecure"])
+    _check_free(where)
+    _note_missing_keys(protection, settings_of(config), reporter)
     data = load_run_data(config) if federation["evaluates"] else None
     with run.locked():
         run.update_manifest(status="running", error=None)
@@ -141,7 +160,7 @@ def _see_through(
         rag_system = task.trainer.rag_system
         record_fingerprints(run, rag_system)
         done = load_newest_round(run.checkpoints)
-        with _server(where, protection, task, run.path / PIECES) as server:
+        with _server(where, protection, task, run.path / PIECES, reporter) as server:
             assert server.grid is not None
             port = server.address[1]
             run.update_manifest(listening=str(Address(where.host, port)))
@@ -186,10 +205,27 @@ def _protection(settings: FederatedConfig, where: Address, *, insecure: bool) ->
     certificate = None
     if tls:
         certificate = ServerCertificate(Path(str(settings.certificate)), Path(str(settings.certificate_key)))
-    return Protection(certificate, load_allowed_keys(Path(str(settings.allowed_keys))) if keys else None)
+    folder = Path(str(settings.allowed_keys)) if keys else None
+    return Protection(certificate, folder, load_allowed_keys(folder) if folder is not None else None)
 
 
-def _server(where: Address, protection: Protection, task: FLTask, pieces: Path) -> FleetServer:
+def _check_free(where: Address) -> None:
+    """Raise ConnectionFailedError where the address is taken, which is better known before models are loaded."""
+    listen(where.host, where.port).close()
+
+
+def _note_missing_keys(protection: Protection, settings: FederatedConfig, reporter: Reporter) -> None:
+    """Say where too few keys are there for a first round; more may be added while the server runs."""
+    if protection.allowed is None or len(protection.allowed) >= settings.min_clients:
+        return
+    count = len(protection.allowed)
+    reporter.note(
+        f"{count} {'key' if count == 1 else 'keys'} in federated.allowed_keys, but federated.min_clients is "
+        f"{settings.min_clients}: put the other clients' public keys there"
+    )
+
+
+def _server(where: Address, protection: Protection, task: FLTask, pieces: Path, reporter: Reporter) -> FleetServer:
     width = BYTES_OF[task.settings.transport_dtype]
     max_bytes, max_objects = limits_of([width * math.prod(shape) for shape in task.agreement.manifest.values()])
     return FleetServer(
@@ -197,6 +233,8 @@ def _server(where: Address, protection: Protection, task: FLTask, pieces: Path) 
         where.port,
         certificate=protection.certificate,
         allowed=protection.allowed,
+        read_allowed=protection.read_allowed if protection.folder is not None else None,
+        reporter=reporter,
         max_message_bytes=max_bytes,
         max_message_objects=max_objects,
         pieces=pieces,

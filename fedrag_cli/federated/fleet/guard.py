@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from base64 import b64decode
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from fedrag_cli.federated.fleet.admission import Admission, Scope
 from fedrag_cli.federated.fleet.memory import PassingMemory
 from fedrag_cli.federated.fleet.state import FleetState
 
-Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -53,14 +49,14 @@ class RequestBounds:
 
     Args:
         app: The application behind it.
-        allowed: Public keys that may speak at all; None for any.
+        admission: Decides who may speak at all.
         memory: Told how many bytes pass.
     """
 
-    def __init__(self, app: Application, allowed: Collection[bytes] | None, memory: PassingMemory) -> None:
+    def __init__(self, app: Application, admission: Admission, memory: PassingMemory) -> None:
         """Keep all three."""
         self._app = app
-        self._allowed = allowed
+        self._admission = admission
         self._memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,9 +65,10 @@ class RequestBounds:
             await self._app(scope, receive, send)
             return
         if scope["path"] not in ROUTES or scope["method"] != "POST":
+            self._admission.turn_away_stranger(scope)
             await PlainTextResponse("Not found", 404)(scope, receive, send)
             return
-        if self._allowed is not None and not _is_signed(scope, self._allowed):
+        if not await self._admission.admits(scope):
             await JSONResponse({"detail": "Invalid SuperNode authentication"}, 401)(scope, receive, send)
             return
         most = MOST_PUSHED_BYTES if scope["path"] in PUSHES else MOST_BYTES
@@ -92,6 +89,8 @@ class RequestBounds:
         async def count(message: MutableMapping[str, Any]) -> None:
             nonlocal passed
             passed += len(message.get("body", b""))
+            if message.get("status") == 401:
+                self._admission.note_wrong_time(scope)
             await send(message)
 
         del body
@@ -137,18 +136,6 @@ class SpeakerCheck(BaseHTTPMiddleware):
         if isinstance(message, PushMessagesRequest) and not _speaks_for_itself(message):
             return _refusal(403, "A client may reply in its own name only")
         return await call_next(request)
-
-
-def _is_signed(scope: Scope, allowed: Collection[bytes]) -> bool:
-    """Return whether an allowed key has signed the time of a request; Flower checks age and node id afterwards."""
-    headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-    try:
-        public_key = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower()], validate=True)
-        signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.lower()], validate=True)
-        signed = headers[TIMESTAMP_HEADER.lower()]
-    except (KeyError, ValueError):
-        return False
-    return public_key in allowed and verify_signature(bytes_to_public_key(public_key), signed, signature)
 
 
 def _refusal(code: int, reason: str) -> Response:

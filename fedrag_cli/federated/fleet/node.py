@@ -53,9 +53,17 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
-from fedrag_cli.federated.fleet.failures import AnsweredError, LostConnectionError, ServerAddress, raise_if_hopeless
+from fedrag_cli.federated.fleet.failures import (
+    AnsweredError,
+    ForgottenError,
+    LostConnectionError,
+    ServerAddress,
+    in_words,
+    raise_if_hopeless,
+)
 from fedrag_cli.federated.fleet.guard import SESSION_HEADER, SUPERSEDED
 from fedrag_cli.federated.grid import quiet_flower
+from fedrag_cli.federated.keys import fingerprint
 from fedrag_cli.runs.reporting import Reporter
 
 HEARTBEAT_SECONDS = 10.0
@@ -81,13 +89,20 @@ class Handler(Protocol):
 
 
 class _SessionInterceptor:
-    """Says which process speaks, so that two with the same key do not take each other's messages."""
+    """Says which process speaks, so that two with the same key do not take each other's messages.
 
-    def __init__(self) -> None:
+    Args:
+        connect_seconds: Longest time to dial.
+    """
+
+    def __init__(self, connect_seconds: float) -> None:
         self.session = uuid.uuid4().hex
+        self._connect_seconds = connect_seconds
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         context.request.headers[SESSION_HEADER] = self.session
+        timeouts = context.request.extensions["timeout"]
+        timeouts["connect"] = min(timeouts["connect"], self._connect_seconds)
         return call_next(context)
 
 
@@ -116,11 +131,12 @@ class FleetNode:
         self._public_key = public_key_to_bytes(key.public_key())
         self._reporter = reporter
         self._connect_timeout = connect_timeout
-        self._session = _SessionInterceptor()
+        self._session = _SessionInterceptor(connect_timeout)
         self._lost = threading.Event()
         self._node = Node()
         self._client: FleetHttpClient
         self._was_connected = False
+        self._silent_since: float | None = None
 
     def run(self, handler: Handler) -> None:
         """Stay connected and answer messages until the handler has ended.
@@ -132,8 +148,8 @@ class FleetNode:
             ConnectionFailedError: The server cannot be reached, is not trusted, or does not let this client in.
             RunInterruptedError: A signal came while a message was answered.
         """
-        silent_since = time.monotonic()
-        noted = 0.0
+        noted = float("-inf")
+        self._silent_since = time.monotonic()
         while not handler.ended:
             try:
                 with self._connect() as self._client:
@@ -143,24 +159,25 @@ class FleetNode:
                         "Connected again" if self._was_connected else f"Connected to {self._server.address}"
                     )
                     self._was_connected = True
-                    silent_since, noted = time.monotonic(), 0.0
+                    self._silent_since, noted = None, float("-inf")
                     try:
                         self._serve(handler)
                     finally:
                         self._lost.set()
                         self._leave()
-                        silent_since = time.monotonic()
+                        self._silent_since = time.monotonic()
             except LostConnectionError as lost:
-                waited = time.monotonic() - silent_since
-                if waited > self._connect_timeout:
+                now = time.monotonic()
+                waited = now - (self._silent_since or now)
+                if waited >= self._connect_timeout:
                     raise ConnectionFailedError(
-                        f"The server at {self._server.address} did not answer for {waited:.0f} s ({lost}).",
+                        f"The server at {self._server.address} {lost.past} for {waited:.0f} s ({lost}).",
                         "Check the address, the firewall, and that 'fedrag serve-fl' runs.",
                     ) from lost
-                if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
-                    noted = time.monotonic()
-                    self._reporter.note(f"The server at {self._server.address} does not answer ({lost}); trying again")
-                time.sleep(1.0)
+                if now - noted > SECONDS_BETWEEN_NOTES:
+                    noted = now
+                    self._reporter.note(f"The server at {self._server.address} {lost.present} ({lost}); trying again")
+                time.sleep(min(1.0, self._connect_timeout - waited))
 
     def check(self) -> bool:
         """Try to connect once, so that a wrong certificate or key is found before models are loaded.
@@ -195,14 +212,15 @@ class FleetNode:
             ) from error
 
     def _call(self, method: Callable[[Any], T], request: Any, tries: int = TRIES) -> T:
-        """Send a request; again after a while where the network fails."""
+        """Send a request; again after a while where the network fails, until the server was silent for too long."""
         reason = ""
+        end = (self._silent_since or time.monotonic()) + self._connect_timeout
         for attempt in range(tries):
             try:
                 return method(request)
             except httpx.TransportError as error:
                 raise_if_hopeless(error, self._server, was_connected=self._was_connected)
-                reason = type(error).__name__
+                reason = in_words(error)
             except httpx.HTTPStatusError as error:
                 code = error.response.status_code
                 if code == 409 and SUPERSEDED in error.response.text:
@@ -210,12 +228,15 @@ class FleetNode:
                         "Another process has joined with this client's key.",
                         "Run one process a key, and make a key for each client with 'fedrag keys node'.",
                     ) from error
+                if code == 401 and self._silent_since is None and self._was_connected:
+                    raise ForgottenError("it may have been started again") from error
                 if code not in (502, 503, 504):
                     raise AnsweredError(code) from error
                 reason = f"it answered {code}"
             except ValueError as error:
                 raise LostConnectionError("it answered something else than Flower's protocol") from error
-            if self._lost.wait(min(0.3 * 2**attempt, LONGEST_WAIT)):
+            pause = min(0.3 * 2**attempt, LONGEST_WAIT)
+            if attempt + 1 == tries or time.monotonic() + pause >= end or self._lost.wait(pause):
                 break
         raise LostConnectionError(reason)
 
@@ -231,7 +252,8 @@ class FleetNode:
         except AnsweredError as error:
             self._raise_unless_precondition(error)
             raise ConnectionFailedError(
-                f"The server at {self._server.address} does not know this client's key.",
+                f"The server at {self._server.address} does not know this client's key (fingerprint "
+                f"{fingerprint(self._public_key)}).",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
             ) from error
         self._node = Node(node_id=answer.node_id)
@@ -240,7 +262,8 @@ class FleetNode:
     def _raise_unless_precondition(self, error: AnsweredError) -> None:
         if error.code == 401:
             raise ConnectionFailedError(
-                f"The server at {self._server.address} does not know this client's key, or its signature is too old.",
+                f"The server at {self._server.address} does not know this client's key (fingerprint "
+                f"{fingerprint(self._public_key)}), or its signature is too old.",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys, and check "
                 "that both clocks are right.",
             ) from error
@@ -277,21 +300,28 @@ class FleetNode:
             answer = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node), tries=1)
             if not answer.messages_list:
                 if self._lost.wait(pause):
-                    raise LostConnectionError("it does not know this client any more")
+                    raise ForgottenError("it has had no sign of life")
                 pause = min(LONGEST_POLL, pause * POLL_GROWTH)
                 continue
             pause = SHORTEST_POLL
             message = self._fetch(answer)
+            if message is None:
+                continue
             started = time.monotonic()
             reply = self._answer(handler, message)
             self._send(reply, time.monotonic() - started)
 
-    def _fetch(self, answer: Any) -> Message:
+    def _fetch(self, answer: Any) -> Message | None:
+        """Return the message that the server has, or None where it has withdrawn it meanwhile."""
+        withdrawn = False
         bare, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
         run_id, message_id = bare.metadata.run_id, bare.metadata.message_id
 
         def pull(request: Any) -> Any:
-            return self._call(self._client.PullObject, request)
+            nonlocal withdrawn
+            found = self._call(self._client.PullObject, request)
+            withdrawn = withdrawn or not found.object_found
+            return found
 
         def confirm(request: Any) -> Any:
             return self._call(self._client.ConfirmMessageReceived, request)
@@ -303,7 +333,10 @@ class FleetNode:
                 initial_backoff=0.1,
             )
         except ObjectPullError as error:
-            raise LostConnectionError("it has withdrawn a message") from error
+            if withdrawn:
+                # A client that dials twice is greeted anew, and the first greeting is taken back.
+                return None
+            raise LostConnectionError("a message of it never came as a whole") from error
         make_confirm_message_received_fn_protobuf(confirm, self._node, run_id)(message_id)
         message = inflate_object_from_contents(message_id, contents)
         if not isinstance(message, Message):

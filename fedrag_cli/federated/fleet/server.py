@@ -7,11 +7,12 @@ only the routes that clients need exist.
 from __future__ import annotations
 
 import socket
+import ssl
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,12 +39,16 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.fleet.admission import Admission
+from fedrag_cli.federated.fleet.entrance import entrance
 from fedrag_cli.federated.fleet.guard import RequestBounds, SpeakerCheck, check_routes
 from fedrag_cli.federated.fleet.memory import PassingMemory
+from fedrag_cli.federated.fleet.refusals import Refusals
 from fedrag_cli.federated.fleet.state import FleetState
 from fedrag_cli.federated.fleet.store import PieceStore
 from fedrag_cli.federated.grid import FederationGrid, Member, quiet_flower
 from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
 HEARTBEAT_SECONDS = 10.0
 START_SECONDS = 30.0
@@ -57,6 +62,22 @@ class ServerCertificate:
     certificate: Path
     key: Path
 
+    def context(self) -> ssl.SSLContext:
+        """Return what the handshake needs of them.
+
+        Raises:
+            ConnectionFailedError: They are missing, or do not fit each other.
+        """
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ValueError) as error:
+            raise ConnectionFailedError(
+                f"The TLS certificate '{self.certificate}' with the key '{self.key}' cannot be used: {error}",
+                "Check federated.certificate and federated.certificate_key.",
+            ) from error
+        return context
+
 
 class FleetServer:
     """Serves clients over HTTP(S); a context manager.
@@ -66,6 +87,8 @@ class FleetServer:
         port: Port to listen on.
         certificate: The TLS certificate; plain HTTP without one.
         allowed: Public keys (SSH format) by client name; None lets every client in that signs with a key of its own.
+        read_allowed: Returns the keys that are allowed now; asked where an unknown one comes.
+        reporter: Told who is turned away, in a thread of the server.
         max_message_bytes: Largest reply of a client.
         max_message_objects: Most objects of a reply.
         pieces: Folder for the tensors of messages that are on their way, which is emptied; a temporary one by default.
@@ -78,6 +101,8 @@ class FleetServer:
         *,
         certificate: ServerCertificate | None = None,
         allowed: Mapping[str, bytes] | None = None,
+        read_allowed: Callable[[], Mapping[str, bytes]] | None = None,
+        reporter: Reporter | None = None,
         max_message_bytes: int = 2**40,
         max_message_objects: int = 2**20,
         pieces: Path | None = None,
@@ -89,8 +114,7 @@ class FleetServer:
         self._memory = PassingMemory()
         folder = pieces if pieces is not None else Path(tempfile.gettempdir()) / f"fedrag-{uuid.uuid4().hex}"
         self.state = FleetState(PieceStore(folder), max_message_bytes, max_message_objects)
-        for name, public_key in (allowed or {}).items():
-            self.state.allow(name, public_key)
+        refusals = Refusals((reporter or SilentReporter()).note)
         app = FastAPI(
             docs_url=None,
             redoc_url=None,
@@ -99,7 +123,7 @@ class FleetServer:
             middleware=[
                 Middleware(
                     RequestBounds,
-                    allowed=frozenset(allowed.values()) if allowed is not None else None,
+                    admission=Admission(allowed, read_allowed, self.state.allow, refusals),
                     memory=self._memory,
                 ),
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
@@ -114,8 +138,9 @@ class FleetServer:
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 app,
-                ssl_certfile=str(certificate.certificate) if certificate else None,
-                ssl_keyfile=str(certificate.key) if certificate else None,
+                # uvloop reads from connections that were told to pause, which loses the first bytes of a handshake.
+                loop="asyncio",
+                http=entrance(certificate.context() if certificate else None, refusals),
                 log_level="critical",
                 access_log=False,
                 log_config=None,
@@ -137,7 +162,7 @@ class FleetServer:
         Raises:
             ConnectionFailedError: The address cannot be listened on.
         """
-        listener = self._listen()
+        listener = listen(self._host, self._port)
         self.address = listener.getsockname()[:2]
         self._thread = threading.Thread(target=self._uvicorn.run, args=([listener],), daemon=True)
         self._thread.start()
@@ -146,7 +171,7 @@ class FleetServer:
             if not self._thread.is_alive() or time.monotonic() > end:
                 raise ConnectionFailedError(
                     f"The server could not start on {self._host}:{self._port}.",
-                    "Check federated.certificate and federated.certificate_key.",
+                    "Choose another --address.",
                 )
             time.sleep(0.01)
         self.state.pieces.open()
@@ -165,17 +190,6 @@ class FleetServer:
         self._memory.stop()
         self.state.pieces.close()
 
-    def _listen(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        try:
-            return socket.create_server((self._host, self._port), family=family, backlog=128)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConnectionFailedError(
-                f"Cannot listen on {self._host}:{self._port}: {reason}.",
-                "Choose another --address, or stop what uses the port.",
-            ) from error
-
     def _open_run(self) -> FleetGrid:
         state = self.state
         state.federation_manager.ensure_default_federations_exist(flwr_aid=NOOP_FLWR_AID)
@@ -192,6 +206,28 @@ class FleetServer:
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_SECONDS):
             self.state.acknowledge_task_heartbeat(self._task_id)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 for any that is free.
+
+    Raises:
+        ConnectionFailedError: The address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        # Python adds the address, which stands in the message already.
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        raise ConnectionFailedError(
+            f"Cannot listen on {host}:{port}: {reason}.",
+            "Choose another --address, or stop what uses the port.",
+        ) from error
 
 
 class FleetGrid(FederationGrid):
