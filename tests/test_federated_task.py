@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def test_the_classic_client_trains_the_model_and_the_data_it_was_given(write_con
     server = task.server(task.trainer.rag_system.retriever.query_encoder)
     parameters = server.strategy.initialize_parameters(None)  # type: ignore[arg-type]
     assert parameters is not None
-    config = {"server-round": 1, "manifest": task.digest}
+    config = {"server-round": 1, "agreement": task.agreement.to_json()}
     answer = client.fit(FitIns(parameters, dict(config)))
     assert (answer.status.code, answer.num_examples) == (Code.OK, 5)
     # The model that was handed over is the one that moved; the task's own did not.
@@ -219,8 +220,9 @@ def test_the_classic_client_trains_the_model_and_the_data_it_was_given(write_con
     measured = client.evaluate(EvaluateIns(parameters, dict(config)))
     assert measured.num_examples == 5
     assert measured.loss == pytest.approx(measured.metrics["validation_loss"])
-    with pytest.raises(ConnectionFailedError, match="other tensors"):
-        client.fit(FitIns(parameters, {"manifest": "another"}))
+    other = dataclasses.replace(task.agreement, manifest={"w": [1]})
+    with pytest.raises(ConnectionFailedError, match="but on the server missing"):
+        client.fit(FitIns(parameters, {"agreement": other.to_json()}))
     with pytest.raises(FederationError, match="tensors came over the classic API"):
         client.fit(FitIns(ndarrays_to_parameters(parameters_to_ndarrays(parameters)[:-1]), {}))
 

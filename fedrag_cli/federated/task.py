@@ -16,7 +16,7 @@ from fedrag_cli.errors import DataError
 from fedrag_cli.federated.agreement import Agreement, agreement_of
 from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.site import trainer_around
-from fedrag_cli.federated.weights import Weights, manifest_digest, record_digest, to_wire
+from fedrag_cli.federated.weights import Weights, record_digest, to_wire
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
 
@@ -93,11 +93,6 @@ class FLTask:
     def side(self) -> str:
         """What is tuned: retriever or generator."""
         return self.trainer.side
-
-    @property
-    def digest(self) -> str:
-        """Hash of the names and shapes of the trained tensors."""
-        return manifest_digest(self.agreement.manifest)
 
     def weights(self) -> Weights:
         """Return copies of the trained tensors as they are now, by name."""
@@ -193,6 +188,8 @@ class FLTask:
 
     def client(self, model: nn.Module, train_dataset: Any, val_dataset: Any = None) -> Client:
         """Return a client of Flower's classic API, for `flwr.client.start_client`.
+
+        Make it once for all rounds: what is compared with the server's base model is the model as it is now.
 
         Args:
             model: The model that this client trains.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,15 @@ from fedrag_cli.trainers.huggingface.movement import PhaseStart
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
 from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, Instances, LossFunction, TrainingLoop
 
-ExtraMetrics = Callable[[], Mapping[str, float]]
+
+class ExtraMetrics(Protocol):
+    """What a trainer measures beside its loss when it validates."""
+
+    def __call__(self) -> Mapping[str, float]:
+        """Return the metrics by name."""
+
+    def around(self, trainer: HuggingFaceTrainer) -> ExtraMetrics:
+        """Return the same for another trainer's RAG system and validation examples."""
 
 
 class HuggingFaceTrainer(BaseTrainer):
