@@ -26,7 +26,7 @@ from fedrag_cli.federated.agreement import Agreement, base_fingerprint, differen
 from fedrag_cli.federated.arrays import BLOCK, FileArray, ScratchFile, record_bytes, whole
 from fedrag_cli.federated.fleet.replies import ReplyReader
 from fedrag_cli.federated.fleet.store import PieceStore
-from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
+from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
 from fedrag_cli.federated.weights import (
     from_wire,
@@ -246,6 +246,11 @@ def test_rounds_are_saved_whole_and_the_newest_two_are_kept(tmp_path: Path) -> N
     assert newest is not None
     assert (newest.number, newest.history, newest.weights["a"].tolist()) == (3, [{"round": 3}], [3.0, 3.0])
     assert newest.strategy["m_t/dict/a"].tolist() == [1.5, 1.5]
+    # While the weights are on their way, who has got them is saved without them.
+    save_missing(tmp_path, dataclasses.replace(newest, weights={}, missing=["b"]))
+    newest = load_newest_round(tmp_path)
+    assert newest is not None
+    assert (newest.missing, newest.weights["a"].tolist()) == (["b"], [3.0, 3.0])
     (tmp_path / "round-0003" / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(ModelError, match="cannot be read") as error:
         load_newest_round(tmp_path)

@@ -267,6 +267,54 @@ def test_a_server_that_died_while_handing_out_does_so_when_it_is_resumed() -> No
     assert not any(client.configs for client in again)
 
 
+class Watched(SilentReporter):
+    """Keeps how many clients were waited for."""
+
+    def __init__(self) -> None:
+        self.waits: list[int] = []
+
+    def event(self, name: str, **fields: Any) -> None:
+        if name == "waiting":
+            self.waits.append(fields["wanted"])
+
+
+def test_who_has_the_final_weights_is_remembered_as_it_confirms() -> None:
+    saved: list[tuple[list[str] | None, int]] = []
+    keep = {"save_missing": lambda state: saved.append((list(state.missing or []), len(state.weights)))}
+    done = federate(strategy("FedAvg"), toys(), **keep)
+    # Nobody is known to have them before; each confirmation takes one off.
+    assert [missing for missing, _ in saved] == [["a", "b", "c"], ["b", "c"], ["c"], []]
+    assert done.missing == []
+
+    class Dying(ToyClient):
+        def __call__(self, message: Message) -> Message:
+            if message.content.config_records["config"].get("final"):
+                raise KeyboardInterrupt
+            return super().__call__(message)
+
+    saved.clear()
+    clients = [toys()[0], Dying("b", STEPS["b"], EXAMPLES["b"]), toys()[2]]
+    with pytest.raises(KeyboardInterrupt):
+        federate(strategy("FedAvg"), clients, **keep)
+    assert saved[-1][0] == ["b", "c"]
+
+
+def test_a_resumed_server_waits_for_no_client_that_has_the_final_weights() -> None:
+    done = federate(strategy("FedAvg"), toys())
+    # Two have them and are gone, the third is there; `gather_timeout` would be ten minutes.
+    done.missing = ["c"]
+    clients, watched = [toys()[2]], Watched()
+    resumed = federate(strategy("FedAvg"), clients, state=done, reporter=watched, min_clients=3)
+    assert watched.waits == []
+    assert clients[0].final is not None
+    assert torch.equal(clients[0].final["w"], done.weights["w"])
+    assert resumed.missing == []
+    # All are gone and nothing is known: it waits rejoin_timeout, and tells whom it has not reached.
+    done.missing = None
+    alone = federate(strategy("FedAvg"), [ToyClient("stranger", [0, 0, 0])], state=done, min_clients=3)
+    assert alone.missing == ["a", "b", "c"]
+
+
 def test_a_key_that_comes_back_under_another_name_is_one_client() -> None:
     client = ToyClient("first", [0, 0, 0])
     grid = LocalGrid({"x": client})  # type: ignore[dict-item]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from toy_federation import asking
 
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
-from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError, FederationError, ModelError
+from fedrag_cli.errors import (
+    ConfigError,
+    ConnectionFailedError,
+    DataError,
+    FederationError,
+    KnowledgeStoreError,
+    ModelError,
+)
 from fedrag_cli.federated.agreement import agreement_of, differences
 from fedrag_cli.federated.apps import ScreenedStrategy
 from fedrag_cli.federated.client import ClientHandler
@@ -147,6 +155,33 @@ def test_the_proximal_term_keeps_a_client_near_the_global_weights(write_config: 
     assert 0 < held < 0.8 * free
 
 
+@pytest.mark.parametrize("side", ["retriever", "generator"])
+def test_the_reported_loss_is_that_of_the_objective(write_config: Callable[..., Path], side: str) -> None:
+    """One step from the global weights, one more from where it led: the penalty is 0 in the first and large after."""
+    options: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "warmup": 0}
+    task = make_task(write_config, side, **options, batch_size=28, epochs=2)
+    start = task.weights()
+    mu = 20.0
+    held = task.fit(start, {"server-round": 1, "proximal-mu": mu})
+    assert held.metrics["steps"] == 2
+
+    def objective(weights: Weights) -> float:
+        alone = make_task(write_config, side, **options, batch_size=28, epochs=1)
+        loss: float = alone.fit(weights, {"server-round": 1}).metrics["loss"]
+        return loss
+
+    after_one = (
+        make_task(write_config, side, **options, batch_size=28, epochs=1).fit(start, {"server-round": 1}).weights
+    )
+    expected = (objective(start) + objective(after_one)) / 2
+    penalty = mu / 2 * sum(float((after_one[name] - start[name]).square().sum()) for name in start)
+    assert penalty / 2 > 1e-3
+    assert held.metrics["loss"] == pytest.approx(expected, abs=1e-5)
+    # It is minimised all the same: the second step pulls back.
+    free = make_task(write_config, side, **options, batch_size=28, epochs=2).fit(start, {"server-round": 1}).weights
+    assert largest_difference(held.weights, start) < largest_difference(free, start)
+
+
 def test_likelihoods_are_computed_once_for_all_rounds(write_config: Callable[..., Path], tmp_path: Path) -> None:
     # Steps too small to change which passages are found.
     manager = make_manager(write_config, "retriever", learning_rate=1e-6)
@@ -205,7 +240,7 @@ def test_the_classic_client_trains_the_model_and_the_data_it_was_given(write_con
     server = task.server(task.trainer.rag_system.retriever.query_encoder)
     parameters = server.strategy.initialize_parameters(None)  # type: ignore[arg-type]
     assert parameters is not None
-    config = {"server-round": 1, "manifest": task.digest}
+    config = {"server-round": 1, "agreement": task.agreement.to_json()}
     answer = client.fit(FitIns(parameters, dict(config)))
     assert (answer.status.code, answer.num_examples) == (Code.OK, 5)
     # The model that was handed over is the one that moved; the task's own did not.
@@ -219,8 +254,9 @@ def test_the_classic_client_trains_the_model_and_the_data_it_was_given(write_con
     measured = client.evaluate(EvaluateIns(parameters, dict(config)))
     assert measured.num_examples == 5
     assert measured.loss == pytest.approx(measured.metrics["validation_loss"])
-    with pytest.raises(ConnectionFailedError, match="other tensors"):
-        client.fit(FitIns(parameters, {"manifest": "another"}))
+    other = dataclasses.replace(task.agreement, manifest={"w": [1]})
+    with pytest.raises(ConnectionFailedError, match="but on the server missing"):
+        client.fit(FitIns(parameters, {"agreement": other.to_json()}))
     with pytest.raises(FederationError, match="tensors came over the classic API"):
         client.fit(FitIns(ndarrays_to_parameters(parameters_to_ndarrays(parameters)[:-1]), {}))
 
@@ -234,6 +270,10 @@ def test_both_encoders_and_another_generator_model(write_config: Callable[..., P
     start = own.weights()
     assert largest_difference(own.fit(start, {"server-round": 1}).weights, start) > 1e-5
     assert own.trainer.rag_system.retriever.is_shared
+    # The trained weights leave; what is searched with comes with the next message.
+    with pytest.raises(KnowledgeStoreError, match="filled by another encoder"):
+        own.trainer.rag_system.require_matching_store()
+    own.evaluate(own.weights())
     own.trainer.rag_system.require_matching_store()
     both.trainer.rag_system.require_matching_store()
     generator = make_task(write_config, "generator")

@@ -82,6 +82,65 @@ def test_a_simulation_goes_on_after_its_newest_round(simulate: Callable[..., Any
     assert_same_weights(run, whole)
 
 
+def test_a_simulation_whose_data_or_model_has_changed_is_not_resumed(
+    simulate: Callable[..., Any], models: dict[str, Path], capsys: Any
+) -> None:
+    run, _ = simulate()
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(models["retriever"]), str(models["other_retriever"])))
+    assert main(["resume", str(run)]) == 1
+    assert "The base models of this run have changed since it started: retriever." in capsys.readouterr().err
+    (run / "config.yaml").write_text(config)
+    data = next(folder for folder in run.parents if (folder / "train.jsonl").exists()) / "train.jsonl"
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join(lines[1:]) + "\n")
+    assert main(["resume", str(run)]) == 1
+    assert "The data of this run has changed since it started: train." in capsys.readouterr().err
+
+
+def test_a_simulation_waits_for_no_more_clients_than_it_has(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # If it waited, it would do so for the ten minutes of gather_timeout.
+    config = write_config(trainer=TRAINER, federated={"rounds": 1, "wait_for_clients": 9})
+    assert main(["simulate", str(config)]) == 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "federated.wait_for_clients is 9, but this simulation has 2 clients" in printed
+    assert "Going on with" not in printed
+
+
+def test_passages_are_encoded_anew_only_where_their_encoder_has_changed(
+    simulate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedrag_cli.federated.client import ClientHandler
+    from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+
+    encode, answer = SentenceTransformerRetriever.encode_passages, ClientHandler.__call__
+    corpora: list[int] = []
+    by_message: list[tuple[str, int]] = []
+
+    def encoding(self: Any, texts: Any, progress: Any = None) -> Any:
+        corpora.append(len(texts))
+        return encode(self, texts, progress)
+
+    def answering(self: Any, message: Any) -> Any:
+        before = len(corpora)
+        reply = answer(self, message)
+        by_message.append((message.metadata.message_type, len(corpora) - before))
+        return reply
+
+    monkeypatch.setattr(SentenceTransformerRetriever, "encode_passages", encoding)
+    monkeypatch.setattr(ClientHandler, "__call__", answering)
+    simulate("trainer.retriever.train=both", "federated.evaluate_every=2")
+    work = [item for item in by_message if item[0] != "query"]
+    # Both clients search the same passages; of the weights that there are, only the global ones are ever searched with.
+    assert work == [("train", 0), ("train", 0), ("train", 1), ("train", 0), ("evaluate", 0), ("evaluate", 0)]
+    assert len(set(corpora)) == 1
+    assert len(corpora) == 3  # the base model's, and those after each of two rounds
+
+
 def test_the_generator_and_fedprox(simulate: Callable[..., Any]) -> None:
     run, summary = simulate(
         "trainer.mode=generator", "federated.strategy={type: FedProx, proximal_mu: 0.1}", "evaluation.limit=2"

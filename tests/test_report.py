@@ -314,6 +314,10 @@ def test_bad_input(config: Path, tmp_path: Path, made: Callable[..., dict[str, A
         ([str(empty)], "has evaluated nothing yet"),
     ):
         assert message in made("report", *arguments, "-o", str(output), code=2)["error"]["message"]
+    # An evaluation is a run of its own, so the same command with the same folder would fail again.
+    for command in (["report", str(empty), "-o", str(output)], ["compare", str(empty), str(run)]):
+        hint = f"Evaluate it with: fedrag evaluate {empty} and name the run directory that this prints."
+        assert made(*command, code=2)["error"]["hint"] == hint
     records_file = run / "evaluation" / "evaluated-predictions.jsonl"
     records_file.write_text('{"id": 1}\n', encoding="utf-8")
     assert "cannot be read" in made("report", str(run), "-o", str(output), code=3)["error"]["message"]

@@ -204,7 +204,7 @@ def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
     start = trainer.trained_weights()
 
     guard = watched_guard(monkeypatch)
-    trainer._on_step = lambda step: setattr(guard, "requested", step == 3)  # type: ignore[method-assign, assignment]
+    trainer._on_step = lambda step, last: setattr(guard, "requested", step == 3)  # type: ignore[method-assign, assignment]
     with pytest.raises(RunInterruptedError):
         trainer.train(checkpoints=tmp_path / "checkpoints")
     assert recorder.of("moved") == []

@@ -47,7 +47,7 @@ def test_no_tensor_is_kept_from_one_step_to_the_next(
     trainer = _trainer(kind, write_config())
     alive: dict[int, int] = {}
 
-    def on_step(step: int) -> None:
+    def on_step(step: int, last: bool) -> None:
         if step % 15 == 0:
             alive[step] = _alive()
 

@@ -79,6 +79,17 @@ class Agreement:
             ) from error
 
 
+def misfit(server: Agreement, own: Agreement) -> ConnectionFailedError | None:
+    """Return the error of a client whose side of the agreement is not the server's; None where both agree."""
+    found = differences(server, own)
+    if not found:
+        return None
+    return ConnectionFailedError(
+        "This client does not fit the federation: " + "; ".join(found) + ".",
+        "Use the server's models and settings; only hardware settings such as batch_size may differ.",
+    )
+
+
 def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agreement:
     """Collect what the other sites must have in common with a trainer.
 

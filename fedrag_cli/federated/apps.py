@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.aggregation import makes_mean, mean_content, require_mean
-from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.client import AGREEMENT, ClientHandler
 from fedrag_cli.federated.privacy import privacy_record
 from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
 from fedrag_cli.federated.task import FLTask
@@ -25,7 +25,7 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 class ScreenedStrategy(Strategy):
-    """A strategy that sees only updates which passed the screening.
+    """A strategy that sees only updates which passed the screening, from clients that agree with the server.
 
     Args:
         strategy: The strategy that aggregates.
@@ -46,18 +46,21 @@ class ScreenedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Note the global weights of this round, and send them in the agreed number format."""
         self._reference = arrays
-        sent = in_dtype(arrays, self.task.settings.transport_dtype)
-        return send_instead(self.strategy.configure_train(server_round, arrays, config, grid), sent)
+        return self._sent(self.strategy.configure_train(server_round, arrays, config, grid), arrays)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand on what passed; raises FederationError where that is less than the quorum."""
         settings = self.task.settings
-        passed = list(self._screened(server_round, replies))
+        refused: dict[int, str] = {}
+        passed = list(self._screened(server_round, replies, refused))
         if len(passed) < settings.min_clients:
             raise FederationError(
-                f"Round {server_round} has {len(passed)} usable updates, but needs {settings.min_clients}."
+                f"Round {server_round} has {len(passed)} usable updates, but needs {settings.min_clients}"
+                + "".join(f"; {number}: {reason}" for number, reason in refused.items())
+                + ".",
+                "Look at the refused clients' own messages.",
             )
         if makes_mean(settings):
             return self._of_mean(server_round, passed[0][0], [update for _, update in passed])
@@ -65,12 +68,24 @@ class ScreenedStrategy(Strategy):
             reply.content = update.content()
         return self.strategy.aggregate_train(server_round, [reply for reply, _ in passed])
 
-    def _screened(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[Message, Update]]:
+    def _sent(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
+        """Let messages carry the weights in the agreed number format, and what clients must have in common."""
+        sent = send_instead(messages, in_dtype(arrays, self.task.settings.transport_dtype))
+        agreement = self.task.agreement.to_json()
+        for message in sent:
+            if not message.content.config_records:
+                message.content["config"] = ConfigRecord()
+            next(iter(message.content.config_records.values()))[AGREEMENT] = agreement
+        return sent
+
+    def _screened(
+        self, server_round: int, replies: Iterable[Message], refused: dict[int, str]
+    ) -> Iterator[tuple[Message, Update]]:
         settings = self.task.settings
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             try:
                 if reply.has_error():
-                    raise RefusedUpdateError("it failed")
+                    raise RefusedUpdateError("it failed; its own messages say why")
                 yield (
                     reply,
                     screen_update(
@@ -84,6 +99,7 @@ class ScreenedStrategy(Strategy):
                     ),
                 )
             except RefusedUpdateError as refusal:
+                refused[reply.metadata.src_node_id] = str(refusal)
                 self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
 
     def _of_mean(
@@ -99,8 +115,7 @@ class ScreenedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Hand the call on, with the global weights as the clients get them."""
-        sent = in_dtype(arrays, self.task.settings.transport_dtype)
-        return send_instead(self.strategy.configure_evaluate(server_round, arrays, config, grid), sent)
+        return self._sent(self.strategy.configure_evaluate(server_round, arrays, config, grid), arrays)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Leave out clients without validation examples; none at all gives no metrics."""
@@ -125,7 +140,7 @@ def server_app(task: FLTask, strategy: Strategy | None = None, output: Path | No
             min_clients=settings.min_clients,
             learning_rate=task.trainer.config.learning_rate,
         )
-        result = ScreenedStrategy(chosen, task).start(
+        result = ScreenedStrategy(chosen, task, task.trainer.reporter).start(
             grid=grid,
             initial_arrays=to_wire(task.weights()),
             num_rounds=settings.rounds,

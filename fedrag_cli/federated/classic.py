@@ -1,7 +1,7 @@
 """The federated task behind Flower's classic API: `flwr.server.Server` and `flwr.client.NumPyClient`.
 
-That API sends lists of arrays without names. The order is that of the sorted names, and a hash of names and shapes
-travels in the config, so that a client with other tensors refuses instead of mixing them up.
+That API sends lists of arrays without names. The order is that of the sorted names, and the server's side of the
+agreement travels in the config, so that a client with other tensors, models or settings refuses.
 """
 
 from __future__ import annotations
@@ -11,18 +11,32 @@ from typing import Any
 
 import torch
 from flwr.client import NumPyClient
-from flwr.common import EvaluateRes, Scalar, ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.server import Server, SimpleClientManager
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server import ClientManager, Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.history import History
 from flwr.server.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
-from fedrag_cli.errors import ConfigError, ConnectionFailedError, FederationError
-from fedrag_cli.federated.task import FLTask
+from fedrag_cli.errors import ConfigError, FederationError
+from fedrag_cli.federated.agreement import Agreement, misfit
+from fedrag_cli.federated.client import AGREEMENT
+from fedrag_cli.federated.task import PROXIMAL_MU, SERVER_ROUND, FLTask
 from fedrag_cli.federated.weights import Weights, to_arrays
+from fedrag_cli.runs.reporting import Reporter
 
-MANIFEST = "manifest"
+# The name that `flwr.server.strategy.FedProx` gives it.
+CLASSIC_PROXIMAL_MU = "proximal_mu"
+Failures = list[tuple[ClientProxy, Any] | BaseException]
 
 
 class ClassicClient(NumPyClient):
@@ -36,6 +50,7 @@ class ClassicClient(NumPyClient):
         """Keep the task; raises ConfigError where its settings ask for what this API cannot do."""
         _require_plain_weights(task)
         self.task = task
+        self._rounds = 0
 
     def get_parameters(self, config: dict[str, Scalar]) -> list[NDArray[Any]]:
         """Return the trained tensors in the order of their names."""
@@ -44,8 +59,18 @@ class ClassicClient(NumPyClient):
     def fit(
         self, parameters: list[NDArray[Any]], config: dict[str, Scalar]
     ) -> tuple[list[NDArray[Any]], int, dict[str, Scalar]]:
-        """Train from the given weights on this client's own examples."""
-        result = self.task.fit(self._named(parameters, config), config)
+        """Train from the given weights on this client's own examples.
+
+        A server that does not say which round it is gets the order of the examples of one round more each time.
+
+        Raises:
+            ConnectionFailedError: The server's models or settings are others.
+            FederationError: The arrays are not those of the tuned tensors.
+        """
+        weights = self._named(parameters, config)
+        self._rounds = int(config.get(SERVER_ROUND, self._rounds + 1))
+        proximal_mu = config.get(PROXIMAL_MU, config.get(CLASSIC_PROXIMAL_MU, 0.0))
+        result = self.task.fit(weights, {SERVER_ROUND: self._rounds, PROXIMAL_MU: proximal_mu})
         return list(to_arrays(result.weights).values()), result.examples, self._listed(result.metrics)
 
     def evaluate(
@@ -59,11 +84,9 @@ class ClassicClient(NumPyClient):
         return {name: metrics[name] for name in self.task.settings.metrics if name in metrics}
 
     def _named(self, parameters: Sequence[NDArray[Any]], config: Mapping[str, Scalar]) -> Weights:
-        theirs = config.get(MANIFEST)
-        if theirs is not None and theirs != self.task.digest:
-            raise ConnectionFailedError(
-                "The server tunes other tensors than this client.", "Use the same base model and LoRA settings."
-            )
+        theirs = config.get(AGREEMENT)
+        if theirs is not None and (error := misfit(Agreement.from_json(str(theirs)), self.task.agreement)):
+            raise error
         return named_weights(self.task, parameters)
 
 
@@ -87,7 +110,8 @@ class ClassicServer(Server):
         chosen: Any = strategy if strategy is not None else _fedavg(task)
         if getattr(chosen, "initial_parameters", None) is None:
             chosen.initial_parameters = initial
-        super().__init__(client_manager=SimpleClientManager(), strategy=chosen)
+        agreed = AgreedStrategy(chosen, task.agreement, task.trainer.reporter)
+        super().__init__(client_manager=SimpleClientManager(), strategy=agreed)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the rounds, and put the global weights into the model."""
@@ -117,20 +141,66 @@ def named_weights(task: FLTask, parameters: Sequence[NDArray[Any]]) -> Weights:
     return {name: torch.from_numpy(array.copy()) for name, array in zip(manifest, parameters, strict=True)}
 
 
-class MeasuredFedAvg(FedAvg):
-    """FedAvg that leaves clients without validation examples out of the evaluation."""
+class AgreedStrategy(Strategy):
+    """Any classic strategy, with messages that say which round it is and what clients must have in common.
+
+    Args:
+        strategy: Chooses the clients and aggregates.
+        agreement: The server's side.
+        reporter: Told which clients failed.
+    """
+
+    def __init__(self, strategy: Strategy, agreement: Agreement, reporter: Reporter) -> None:
+        """Keep all of them."""
+        self.strategy = strategy
+        self._agreement = agreement.to_json()
+        self._reporter = reporter
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        """Hand the call on."""
+        return self.strategy.initialize_parameters(client_manager)
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Add the round and the agreement to what the strategy says."""
+        asked = self.strategy.configure_fit(server_round, parameters, client_manager)
+        return [(client, FitIns(ins.parameters, self._told(server_round, ins.config))) for client, ins in asked]
+
+    def aggregate_fit(
+        self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: Failures
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Name the clients that failed; raises FederationError where no other one is left."""
+        reasons = [_reason(failure) for failure in failures]
+        for reason in reasons:
+            self._reporter.note(f"Round {server_round}: no usable update: {reason}")
+        if not results:
+            raise FederationError(
+                f"Round {server_round} has no usable update" + "".join(f"; {reason}" for reason in reasons) + ".",
+                "Look at the clients' own messages.",
+            )
+        return self.strategy.aggregate_fit(server_round, results, failures)
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Add the round and the agreement to what the strategy says."""
+        asked = self.strategy.configure_evaluate(server_round, parameters, client_manager)
+        return [(client, EvaluateIns(ins.parameters, self._told(server_round, ins.config))) for client, ins in asked]
 
     def aggregate_evaluate(
-        self,
-        server_round: int,
-        results: list[tuple[ClientProxy, EvaluateRes]],
-        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+        self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: Failures
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Average what was measured; nothing where no client has measured anything."""
+        """Leave out clients without validation examples; none at all gives no metrics."""
         measured = [(client, result) for client, result in results if result.num_examples]
-        if not measured:
-            return None, {}
-        return super().aggregate_evaluate(server_round, measured, failures)
+        return self.strategy.aggregate_evaluate(server_round, measured, failures) if measured else (None, {})
+
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
+        """Hand the call on."""
+        return self.strategy.evaluate(server_round, parameters)
+
+    def _told(self, server_round: int, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        return {**config, SERVER_ROUND: server_round, AGREEMENT: self._agreement}
 
 
 def _require_plain_weights(task: FLTask) -> None:
@@ -152,20 +222,15 @@ def _require_plain_weights(task: FLTask) -> None:
 
 
 def _fedavg(task: FLTask) -> FedAvg:
-    def config(server_round: int) -> dict[str, Scalar]:
-        return {"server-round": server_round, MANIFEST: task.digest}
-
     def mean(results: list[tuple[int, dict[str, Scalar]]]) -> dict[str, Scalar]:
         names = sorted({name for _, metrics in results for name in metrics})
         return {name: _weighted(results, name) for name in names}
 
     clients = task.settings.min_clients
-    return MeasuredFedAvg(
+    return FedAvg(
         min_fit_clients=clients,
         min_evaluate_clients=clients,
         min_available_clients=clients,
-        on_fit_config_fn=config,
-        on_evaluate_config_fn=config,
         fit_metrics_aggregation_fn=mean,
         evaluate_metrics_aggregation_fn=mean,
         accept_failures=True,
@@ -176,3 +241,11 @@ def _weighted(results: list[tuple[int, dict[str, Scalar]]], name: str) -> float:
     known = [(examples, float(metrics[name])) for examples, metrics in results if name in metrics]
     total = sum(examples for examples, _ in known)
     return sum(examples * value for examples, value in known) / total if total else 0.0
+
+
+def _reason(failure: tuple[ClientProxy, Any] | BaseException) -> str:
+    """Say in words how a client failed, which Flower gives as what was raised or as a reply."""
+    if isinstance(failure, BaseException):
+        return f"a client failed: {getattr(failure, 'message', '') or failure or type(failure).__name__}"
+    client, reply = failure
+    return f"{client.cid} failed: {reply.status.message or reply.status.code.name}"

@@ -10,8 +10,8 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from fedrag_cli.errors import ConnectionFailedError, FederationError, FedRAGError
-from fedrag_cli.federated.agreement import Agreement, differences
+from fedrag_cli.errors import FederationError, FedRAGError
+from fedrag_cli.federated.agreement import Agreement, misfit
 from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
 from fedrag_cli.federated.task import SERVER_ROUND, EvaluateResult, FLTask
@@ -60,10 +60,20 @@ class ClientHandler:
         return self.finished or self.failure is not None
 
     def __call__(self, message: Message) -> Message:
-        """Return the reply to a message."""
+        """Return the reply to a message.
+
+        Raises:
+            ConnectionFailedError: The message comes with the server's agreement, and this client's is another.
+            FedRAGError: The work failed.
+        """
         kind = message.metadata.message_type
         if kind == MessageType.QUERY:
             return self._query(message)
+        # Stock servers of Flower shake no hands; theirs comes with the work.
+        if (text := _config(message).get(AGREEMENT)) and (
+            error := misfit(Agreement.from_json(str(text)), self.task.agreement)
+        ):
+            raise error
         if kind == MessageType.TRAIN:
             return self._train(message)
         return self._evaluate(message)
@@ -77,12 +87,8 @@ class ClientHandler:
             )
             return _reply(message, {ACTION: STOP})
         server = Agreement.from_json(str(config.get(AGREEMENT, "")))
-        found = differences(server, self.task.agreement)
-        if found:
-            self.failure = ConnectionFailedError(
-                "This client does not fit the federation: " + "; ".join(found) + ".",
-                "Use the server's models and settings; only hardware settings such as batch_size may differ.",
-            )
+        if error := misfit(server, self.task.agreement):
+            self.failure = error
         else:
             self.reporter.note(f"Agreed with the server: {self.task.side}, {len(server.manifest)} tensors")
         return _reply(message, {AGREEMENT: self.task.agreement.to_json(), NAME: self.name})

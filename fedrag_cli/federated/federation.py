@@ -61,6 +61,7 @@ class Federation:
         seed: Seed of the choice of clients.
         reporter: Told what happens, as events.
         save_round: Called with the state after each round, and before the first.
+        save_missing: Called with the state of the last round whenever a client has got the final weights.
         evaluate_global: Measures global weights on the server's own data; None where it has none.
     """
 
@@ -74,6 +75,7 @@ class Federation:
         seed: int,
         reporter: Reporter,
         save_round: SaveRound = lambda state: None,
+        save_missing: SaveRound = lambda state: None,
         evaluate_global: EvaluateGlobal = lambda number, weights: None,
     ) -> None:
         """Start without clients; raises FederationError where the strategy and the settings do not go together."""
@@ -86,6 +88,7 @@ class Federation:
         self._seed = seed
         self._reporter = reporter
         self._save_round = save_round
+        self._save_missing = save_missing
         self._evaluate_global = evaluate_global
         self._has_gathered = False
         self.roster = Roster(grid, agreement, reporter)
@@ -271,17 +274,15 @@ class Federation:
     def _hand_out(self, state: RoundState) -> None:
         """Give every client the final weights, and take its measurement of them.
 
-        Clients that are away then are remembered, and get the weights from a server that is resumed.
+        Who took part and is not known to have them is waited for, but not longer than `rejoin_timeout`. It is
+        remembered as each client confirms, so a server that is resumed waits for the others only, and whoever was away
+        gets the weights from it.
         """
-        if state.missing:
-            self._await_clients(state.missing)
-        else:
-            try:
-                self._gather()
-            except FederationError as error:
-                # The rounds are done and saved; who is there gets the weights.
-                self._reporter.note(error.message)
-        expected = set(state.missing or (name for row in state.history for name in row["clients"]))
+        if state.missing is None:
+            state.missing = sorted({name for row in state.history for name in row["clients"]})
+            self._save_missing(state)
+        self._await_clients(state.missing)
+        expected = set(state.missing)
         config = ConfigRecord({SERVER_ROUND: state.number, FINAL: True})
         # What travels as float32 is the weights themselves; otherwise they are more than what travels.
         dtype = self._settings.transport_dtype
@@ -301,6 +302,8 @@ class Federation:
                 return
             self.roster.dismiss(name)
             expected.discard(name)
+            state.missing = sorted(expected)
+            self._save_missing(state)
             self._reporter.event("client_final", client=name, received=True, reason="")
 
         def on_failure(name: str, reason: str) -> None:
@@ -311,17 +314,17 @@ class Federation:
             on_failure(name, "it is away")
         if is_whole:
             state.weights = move_from_wire(arrays)
-        if state.missing is None:
+        if "clients" not in state.evaluations.get(str(state.number), {}):
             self._note_evaluation(state, state.number, "clients", measured)
-        state.missing = sorted(expected)
 
     def _await_clients(self, names: Sequence[str]) -> None:
-        """Wait until all of some clients are there, or the time for gathering is over."""
-        end, noted = time.monotonic() + self._settings.gather_timeout, 0.0
-        while time.monotonic() < end:
+        """Wait until clients are there, but for those given up or refused, or `rejoin_timeout` is over."""
+        end, noted = time.monotonic() + self._settings.rejoin_timeout, 0.0
+        while True:
             self.roster.refresh()
             ready = [participant.name for participant in self.roster.ready()]
-            if set(names) <= set(ready):
+            hopeless = {p.name for p in [*self.roster.with_status("given up"), *self.roster.with_status("refused")]}
+            if set(names) <= {*ready, *hopeless} or time.monotonic() >= end:
                 return
             if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
                 noted = time.monotonic()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from fedrag_cli.errors import ModelError
 from fedrag_cli.federated.strategies import State
 from fedrag_cli.federated.weights import Weights, load_weights, save_weights
-from fedrag_cli.runs.atomic import os_errors, replace_directory_atomically
+from fedrag_cli.runs.atomic import os_errors, replace_directory_atomically, write_text_atomically
 
 PREFIX = "round-"
 WEIGHTS, STRATEGY, STATE = "weights.safetensors", "strategy.safetensors", "state.json"
@@ -31,7 +31,7 @@ class RoundState:
         strategy: What the strategy keeps from round to round.
         history: A summary of each round so far.
         evaluations: Metrics of the global weights by round, as clients and server measured them.
-        missing: Clients that took part and have not got the final weights; None before these were handed out.
+        missing: Clients that took part and are not known to have the final weights; None before these are handed out.
     """
 
     number: int
@@ -52,15 +52,19 @@ def save_round(directory: Path, state: RoundState) -> None:
     with replace_directory_atomically(directory / f"{PREFIX}{state.number:04d}") as target, os_errors(target):
         save_weights(state.weights, target / WEIGHTS)
         save_file({name: array.copy() for name, array in state.strategy.items()}, target / STRATEGY)
-        known = {
-            "round": state.number,
-            "history": state.history,
-            "evaluations": state.evaluations,
-            "missing": state.missing,
-        }
-        (target / STATE).write_text(json.dumps(known), encoding="utf-8")
+        (target / STATE).write_text(_known(state), encoding="utf-8")
     for old in _rounds(directory)[:-KEPT]:
         shutil.rmtree(old)
+
+
+def save_missing(directory: Path, state: RoundState) -> None:
+    """Write who has not got the final weights into the state of the last round, whose weights are saved already.
+
+    Args:
+        directory: Folder of all rounds.
+        state: What to write; its weights may be on their way.
+    """
+    write_text_atomically(directory / f"{PREFIX}{state.number:04d}" / STATE, _known(state))
 
 
 def load_newest_round(directory: Path) -> RoundState | None:
@@ -89,6 +93,16 @@ def load_newest_round(directory: Path) -> RoundState | None:
             f"The round in '{newest}' is damaged: {error}",
             f"Remove the folder '{newest}' to go on from the one before.",
         ) from error
+
+
+def _known(state: RoundState) -> str:
+    known = {
+        "round": state.number,
+        "history": state.history,
+        "evaluations": state.evaluations,
+        "missing": state.missing,
+    }
+    return json.dumps(known)
 
 
 def _rounds(directory: Path) -> list[Path]:

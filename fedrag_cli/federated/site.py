@@ -28,9 +28,10 @@ def trainer_around(
 
     Raises:
         ModelError: The model is of another kind than the trainer's.
+        DataError: The trainer measures what needs relevant ids, and no validation example has any.
     """
     rag_system = trainer.rag_system if model is None else _with_model(trainer, model)
-    return type(trainer)(
+    own = type(trainer)(
         rag_system,
         train_dataset=[] if train_dataset is None else train_dataset,
         validation_dataset=[] if validation_dataset is None else validation_dataset,
@@ -38,6 +39,9 @@ def trainer_around(
         seed=trainer.seed,
         reporter=trainer.reporter,
     )
+    if trainer.extra_validation is not None and own.validation_examples:
+        own.extra_validation = trainer.extra_validation.around(own)
+    return own
 
 
 def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:

@@ -17,7 +17,7 @@ from fedrag_cli.federated.agreement import Agreement, agreement_of
 from fedrag_cli.federated.lora import freeze_a
 from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.site import trainer_around
-from fedrag_cli.federated.weights import Weights, manifest_digest, record_digest, to_wire
+from fedrag_cli.federated.weights import Weights, record_digest, to_wire
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
 
@@ -96,11 +96,6 @@ class FLTask:
     def side(self) -> str:
         """What is tuned: retriever or generator."""
         return self.trainer.side
-
-    @property
-    def digest(self) -> str:
-        """Hash of the names and shapes of the trained tensors."""
-        return manifest_digest(self.agreement.manifest)
 
     def weights(self) -> Weights:
         """Return copies of the trained tensors as they are now, by name."""
@@ -197,6 +192,8 @@ class FLTask:
     def client(self, model: nn.Module, train_dataset: Any, val_dataset: Any = None) -> Client:
         """Return a client of Flower's classic API, for `flwr.client.start_client`.
 
+        Make it once for all rounds: what is compared with the server's base model is the model as it is now.
+
         Args:
             model: The model that this client trains.
             train_dataset: This client's examples.
@@ -232,7 +229,7 @@ class FLTask:
         # Every round draws its own order of the examples; the first one is that of training without a federation.
         trainer.seed = self._seed + number - 1
         checkpoints = self._round_directory(number, digest)
-        result = trainer.train(phase=f"round-{number}", checkpoints=checkpoints)
+        result = trainer.train(phase=f"round-{number}", checkpoints=checkpoints, finish=False)
         trained = trainer.trained_weights()
         if checkpoints is not None:
             shutil.rmtree(checkpoints)

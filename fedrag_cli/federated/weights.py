@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,11 +105,6 @@ def to_arrays(weights: Mapping[str, Tensor]) -> Arrays:
 def manifest_of(weights: Mapping[str, Tensor]) -> Manifest:
     """Return names and shapes of tensors, in the order of their names."""
     return {name: list(weights[name].shape) for name in sorted(weights)}
-
-
-def manifest_digest(manifest: Manifest) -> str:
-    """Return a hash of names and shapes, of 16 hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def record_digest(record: Mapping[str, Array]) -> str:

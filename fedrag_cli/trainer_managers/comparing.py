@@ -86,7 +86,8 @@ def load_evaluated(name: str) -> Evaluated:
     stages = stages_of(run)
     if not stages:
         raise ConfigError(
-            f"The run in '{path}' has evaluated nothing yet.", f"Evaluate it with: fedrag evaluate {path}"
+            f"The run in '{path}' has evaluated nothing yet.",
+            f"Evaluate it with: fedrag evaluate {path} and name the run directory that this prints.",
         )
     if stage is None:
         stage = next((known for known in NEWEST_FIRST if known in stages), stages[-1])

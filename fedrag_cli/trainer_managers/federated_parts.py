@@ -15,7 +15,7 @@ from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.federated.config import public_settings
 from fedrag_cli.federated.federation import EvaluateGlobal, Federation
 from fedrag_cli.federated.grid import FederationGrid
-from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
+from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights
 from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
@@ -111,6 +111,7 @@ def run_federation(
         seed=config.run.seed,
         reporter=reporter,
         save_round=lambda reached: save_round(run.checkpoints, reached),
+        save_missing=lambda reached: save_missing(run.checkpoints, reached),
         evaluate_global=_evaluation_of(run, config, data, task, rag_system, settings, reporter, shares_model),
     )
     state = load_newest_round(run.checkpoints)

@@ -161,20 +161,40 @@ def _add_metrics(trainer: HuggingFaceTrainer, names: list[str]) -> None:
     """Let a trainer measure metrics of the whole RAG system when it validates, beside that of its config."""
     chosen = trainer.config.validation.metric
     metrics = list(dict.fromkeys([*([chosen] if chosen not in (None, "loss") else []), *names]))
-    if not metrics:
-        return
-    rag_system = trainer.rag_system
-    examples = resolve_relevant_ids(trainer.validation_examples, rag_system.knowledge_store.nodes)
-    if not examples:
-        raise DataError(f"The validation metric '{metrics[0]}' needs validation examples.", "Pass validation_dataset.")
-    for metric in metrics:
-        if metric not in GENERATOR_METRICS and not any(example.relevant_ids for example in examples):
+    if metrics:
+        trainer.extra_validation = SystemMetrics(trainer, metrics)
+
+
+class SystemMetrics:
+    """Measures a trainer's whole RAG system on its validation examples.
+
+    Args:
+        trainer: The trainer.
+        metrics: Names of the metrics, at least one.
+
+    Raises:
+        DataError: There are no validation examples, or none of them has the relevant ids that a metric needs.
+    """
+
+    def __init__(self, trainer: HuggingFaceTrainer, metrics: list[str]) -> None:
+        """Find the relevant passages once."""
+        self._rag_system, self._metrics = trainer.rag_system, metrics
+        self._examples = resolve_relevant_ids(trainer.validation_examples, trainer.rag_system.knowledge_store.nodes)
+        if not self._examples:
             raise DataError(
-                f"The validation metric '{metric}' needs relevant ids, but no validation example has any.",
-                "Add a relevant_ids column, or choose the metric loss.",
+                f"The validation metric '{metrics[0]}' needs validation examples.", "Pass validation_dataset."
             )
+        for metric in metrics:
+            if metric not in GENERATOR_METRICS and not any(example.relevant_ids for example in self._examples):
+                raise DataError(
+                    f"The validation metric '{metric}' needs relevant ids, but no validation example has any.",
+                    "Add a relevant_ids column, or choose the metric loss.",
+                )
 
-    def measure() -> dict[str, Any]:
-        return evaluate(rag_system, examples, metrics).means()
+    def __call__(self) -> dict[str, Any]:
+        """Return the metrics' means by name."""
+        return evaluate(self._rag_system, self._examples, self._metrics).means()
 
-    trainer.extra_validation = measure
+    def around(self, trainer: HuggingFaceTrainer) -> SystemMetrics:
+        """Return the same for another trainer."""
+        return SystemMetrics(trainer, self._metrics)

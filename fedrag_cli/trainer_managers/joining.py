@@ -37,8 +37,10 @@ from fedrag_cli.trainer_managers.run_parts import (
     evaluate_once,
     load_rag_system,
     load_run_data,
+    model_fingerprints,
     record_fingerprints,
     recorded_end,
+    require_unchanged,
     save_models,
     write_results,
 )
@@ -120,6 +122,7 @@ def _see_through(
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), terminable():
         record_fingerprints(run, rag_system)
+        require_unchanged(run, "base models", model_fingerprints(rag_system))
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)

@@ -42,10 +42,13 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
     chosen_metrics,
+    data_fingerprints,
     load_rag_system,
     load_run_data,
+    model_fingerprints,
     record_fingerprints,
     recorded_end,
+    require_unchanged,
     save_models,
     write_results,
 )
@@ -106,13 +109,25 @@ def start_simulation(
 
 
 def resume_simulation(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
-    """Go on with a simulation after its newest finished round; see `start_simulation`."""
+    """Go on with a simulation after its newest finished round; see `start_simulation`.
+
+    Args:
+        run: The simulation's run directory.
+        source: Its config.
+        reporter: Shows what happens.
+
+    Raises:
+        FedRAGError: Beside what `start_simulation` raises: the data or a base model has changed since it started.
+    """
     config = source.config
     data = load_run_data(config)
+    require_unchanged(run, "data", data_fingerprints(data))
     sites = split_sites(config, data, run.manifest()["federation"]["clients"])
+    _require_quorum(config, sites)
     with run.locked():
         run.update_manifest(status="running", error=None)
         rag_system = load_rag_system(config, data, reporter)
+        require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, sites, rag_system, reporter)
 
 
@@ -182,8 +197,13 @@ def _see_through(
 ) -> dict[str, Any]:
     started = time.monotonic()
     settings = settings_of(config)
+    if (wanted := settings.wait_for_clients or 0) > len(sites):
+        reporter.note(
+            f"federated.wait_for_clients is {wanted}, but this simulation has {len(sites)} clients; it waits for none. "
+            "For more, raise --clients."
+        )
     # All clients are here, so nobody is waited for.
-    settings = dataclasses.replace(settings, rejoin_timeout=1e-3)
+    settings = dataclasses.replace(settings, rejoin_timeout=1e-3, wait_for_clients=None)
     reporter = RunReporter(run.open_log(), reporter)
     with recorded_end(run), terminable():
         record_fingerprints(run, rag_system, data)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,15 @@ from fedrag_cli.trainers.huggingface.movement import PhaseStart
 from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
 from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, Instances, LossFunction, TrainingLoop
 
-ExtraMetrics = Callable[[], Mapping[str, float]]
+
+class ExtraMetrics(Protocol):
+    """What a trainer measures beside its loss when it validates."""
+
+    def __call__(self) -> Mapping[str, float]:
+        """Return the metrics by name."""
+
+    def around(self, trainer: HuggingFaceTrainer) -> ExtraMetrics:
+        """Return the same for another trainer's RAG system and validation examples."""
 
 
 class HuggingFaceTrainer(BaseTrainer):
@@ -134,8 +142,8 @@ class HuggingFaceTrainer(BaseTrainer):
     def _on_checkpoint(self, directory: Path) -> None:
         """Add what is ours to a checkpoint."""
 
-    def _on_step(self, step: int) -> None:
-        """Do what is due after an optimizer step."""
+    def _on_step(self, step: int, last: bool) -> None:
+        """Do what is due after an optimizer step; `last` says that none follows."""
 
     def _counts(self) -> dict[str, Any]:
         """Return counts for the result, such as truncated prompts."""
@@ -160,8 +168,14 @@ class HuggingFaceTrainer(BaseTrainer):
         copy_weights(trainable(self.model), weights)
         self._finish()
 
-    def train(self, *, phase: str | None = None, checkpoints: Path | None = None) -> TrainResult:
+    def train(self, *, phase: str | None = None, checkpoints: Path | None = None, finish: bool = True) -> TrainResult:
         """Tune on the training examples; see `BaseTrainer.train`.
+
+        Args:
+            phase: As there.
+            checkpoints: As there.
+            finish: Whether the RAG system follows the trained weights; without it, what was encoded before stays, for
+                a federation's client that gets other weights before anything is searched.
 
         Raises:
             TrainingError: Training cannot work or did not work; the message names the cause.
@@ -175,12 +189,12 @@ class HuggingFaceTrainer(BaseTrainer):
         started = time.monotonic()
         name = phase or self.side
         if checkpoints is not None:
-            return self._train_in(checkpoints, name, started, lasting=True)
+            return self._train_in(checkpoints, name, started, lasting=True, finish=finish)
         with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
             shared = self.processes.main_does(lambda: Path(directory))
-            return self._train_in(shared, name, started, lasting=False)
+            return self._train_in(shared, name, started, lasting=False, finish=finish)
 
-    def _train_in(self, directory: Path, phase: str, started: float, *, lasting: bool) -> TrainResult:
+    def _train_in(self, directory: Path, phase: str, started: float, *, lasting: bool, finish: bool) -> TrainResult:
         resuming = self.processes.main_does(lambda: _newest_in(directory))
         start = PhaseStart(self.model, directory, writes=self.processes.is_main)
         instances = self._prepare_once(self.cache_directory or (directory if lasting else None), resuming)
@@ -220,7 +234,8 @@ class HuggingFaceTrainer(BaseTrainer):
         require_finite(self.model, self.what)
         if modules := start.movement(self.model):
             self.reporter.event("moved", phase=phase, modules=modules)
-        self._finish()
+        if finish:
+            self._finish()
         return self._result(loop, time.monotonic() - started)
 
     def _loop(self, directory: Path, instances: Sequence[Any], callback: ScheduleCallback) -> TrainingLoop:

@@ -140,14 +140,17 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
 
     def _restore_index(self, checkpoint: Path | None) -> None:
         if checkpoint is not None and self.config.train == "both":
-            self.rag_system.knowledge_store.replace_embeddings(load_file(checkpoint / INDEX_FILE)["embeddings"])
+            store = self.rag_system.knowledge_store
+            store.replace_embeddings(load_file(checkpoint / INDEX_FILE)["embeddings"])
+            # They are those of an earlier step, whose weights are not known here.
+            store.encoder_fingerprint = None
 
     def _query_of(self, instance: int) -> str:
         return self.train_examples[instance].query
 
-    def _on_step(self, step: int) -> None:
+    def _on_step(self, step: int, last: bool) -> None:
         self._exchange_likelihoods()
-        if step % self._refresh_every() == 0:
+        if not last and step % self._refresh_every() == 0:
             self._refresh_passages()
 
     def _exchange_likelihoods(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
-from fedrag_cli.rag.system import RAGSystem, refresh_store
+from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
 from fedrag_cli.trainers.config import RetrieverTrainingConfig
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.training_loop import IGNORED
@@ -150,9 +150,9 @@ class HuggingFaceTrainerForRetriever(HuggingFaceTrainer):
         }
 
     def _refresh_passages(self) -> None:
-        """Encode all passages anew where their encoder is tuned too."""
+        """Encode all passages anew where their encoder is tuned too and has changed since."""
         if self.config.train == "both":
-            refresh_store(self.rag_system)
+            refresh_stale_store(self.rag_system)
 
     def _on_validation(self) -> None:
         self._refresh_passages()

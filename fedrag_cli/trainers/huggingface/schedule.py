@@ -29,7 +29,7 @@ class ScheduleCallback(TrainerCallback):
         guard: Tells whether the user wants to stop.
         advance: Takes the steps done.
         on_checkpoint: Called with each checkpoint's folder before it is marked complete.
-        on_step: Called with the number of each step that was done.
+        on_step: Called with the number of each step that was done, and whether it was the last one.
         diagnostics: Returns further values of the step that was done.
         processes: Those that train; they agree on stopping, and the main one completes the checkpoints.
     """
@@ -44,7 +44,7 @@ class ScheduleCallback(TrainerCallback):
         guard: InterruptGuard,
         advance: Advance,
         on_checkpoint: Callable[[Path], None],
-        on_step: Callable[[int], None],
+        on_step: Callable[[int, bool], None],
         diagnostics: Callable[[], dict[str, float]],
         processes: Processes,
     ) -> None:
@@ -74,8 +74,8 @@ class ScheduleCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Schedule what is due after a step."""
         self.advance(1)
-        self.on_step(state.global_step)
         last = state.global_step >= state.max_steps
+        self.on_step(state.global_step, last)
         validation, checkpoint = self.config.validation.every, self.config.save_every
         self._schedule(control, _due(validation, state), _due(checkpoint, state))
         if last and isinstance(validation, int):

@@ -53,7 +53,8 @@ class TrainingLoop(Trainer):
         validate: Computes the validation metrics of the model as it is.
         loss_function: Computes the loss, where the model does not; it gets what a batch has as `weights`.
         on_batches: Called with all batches of an optimizer step before the first of them is computed.
-        penalty: Added to the loss of each optimizer step, such as FedProx's proximal term.
+        penalty: Added to what is minimised in each optimizer step, such as FedProx's proximal term; the loss that is
+            logged and recorded is without it.
         lengths: Tokens of each training instance, where instances of similar length go into the same step.
         options: Arguments of `transformers.Trainer`.
     """
@@ -76,6 +77,7 @@ class TrainingLoop(Trainer):
         self._on_batches = on_batches
         self._loss_function = loss_function
         self._weights: Tensor | None = None
+        self._own_loss: Tensor | None = None
         self._penalty = penalty
         self._lengths = lengths
 
@@ -118,8 +120,14 @@ class TrainingLoop(Trainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._penalty is None:
             return result
+        self._own_loss = (result[0] if return_outputs else result).detach()
         penalty = self._penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Minimise the sum of loss and penalty, and return the loss, which is what transformers logs."""
+        minimised: Tensor = super().training_step(*args, **kwargs)
+        return minimised if self._own_loss is None else self._own_loss
 
     def _weighted_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Call our loss function; transformers has no place for the weights in its own call."""
