@@ -53,6 +53,8 @@ def rows(name: str) -> list[dict[str, Any]]:
             "trainer.retriever.validation.metrc=mrr",
             "trainer.retriever.validation.metrc: is no setting here (did you mean 'metric'?)",
         ),
+        ("run.seed=99999999999999999999", "run.seed: must be less than or equal to 4294967295, not 99999999999999999999"),
+        ("run.seed=-1", "run.seed: must be greater than or equal to 0, not -1"),
         ("run.seed=three", "run.seed: must be a whole number, not 'three'"),
         ("trainer.retriever.learning_rate=0", "trainer.retriever.learning_rate: must be greater than 0, not 0"),
         ("dataset.train=null", "The config has no dataset.train, which training needs."),
