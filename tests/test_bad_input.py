@@ -28,6 +28,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
         assert document["schema_version"] == 1
         assert "Traceback" not in shown.err
         if code:
+            for problem in document["error"].get("problems", ()):
+                assert problem["message"] in shown.err
             assert document["error"]["exit_code"] == code
             assert document["error"]["hint"], "an error says what to do next"
             assert shown.err.endswith(f"What to do: {document['error']['hint']}\n")
@@ -53,7 +55,10 @@ def rows(name: str) -> list[dict[str, Any]]:
             "trainer.retriever.validation.metrc=mrr",
             "trainer.retriever.validation.metrc: is no setting here (did you mean 'metric'?)",
         ),
-        ("run.seed=99999999999999999999", "run.seed: must be less than or equal to 4294967295, not 99999999999999999999"),
+        (
+            "run.seed=99999999999999999999",
+            "run.seed: must be less than or equal to 4294967295, not 99999999999999999999",
+        ),
         ("run.seed=-1", "run.seed: must be greater than or equal to 0, not -1"),
         ("run.seed=three", "run.seed: must be a whole number, not 'three'"),
         ("trainer.retriever.learning_rate=0", "trainer.retriever.learning_rate: must be greater than 0, not 0"),
@@ -138,7 +143,10 @@ def _unknown_relevant_id(home: Path) -> None:
             ],
         ),
         (_half_a_line, ["train.jsonl:14"]),
-        (_unknown_relevant_id, ["colour-unicorn"]),
+        (
+            _unknown_relevant_id,
+            ["test.jsonl:2: the relevant id 'colour-unicorn' is no passage and no document of the corpus"],
+        ),
         (_long_question, ["tokens", "the context window has 256"]),
     ],
 )
@@ -153,6 +161,15 @@ def test_bad_data_leaves_no_run(
     for message in messages:
         assert message in shown
     assert files(config.parent) == before
+
+
+def test_bad_data_as_json(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config()
+    _empty_response(config.parent)
+    assert main(["train", str(config), "--json"]) == EXIT_DATA
+    problems = json.loads(capsys.readouterr().out)["error"]["problems"]
+    assert [(item["file"], item["line"]) for item in problems] == [("train.jsonl", line) for line in (3, 5, 7)]
+    assert problems[0]["message"] == "response is empty"
 
 
 @pytest.mark.parametrize(

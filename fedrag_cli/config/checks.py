@@ -59,6 +59,11 @@ def trains_on_relevant_ids(config: Config) -> bool:
     return any(getattr(getattr(config.trainer, side), "needs_relevant_ids", False) for side in tuned_sides(config))
 
 
+def trains_on_responses(config: Config) -> bool:
+    """Return whether an objective that is trained needs examples with answers; all do that do not say otherwise."""
+    return any(getattr(getattr(config.trainer, side), "needs_responses", True) for side in tuned_sides(config))
+
+
 def require_generator_for_training(config: Config) -> None:
     """Raise ConfigError where the config has no generator but an objective that is trained needs one."""
     if trains_with_generator(config):

@@ -12,7 +12,7 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_evaluation_split
 from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
-from fedrag_cli.data.examples import Example, load_examples
+from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import FedRAGError, KnowledgeStoreError
@@ -31,6 +31,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     chosen_metrics,
     data_fingerprints,
     evaluate_once,
+    load_questions,
     model_fingerprints,
     record_fingerprints,
     recorded_end,
@@ -99,7 +100,7 @@ def _config_of(source: ConfigSource, evaluated_run: Path | None) -> Config:
 def _load(config: Config) -> tuple[RunData, list[str]]:
     split = require_evaluation_split(config)
     nodes = _passages(config)
-    examples = load_examples(getattr(config.dataset, split))
+    examples = load_questions(config, split)
     # Without a corpus nothing is retrieved, so the ids of passages name nothing.
     examples = resolve_relevant_ids(examples, nodes) if nodes else _without_relevant_ids(examples)
     data = RunData(nodes, [], [], examples[: config.evaluation.limit], split)
