@@ -75,6 +75,15 @@ def test_wrong_settings(write_config: WriteConfig, run: Callable[..., Any], over
     assert files(config.parent) == before
 
 
+def test_a_config_that_is_not_utf_8(write_config: WriteConfig, run: Callable[..., Any]) -> None:
+    config = write_config()
+    config.write_bytes(b"# caf\xe9\n" + config.read_bytes())
+    code, shown = run("validate", config)
+    assert code == EXIT_USAGE
+    assert f"'{config}' is not UTF-8 text: the byte 0xe9 at offset 5 cannot be decoded." in shown
+    assert "What to do: Save the file as UTF-8.\n" in shown
+
+
 def _missing_file(home: Path) -> None:
     (home / "train.jsonl").unlink()
 
@@ -337,10 +346,13 @@ def test_wrong_models(
 
 
 def test_resume_of_a_folder_that_is_no_run(run: Callable[..., Any], tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
+    for folder, message in (
+        (tmp_path, "is no run directory (config.yaml or manifest.json is missing)."),
+        (tmp_path / "nowhere", "does not exist."),
+    ):
         code, shown = run("resume", folder)
         assert code == EXIT_USAGE
-        assert f"'{folder}' is no run directory (config.yaml or manifest.json is missing)." in shown
+        assert f"'{folder}' {message}" in shown
     assert files(tmp_path) == set()
 
 

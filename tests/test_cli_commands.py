@@ -331,6 +331,19 @@ def test_evaluate_and_query_a_run(
     assert again["differences"] == trained["differences"]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
+    # A run that was moved is found where it is now.
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    assert main(["resume", str(moved)]) == 0
+    shown = capsys.readouterr().err
+    assert f"Everything is in {moved} " in shown
+    assert str(run) not in shown
+    (moved / "retriever").rename(tmp_path / "retriever")
+    for command in (["resume"], ["evaluate"], ["query"]):
+        assert main([*command, str(moved)]) == EXIT_DATA
+        assert f"'{moved}'" in (shown := capsys.readouterr().err)
+        assert "are gone: retriever/." in shown
+
 
 def test_validate_load_reports_sizes(write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config()

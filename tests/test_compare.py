@@ -192,7 +192,7 @@ def test_gates_for_ci(write_config: Callable[..., Path], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere"], 2, "is no run directory"),
+        (["nowhere"], 2, "'nowhere' does not exist."),
         (["RUN"], 2, "no evaluation 'before'"),
         (["RUN:evaluated"], 2, "nothing to compare"),
         (["RUN", "RUN:middle"], 2, "It has: evaluated"),

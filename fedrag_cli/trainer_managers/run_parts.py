@@ -307,6 +307,26 @@ def differences_of(config: Config, before: Evaluation | None, after: Evaluation 
 
 
 @contextmanager
+def nothing_computed_yet(run: RunDirectory) -> Iterator[None]:
+    """Remove a new run where the enclosed code, which loads its models, fails or is interrupted.
+
+    Raises:
+        RunInterruptedError: The user or a signal interrupted the enclosed code.
+    """
+    try:
+        yield
+    except FedRAGError:
+        run.remove()
+        raise
+    except KeyboardInterrupt as error:
+        run.remove()
+        raise RunInterruptedError(
+            f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed.",
+            "Give the command again.",
+        ) from error
+
+
+@contextmanager
 def recorded_end(run: RunDirectory) -> Iterator[None]:
     """Write into the manifest how a run ended; errors after which it can go on say how.
 
