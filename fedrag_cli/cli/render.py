@@ -155,6 +155,9 @@ class Renderer:
     def validation(self, document: Mapping[str, Any]) -> None:
         """Print that a config is right, and what was loaded."""
         self.line(f"{document['config']} is valid (mode: {document['mode']}).")
+        for item in document["warnings"]:
+            place = f"{item['file']}:{item['line']}" if item["line"] else item["file"]
+            self.line(Text.assemble(("Warning: ", "bold yellow"), f"{place}: {item['path']}: {item['message']}"))
         for name, values in document.get("loaded", {}).items():
             self.line(f"  {name.removesuffix('_bytes').replace('_', ' ')}: {_loaded_value(name, values)}")
 

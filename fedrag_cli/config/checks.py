@@ -166,6 +166,8 @@ def _check_evaluation(config: Config) -> Iterator[Finding]:
     split = config.evaluation.split
     if split != "auto" and getattr(config.dataset, split) is None:
         yield ("evaluation", "split"), f"is '{split}', but there is no dataset.{split}"
+    if config.evaluation.metrics == ():
+        yield ("evaluation", "metrics"), "names no metric; leave it out for those of the side that is tuned"
     metrics = config.evaluation.metrics or ()
     answering = generator_metrics_of(metrics)
     if config.rag_system.generator is None and answering:
