@@ -28,6 +28,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
         assert document["schema_version"] == 1
         assert "Traceback" not in shown.err
         if code:
+            for problem in document["error"].get("problems", ()):
+                assert problem["message"] in shown.err
             assert document["error"]["exit_code"] == code
             assert document["error"]["hint"], "an error says what to do next"
             assert shown.err.endswith(f"What to do: {document['error']['hint']}\n")
@@ -53,6 +55,11 @@ def rows(name: str) -> list[dict[str, Any]]:
             "trainer.retriever.validation.metrc=mrr",
             "trainer.retriever.validation.metrc: is no setting here (did you mean 'metric'?)",
         ),
+        (
+            "run.seed=99999999999999999999",
+            "run.seed: must be less than or equal to 4294967295, not 99999999999999999999",
+        ),
+        ("run.seed=-1", "run.seed: must be greater than or equal to 0, not -1"),
         ("run.seed=three", "run.seed: must be a whole number, not 'three'"),
         ("trainer.retriever.learning_rate=0", "trainer.retriever.learning_rate: must be greater than 0, not 0"),
         ("dataset.train=null", "The config has no dataset.train, which training needs."),
@@ -66,6 +73,15 @@ def test_wrong_settings(write_config: WriteConfig, run: Callable[..., Any], over
     assert code == EXIT_USAGE
     assert message in shown
     assert files(config.parent) == before
+
+
+def test_a_config_that_is_not_utf_8(write_config: WriteConfig, run: Callable[..., Any]) -> None:
+    config = write_config()
+    config.write_bytes(b"# caf\xe9\n" + config.read_bytes())
+    code, shown = run("validate", config)
+    assert code == EXIT_USAGE
+    assert f"'{config}' is not UTF-8 text: the byte 0xe9 at offset 5 cannot be decoded." in shown
+    assert "What to do: Save the file as UTF-8.\n" in shown
 
 
 def _missing_file(home: Path) -> None:
@@ -136,7 +152,10 @@ def _unknown_relevant_id(home: Path) -> None:
             ],
         ),
         (_half_a_line, ["train.jsonl:14"]),
-        (_unknown_relevant_id, ["colour-unicorn"]),
+        (
+            _unknown_relevant_id,
+            ["test.jsonl:2: the relevant id 'colour-unicorn' is no passage and no document of the corpus"],
+        ),
         (_long_question, ["tokens", "the context window has 256"]),
     ],
 )
@@ -151,6 +170,15 @@ def test_bad_data_leaves_no_run(
     for message in messages:
         assert message in shown
     assert files(config.parent) == before
+
+
+def test_bad_data_as_json(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config()
+    _empty_response(config.parent)
+    assert main(["train", str(config), "--json"]) == EXIT_DATA
+    problems = json.loads(capsys.readouterr().out)["error"]["problems"]
+    assert [(item["file"], item["line"]) for item in problems] == [("train.jsonl", line) for line in (3, 5, 7)]
+    assert problems[0]["message"] == "response is empty"
 
 
 @pytest.mark.parametrize(
@@ -318,10 +346,13 @@ def test_wrong_models(
 
 
 def test_resume_of_a_folder_that_is_no_run(run: Callable[..., Any], tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
+    for folder, message in (
+        (tmp_path, "is no run directory (config.yaml or manifest.json is missing)."),
+        (tmp_path / "nowhere", "does not exist."),
+    ):
         code, shown = run("resume", folder)
         assert code == EXIT_USAGE
-        assert f"'{folder}' is no run directory (config.yaml or manifest.json is missing)." in shown
+        assert f"'{folder}' {message}" in shown
     assert files(tmp_path) == set()
 
 

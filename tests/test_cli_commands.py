@@ -21,6 +21,8 @@ dataset: {corpus: {path: c.jsonl}, train: {path: t.jsonl}}
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "c.yaml"
     path.write_text(CONFIG, encoding="utf-8")
+    for name in ("c.jsonl", "t.jsonl"):
+        (tmp_path / name).touch()
     return path
 
 
@@ -102,7 +104,46 @@ def test_validate_says_so_on_stderr(config: Path, capsys: pytest.CaptureFixture[
 
 def test_validate_as_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", str(config), "trainer.mode=generator", "--json"]) == 0
-    assert document(capsys) == {"schema_version": 1, "valid": True, "config": str(config), "mode": "generator"}
+    assert document(capsys) == {
+        "schema_version": 1, "valid": True, "config": str(config), "mode": "generator", "warnings": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "message"),
+    [
+        ("dataset.corpus.path=nosuch.jsonl", "dataset.corpus.path", "nosuch.jsonl' does not exist"),
+        ("dataset.train.path=.", "dataset.train.path", "' is a folder, but a file is expected"),
+        ("dataset.test={type: beir, path: c.jsonl}", "dataset.test.path", "' is a file, but a folder is expected"),
+        ("dataset.test={type: boolq, path: nosuch}", "dataset.test.path", "nosuch' does not exist"),
+        ("dataset.train=null", "dataset.train", "is not set; all commands but those that train can do without"),
+        (
+            "rag_system.generator.model=package://fedrag_no_such/x",
+            "rag_system.generator.model",
+            "The package 'fedrag_no_such' of the model 'package://fedrag_no_such/x' is not installed",
+        ),
+        ("rag_system.retriever.model=./nosuch", "rag_system.retriever.model", "nosuch'"),
+        ("rag_system.generator.adapter=nosuch", "rag_system.generator.adapter", "there is no folder '"),
+        ("rag_system.retriever.model=nosuch.gguf", "rag_system.retriever.model", "There is no model at '"),
+    ],
+)
+def test_what_is_not_there_is_a_warning(
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    path: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(config.parent)
+    assert main(["validate", "c.yaml", override, "--json"]) == 0
+    (warning,) = document(capsys)["warnings"]
+    assert (warning["path"], message in warning["message"]) == (path, True), warning
+    assert main(["validate", "c.yaml", override]) == 0
+    valid, told = capsys.readouterr().err.splitlines()
+    assert valid == "c.yaml is valid (mode: retriever)."
+    assert told.startswith(f"Warning: command line ({override}): ")
+    assert told.endswith(f"{path}: {warning['message']}")
 
 
 def test_errors_as_json_come_with_the_text_for_people(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,6 +389,19 @@ def test_evaluate_and_query_a_run(
     again = document(capsys)
     assert again["differences"] == trained["differences"]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    # A run that was moved is found where it is now.
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    assert main(["resume", str(moved)]) == 0
+    shown = capsys.readouterr().err
+    assert f"Everything is in {moved} " in shown
+    assert str(run) not in shown
+    (moved / "retriever").rename(tmp_path / "retriever")
+    for command in (["resume"], ["evaluate"], ["query"]):
+        assert main([*command, str(moved)]) == EXIT_DATA
+        assert f"'{moved}'" in (shown := capsys.readouterr().err)
+        assert "are gone: retriever/." in shown
 
 
 def test_validate_load_reports_sizes(write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,8 @@ def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_the_command(write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(write_config(evaluation={"resamples": 200, "metrics": ["mrr", "recall@1", "f1"]}))
+    settings = {"resamples": 300, "metrics": ["mrr", "recall@1", "f1"], "confidence": 0.8}
+    config = str(write_config(run={"seed": 7}, evaluation=settings))
     assert main(["train", config, "--json"]) == 0
     trained = document(capsys)
     run = trained["run_dir"]
@@ -102,9 +103,16 @@ def test_the_command(write_config: Callable[..., Path], tmp_path: Path, capsys: 
     # Before against after, and an evaluation of the same models: the same numbers.
     assert main(["compare", run, "--json"]) == 0
     own = document(capsys)
+    for known, found in zip(trained["differences"], own["comparisons"][0]["differences"], strict=True):
+        assert {name: found[name] for name in known} == known
+    assert main(["evaluate", run, "--json"]) == 0
+    tuned = document(capsys)
+    assert main(["compare", untuned, tuned["run_dir"], "--json"]) == 0
+    assert document(capsys)["metrics"][tuned["run_dir"]] == tuned["metrics"]
     assert main(["compare", untuned, run, "--json", "--plot", str(tmp_path / "difference.png")]) == 0
     other = document(capsys)
     assert (tmp_path / "difference.png").read_bytes().startswith(b"\x89PNG")
+    assert other["plot"] == str(tmp_path / "difference.png")
     for found in (own, other):
         item = found["comparisons"][0]
         assert [d["metric"] for d in item["differences"]] == ["mrr", "recall@1", "f1"]
@@ -123,6 +131,35 @@ def test_the_command(write_config: Callable[..., Path], tmp_path: Path, capsys: 
     shown = capsys.readouterr().err
     assert f"tiny {run[-6:]} (after) against tiny-evaluation {untuned[-6:]} (evaluated):" in shown
     assert "no difference shown in mrr, recall@1, f1." in shown
+
+
+def test_plots_overwrite_nothing_but_plots(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(evaluation={"resamples": 50, "metrics": ["mrr"]})
+    assert main(["evaluate", str(config), "--json"]) == 0
+    run = document(capsys)["run_dir"]
+    for name in ("config.yaml", "plot", "plot.jpg"):
+        target = tmp_path / name
+        before = target.read_bytes() if target.exists() else None
+        assert main(["compare", run, run, "--plot", str(target), "--force"]) == 2
+        assert "does not end in a format that plots are written in." in capsys.readouterr().err
+        assert (target.read_bytes() if target.exists() else None) == before
+    assert main(["compare", run, run, "--plot", str(tmp_path / "runs")]) == 2
+    for suffix, start in ((".png", b"\x89PNG"), (".PDF", b"%PDF"), (".svg", b"<?xml")):
+        target = tmp_path / f"difference{suffix}"
+        # A picture too may be somebody's own.
+        target.write_bytes((Path(run) / "plots" / "metrics.png").read_bytes())
+        own = target.read_bytes()
+        assert main(["compare", run, run, "--plot", str(target)]) == 2
+        assert "is there already and is no plot of fedrag compare." in capsys.readouterr().err
+        assert target.read_bytes() == own
+        assert main(["compare", run, run, "--plot", str(target), "--force"]) == 0
+        assert target.read_bytes().startswith(start)
+        assert main(["compare", run, run, "--plot", str(target)]) == 0
+        assert f"Wrote {target}\n" in capsys.readouterr().err
+        assert main(["compare", run, run, "--plot", str(target), "--quiet"]) == 0
+        assert capsys.readouterr().err == ""
 
 
 def test_gates_for_ci(write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +192,7 @@ def test_gates_for_ci(write_config: Callable[..., Path], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere"], 2, "is no run directory"),
+        (["nowhere"], 2, "'nowhere' does not exist."),
         (["RUN"], 2, "no evaluation 'before'"),
         (["RUN:evaluated"], 2, "nothing to compare"),
         (["RUN", "RUN:middle"], 2, "It has: evaluated"),

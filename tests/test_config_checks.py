@@ -36,6 +36,10 @@ NOT_FOR_GENERATOR = f"does not measure the generator (metrics: loss, {', '.join(
 @pytest.mark.parametrize(
     ("overrides", "finding"),
     [
+        (
+            ["evaluation.metrics=[]"],
+            "evaluation.metrics: names no metric; leave it out for those of the side that is tuned",
+        ),
         (["run.device=gpu"], "run.device: 'gpu' is no device (auto, cpu, mps, cuda, cuda:N)"),
         (["run.device='cuda:'"], "run.device: 'cuda:' is no device (auto, cpu, mps, cuda, cuda:N)"),
         (["run.device='cpu:0'"], "run.device: 'cpu:0' is no device (auto, cpu, mps, cuda, cuda:N)"),

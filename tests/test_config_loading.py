@@ -280,7 +280,7 @@ def test_folder_instead_of_file(tmp_path: Path) -> None:
 
 def test_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"c\.yaml' cannot be read: 'utf-8' codec"):
+    with pytest.raises(ConfigError, match=r"c\.yaml' is not UTF-8 text: the byte 0xff at offset 0 cannot be"):
         load_config(tmp_path / "c.yaml")
 
 

@@ -52,8 +52,8 @@ def test_bad_rows_are_listed(tmp_path):
         "c.jsonl:2: has no 'id'",
         "c.jsonl:3: id 'a' is that of c.jsonl:1",
         "c.jsonl:4: id is missing (null)",
-        "c.jsonl:5: id is blank",
         "c.jsonl:4: text is empty",
+        "c.jsonl:5: id is blank",
         "c.jsonl:5: text is a number, not a text",
         "c.jsonl:6: has no 'text'",
     ]
@@ -193,9 +193,9 @@ def test_bad_beir_corpus(tmp_path):
     with pytest.raises(DataError) as caught:
         load_corpus(BeirCorpusConfig(path=str(tmp_path)))
     assert caught.value.message.splitlines()[1:] == [
+        "corpus.jsonl:1: title and text is empty",
         "corpus.jsonl:2: has no '_id'",
         "corpus.jsonl:3: _id 'd1' is that of corpus.jsonl:1",
-        "corpus.jsonl:1: title and text is empty",
         "corpus.jsonl:3: title or text is not a text",
     ]
     with pytest.raises(DataError, match="is a file, but a folder is expected"):

@@ -86,6 +86,48 @@ def test_every_bad_row_is_listed(tmp_path):
     assert caught.value.exit_code == 3
 
 
+def test_bad_rows_come_in_the_order_of_the_lines(tmp_path):
+    path = tmp_path / "train.jsonl"
+    lines = [
+        '{"query": "q", "response": "r"}', '{"query": " ", "response": ""}', "no JSON", '{"query": "q"}', "[]",
+        '{"query": 1, "response": "r"}',
+    ]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load(path)
+    told = [line.partition(": ")[0] for line in caught.value.message.splitlines()[1:]]
+    assert told == [f"train.jsonl:{number}" for number in (2, 2, 3, 4, 5, 6)]
+    assert next(problem.to_dict() for problem in caught.value.problems) == {
+        "file": "train.jsonl",
+        "line": 2,
+        "path": "",
+        "message": "query is blank",
+    }
+    with pytest.raises(DataError) as caught:
+        examples_from_dataset([{"query": "q", "response": ""}])
+    (problem,) = (problem.to_dict() for problem in caught.value.problems)
+    assert (problem["file"], problem["line"], problem["path"]) == ("dataset", None, "row 1")
+
+
+def test_rows_may_lack_answers_where_none_is_needed(tmp_path):
+    answers = [{"response": "a"}, {}, {"response": None}, {"response": " "}, {"response": []}, {"response": math.nan}]
+    path = write_jsonl(tmp_path / "train.jsonl", *({"query": "q", **row} for row in answers))
+    config = FileExamplesConfig(path=path)
+    assert [item.responses for item in load_examples(config, needs_responses=False)] == [("a",), *[()] * 5]
+    with pytest.raises(DataError, match=r"train\.jsonl:3: response is missing"):
+        load_examples(config)
+    bad = write_jsonl(tmp_path / "bad.jsonl", {"query": "q", "response": True})
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: response is a boolean"):
+        load_examples(FileExamplesConfig(path=bad), needs_responses=False)
+    # A column that the config names is there.
+    named = FileExamplesConfig(path=path, columns=ExampleColumns(response="answer"))
+    with pytest.raises(DataError, match="has no column 'answer'"):
+        load_examples(named, needs_responses=False)
+    squad = SquadExamplesConfig(path=str(tmp_path / "none.json"))
+    with pytest.raises(DataError, match="does not exist"):
+        load_examples(squad, needs_responses=False)
+
+
 def test_long_lists_of_problems_are_cut(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", *({"query": "q", "response": ""} for _ in range(55)))
     with pytest.raises(DataError) as caught:
@@ -150,8 +192,8 @@ def test_csv_with_empty_cells(tmp_path):
     with pytest.raises(DataError) as caught:
         load(path)
     assert caught.value.message.splitlines()[1:] == [
-        "t.csv:3: has 3 cells, but the header has 2",
         "t.csv:2: response is empty",
+        "t.csv:3: has 3 cells, but the header has 2",
     ]
 
 
@@ -238,7 +280,7 @@ def test_beir_examples(tmp_path):
     examples = load_examples(BeirExamplesConfig(path=path))
     assert examples == [Example("q1", "Q1?", (), ("d1", "d3")), Example("q3", "Q3?", (), ("d1",))]
     assert load_examples(BeirExamplesConfig(path=path, limit=1)) == examples[:1]
-    with pytest.raises(DataError, match="The example 'q1' has no answer, only judged passages"):
+    with pytest.raises(DataError, match="The example 'q1' has no answer"):
         _ = examples[0].response
     with pytest.raises(DataError, match=r"dev.tsv does not exist") as caught:
         load_examples(BeirExamplesConfig(path=path, split="dev"))

@@ -41,7 +41,7 @@ def test_unknown_ids_are_listed():
     lines = caught.value.message.splitlines()
     assert lines[:2] == [
         "23 problems in the relevant ids:",
-        "example 'q0': 'gone0' is no passage and no document of the corpus",
+        "example 'q0': the relevant id 'gone0' is no passage and no document of the corpus",
     ]
     assert len(lines) == 22
     assert lines[-1] == "... and 3 more"

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import data_rows
 
 from fedrag_cli import build_rag_system, load_config
 from fedrag_cli.cli.main import main
@@ -289,6 +294,78 @@ def test_evaluations_have_a_run_directory_and_are_resumed(
     # An evaluation has no models, so nothing can be asked of it.
     assert main(["query", str(stopped), "q"]) == 2
     assert "is an evaluation" in capsys.readouterr().err
+
+
+def test_a_window_without_room_for_passages_is_told(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(evaluation={"resamples": 50, "metrics": ["f1"], "limit": 1}))
+    question, setting = data_rows()["test"][0]["query"], "rag_system.generator.context_window="
+    assert main(["query", config, question, f"{setting}20"]) == 3
+    needed = re.search(r"needs (\d+) tokens with its prompt and 4", " ".join(capsys.readouterr().err.split()))
+    assert needed is not None
+    bare = int(needed[1]) + 4
+    assert main(["query", config, question, f"{setting}{bare}", "--json"]) == 0
+    assert document(capsys)["without_context"] is True
+    no_room = "The context window has no room for any of the passages"
+    for command in (["query", config, question], ["evaluate", config]):
+        assert main([*command, f"{setting}{bare}"]) == 0
+        shown = " ".join(capsys.readouterr().err.split())
+        assert no_room in shown
+        assert ("Truncated: 1 prompts, 1 contexts cut to nothing" in shown) is (command[0] == "evaluate")
+    assert main(["query", config, question, f"{setting}{bare + 10}", "--json"]) == 0
+    assert document(capsys)["without_context"] is False
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_an_interruption_while_loading_says_that_nothing_was_computed(
+    write_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    config = write_config()
+
+    def terminated(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    for module in ("evaluation_run", "run_parts"):
+        monkeypatch.setattr(f"fedrag_cli.trainer_managers.{module}.build_rag_system", terminated)
+    assert main([command, str(config)]) == 130
+    shown = capsys.readouterr().err
+    run = shown.partition("Run directory: ")[2].splitlines()[0]
+    assert f"Interrupted while the models were loaded. Nothing was computed yet; '{run}' was removed." in shown
+    assert not (config.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_a_resume_that_is_interrupted_while_loading_can_be_given_again(
+    write_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    def terminated(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    config = write_config()
+    stop = "evaluate_once"
+    with monkeypatch.context() as patched:
+        for module in ("evaluation_run", "training_run"):
+            patched.setattr(f"fedrag_cli.trainer_managers.{module}.{stop}", terminated)
+        assert main([command, str(config)]) == 130
+    (run,) = (config.parent / "runs").glob("*/*")
+    assert f"fedrag resume {run}\n" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        for module in ("evaluation_run", "run_parts"):
+            patched.setattr(f"fedrag_cli.trainer_managers.{module}.build_rag_system", terminated)
+        assert main(["resume", str(run)]) == 130
+    shown = capsys.readouterr().err
+    assert "Interrupted before the run went on; it is as it was." in shown
+    assert f"What to do: Go on with: fedrag resume {run}\n" in shown
+    assert main(["resume", str(run)]) == 0
 
 
 def test_questions_without_a_corpus_are_evaluated_without_context(

@@ -195,6 +195,10 @@ def test_cut_queries_and_cut_prompts_are_counted(models: dict[str, Path], system
     config = CausalLMConfig(model=str(models["generator"]), max_new_tokens=4, context_window=room)
     system.generator = CausalLMGenerator.from_config(config, prompt=PromptConfig(), device="cpu")
     assert evaluate(system, [asked("a"), asked("b")], ["f1"]).truncated == {"queries": 0, "prompts": 2}
+    config = CausalLMConfig(model=str(models["generator"]), max_new_tokens=4, context_window=room - 3)
+    system.generator = CausalLMGenerator.from_config(config, prompt=PromptConfig(), device="cpu")
+    found = evaluate(system, [asked("a"), asked("b")], ["f1"]).truncated
+    assert found == {"queries": 0, "prompts": 2, "contexts cut to nothing": 2}
 
 
 def test_an_evaluation_comes_back_from_plain_values(system: RAGSystem) -> None:

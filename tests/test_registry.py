@@ -109,6 +109,8 @@ def test_plugin_is_listed_validated_and_built(tmp_path: Path) -> None:
     }
     config = tmp_path / "c.yaml"
     config.write_text(CONFIG, encoding="utf-8")
+    for name in ("c.jsonl", "questions"):
+        (tmp_path / name).touch()
     done = fedrag(packages, "validate", str(config))
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == f"{config} is valid (mode: retriever).\n"

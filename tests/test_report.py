@@ -308,7 +308,7 @@ def test_bad_input(config: Path, tmp_path: Path, made: Callable[..., dict[str, A
         (empty / name).write_bytes((run / name).read_bytes())
     output = tmp_path / "report.html"
     for arguments, message in (
-        (["nowhere"], "is no run directory"),
+        (["nowhere"], "does not exist"),
         ([f"{run}:middle"], "no evaluation 'middle'"),
         ([str(run), f"{run}:middle"], "no evaluation 'middle'"),
         ([str(empty)], "has evaluated nothing yet"),

@@ -169,6 +169,42 @@ def test_it_trains_through_the_command_line_without_generator_and_answers(
     assert "None of the 14 examples of dataset.train has relevant ids" in " ".join(capsys.readouterr().err.split())
 
 
+def test_rows_without_answers_are_enough(write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = {"type": "contrastive", "batch_size": 4, "learning_rate": 1e-3, "epochs": 1}
+    config = write_config(trainer={"retriever": trainer})
+    for name in ("train", "validation", "test"):
+        path = config.parent / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        bare = [{key: value for key, value in row.items() if key != "response"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in bare), encoding="utf-8")
+
+    def fails(code: int, *arguments: str) -> str:
+        assert main([*arguments]) == code
+        return " ".join(capsys.readouterr().err.split())
+
+    assert main(["train", str(config), "--json", "rag_system.generator=null"]) == 0
+    run = json.loads(capsys.readouterr().out)["run_dir"]
+    assert main(["validate", str(config), "--load", "rag_system.generator=null"]) == 0
+    assert main(["evaluate", run]) == 0
+    assert main(["report", run, "-o", str(config.parent / "report.html")]) == 0
+    capsys.readouterr()
+    # Where a metric or an objective looks at answers, the error is that of a missing column.
+    for arguments, file in (
+        (["evaluation.metrics=[mrr,f1]"], "test"),
+        (["trainer.retriever.type=lsr"], "test"),
+        (["trainer.mode=generator"], "test"),
+        (["trainer.mode=generator", "evaluation.metrics=[mrr]"], "validation"),
+        (["evaluation.context=oracle"], "test"),
+    ):
+        if arguments == ["trainer.retriever.type=lsr"]:
+            arguments, file = [*arguments, "dataset.test=null", "dataset.validation=null"], "train"
+        assert f"{file}.jsonl has no column 'response'" in fails(3, "train", str(config), *arguments)
+    rows = [json.loads(line) for line in (config.parent / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows[0]["response"] = "red"
+    (config.parent / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert "test.jsonl:2: has no 'response'" in fails(3, "train", str(config), "evaluation.metrics=[f1]")
+
+
 def test_judged_queries_without_answers_are_enough(write_config: Callable[..., Path], tmp_path: Path) -> None:
     """A BEIR folder has judgements and no answers."""
     folder = tmp_path / "beir"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.options import ConfidenceOption, JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 from fedrag_cli.errors import EXIT_FAILED, ConfigError
 
@@ -23,7 +23,12 @@ def command(
             "RUN:STAGE names another of its evaluations, such as RUN:before.",
         ),
     ],
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the differences into this PNG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the differences into this file (.png, .pdf or .svg).")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite a file that is no plot of fedrag compare with --plot.")
+    ] = False,
     examples: Annotated[
         int, typer.Option("--examples", min=0, help="Print so many questions won and lost, for the first metric.")
     ] = 0,
@@ -38,9 +43,7 @@ def command(
     fail_if_worse: Annotated[
         bool, typer.Option("--fail-if-worse", help="End with exit code 1 where a metric is shown to be worse.")
     ] = False,
-    confidence: Annotated[
-        float, typer.Option("--confidence", min=0.5, max=0.999, help="Level of the intervals.")
-    ] = 0.95,
+    confidence: ConfidenceOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -48,17 +51,20 @@ def command(
     """Say what runs have over each other: differences with intervals, questions won and lost, a verdict in words."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         thresholds = dict(_threshold(text) for text in fail_under or ())
-        from fedrag_cli.config import EvaluationConfig
-        from fedrag_cli.trainer_managers.comparing import compare_runs, load_compared, questions_of
+        from fedrag_cli.runs.comparison_plot import plot_comparisons, require_plot_file
+        from fedrag_cli.trainer_managers.comparing import compare_runs, interval_settings, load_compared, questions_of
 
-        settings = EvaluationConfig(confidence=confidence)
+        if plot is not None:
+            require_plot_file(plot, force=force)
         evaluated = load_compared(runs)
+        settings = interval_settings(evaluated[0].name, confidence)
         found = compare_runs(evaluated, settings, thresholds, fail_if_worse=fail_if_worse)
         if plot is not None:
-            from fedrag_cli.runs.comparison_plot import plot_comparisons
-
             plot_comparisons(found["comparisons"], plot)
+            found["plot"] = str(plot)
         current.result(found, lambda renderer: renderer.comparison(found))
+        if plot is not None and not quiet:
+            current.renderer.line(f"Wrote {plot}")
         if examples and not json and not quiet:
             current.renderer.won_and_lost(found, questions_of(evaluated), examples)
         for failure in found["failures"]:

@@ -23,6 +23,12 @@ ConfigArguments = Annotated[
     ),
 ]
 
+ConfidenceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--confidence", min=0.5, max=0.999, help="Level of the intervals; by default that of the first run's config."
+    ),
+]
 AddressOption = Annotated[
     str, typer.Option("--address", "-a", metavar="HOST:PORT", help="Where the federation's server is.")
 ]

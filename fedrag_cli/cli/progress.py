@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedrag_cli.runs.reporting import Advance
 
 SECONDS_BETWEEN_LINES = 10.0
+WIDTH_OF_NUMBERS = 85
+SHORTEST_BAR = 5
 FEDERATION_EVENTS = frozenset(
     {
         "listening",
@@ -52,37 +54,34 @@ class TerminalReporter:
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
         """Show a bar; a task inside another one is shown below it."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        from fedrag_cli.cli.progress_columns import CountColumn, ElapsedColumn, LeftColumn, RateColumn
 
         if self._live is not None:
             progress, outer = self._live, self._task
-            self._task = progress.add_task(description, total=total, unit=unit, note="", rate="")
+            self._task = progress.add_task(description, total=total, unit=unit, note="", rate=None)
             try:
                 yield _BarAdvance(progress, self._task)
             finally:
                 progress.remove_task(self._task)
                 self._task = outer
             return
+        # On a narrow terminal the bar gives way to the numbers.
+        bar_width = min(30, self._console.width - WIDTH_OF_NUMBERS)
+        bar = [BarColumn(bar_width)] if bar_width >= SHORTEST_BAR else []
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *bar,
+            CountColumn(),
+            RateColumn(),
+            ElapsedColumn(),
+            LeftColumn(),
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self._console) as progress:
             self._live = progress
-            self._task = progress.add_task(description, total=total, unit=unit, note="", rate="")
+            self._task = progress.add_task(description, total=total, unit=unit, note="", rate=None)
             try:
                 yield _BarAdvance(progress, self._task)
             finally:
@@ -93,15 +92,33 @@ class _BarAdvance:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+        self._rate = _Rate()
 
     def __call__(self, done: int) -> None:
-        self._progress.advance(self._task, done)
-        task = next(task for task in self._progress.tasks if task.id == self._task)
-        if task.speed:
-            self._progress.update(self._task, rate=f"{task.speed:.1f} {task.fields['unit']}s/s")
+        self._progress.update(self._task, advance=done, rate=self._rate.after(done))
 
     def total(self, total: int) -> None:
         self._progress.update(self._task, total=total)
+
+
+class _Rate:
+    """Units a second over a whole task.
+
+    They count from the first call on: what it tells may have been done before, by an earlier part of the run.
+    """
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._started: float | None = None
+
+    def after(self, done: int) -> float | None:
+        """Count units that were just done, and return the rate; None before there is one."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+            return None
+        self._done += done
+        return self._done / max(now - self._started, 1e-9) if self._done else None
 
 
 class PlainReporter:
@@ -143,16 +160,19 @@ class _LineAdvance:
         self._total = total
         self._unit = unit
         self._done = 0
+        self._rate = _Rate()
         self._started = self._printed = time.monotonic()
 
     def __call__(self, done: int) -> None:
         self._done += done
+        rate = self._rate.after(done)
         now = time.monotonic()
         if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
             self._printed = now
-            rate = self._done / max(now - self._started, 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
-            self._reporter.progress(f"{self._counts()}, {rate:.1f} {self._unit}s/s, {duration(left)} left")
+            left = (
+                f", {rate_text(rate, self._unit)}, {duration((self._total - self._done) / rate)} left" if rate else ""
+            )
+            self._reporter.progress(f"{self._counts()}{left}")
 
     def total(self, total: int) -> None:
         self._total = total
@@ -179,6 +199,18 @@ def _event_line(name: str, fields: Mapping[str, Any]) -> str:
 
 def _metrics(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """Return units a second, or seconds a unit where a unit takes minutes.
+
+    Args:
+        rate: Units a second, above 0.
+        unit: Name of one unit.
+    """
+    if rate < 0.01:
+        return f"{1 / rate:.0f} s/{unit}"
+    return f"{rate:.2f} {unit}s/s" if rate < 1 else f"{rate:.1f} {unit}s/s"
 
 
 def duration(seconds: float) -> str:

@@ -68,6 +68,7 @@ def _answer(rag_system: RAGSystem, question: str) -> dict[str, Any]:
             for source in answer.sources
         ],
         "dropped_tokens": answer.dropped_tokens,
+        "without_context": answer.is_bare,
     }
 
 

@@ -15,6 +15,10 @@ from fedrag_cli.errors import FedRAGError
 if TYPE_CHECKING:
     from fedrag_cli.runs.reporting import Reporter
 
+NO_ROOM = (
+    "The context window has no room for any of the passages: raise rag_system.generator.context_window, or lower "
+    "max_new_tokens."
+)
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
 
 
@@ -78,12 +82,18 @@ class Renderer:
         self.line(f"Before and after training, on the {summary['split']} split:")
         self.table(["metric", "n", "before", "after", "difference", f"{level} % interval", "verdict"], rows)
 
+    def truncated(self, counts: Mapping[str, int]) -> None:
+        """Print how much was cut; nothing where nothing was."""
+        cut = {name: count for name, count in counts.items() if count}
+        if cut:
+            self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
+        if any(name.endswith("contexts cut to nothing") for name in cut):
+            self.line(NO_ROOM)
+
     def training_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a training run ended with."""
         self.differences(summary)
-        cut = {name: count for name, count in summary["truncated"].items() if count}
-        if cut:
-            self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
+        self.truncated(summary["truncated"])
         self.line(f"{summary['steps']} steps, mean loss {summary['loss']:.4f}, {duration(summary['seconds'])}")
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
         # Without a generator there is nobody to answer.
@@ -147,6 +157,9 @@ class Renderer:
     def validation(self, document: Mapping[str, Any]) -> None:
         """Print that a config is right, and what was loaded."""
         self.line(f"{document['config']} is valid (mode: {document['mode']}).")
+        for item in document["warnings"]:
+            place = f"{item['file']}:{item['line']}" if item["line"] else item["file"]
+            self.line(Text.assemble(("Warning: ", "bold yellow"), f"{place}: {item['path']}: {item['message']}"))
         for name, values in document.get("loaded", {}).items():
             self.line(f"  {name.removesuffix('_bytes').replace('_', ' ')}: {_loaded_value(name, values)}")
 
@@ -187,6 +200,8 @@ class Renderer:
     def answer(self, answer: Mapping[str, Any], *, sources: bool = True) -> None:
         """Print an answer to stdout and its sources to stderr."""
         self.text(answer["answer"])
+        if answer["without_context"]:
+            self.line(NO_ROOM)
         for number, source in enumerate(answer["sources"] if sources else (), start=1):
             self.line(Text(f"  [{number}] {source['id']} ({source['score']:.3f}) {source['text']}", style="dim"))
 
@@ -224,9 +239,7 @@ class Renderer:
             rows += [[f"  {summary['group_by']} {group}: {row[0]}", *row[1:]] for row in _evaluation_rows(metrics)]
         level = round(100 * summary["confidence"])
         self.table(["metric", "n", "mean", f"{level} % interval"], rows)
-        cut = {name: count for name, count in summary["truncated"].items() if count}
-        if cut:
-            self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
+        self.truncated(summary["truncated"])
         self.line(f"Everything is in {summary['run_dir']}, the questions in {summary['predictions']}")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
+from fedrag_cli.cli.options import ConfidenceOption, JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def command(
     examples: Annotated[
         int, typer.Option("--examples", min=0, help="Show so many questions won and lost for each metric.")
     ] = 10,
-    confidence: Annotated[
-        float, typer.Option("--confidence", min=0.5, max=0.999, help="Level of the intervals.")
-    ] = 0.95,
+    confidence: ConfidenceOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is no report of fedrag.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -39,12 +37,11 @@ def command(
 ) -> None:
     """Write a report of runs as one HTML file: verdicts, metrics, settings, curves, questions won and lost."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.config import EvaluationConfig
         from fedrag_cli.runs.report import require_replaceable
         from fedrag_cli.trainer_managers.report import write_report
 
         require_replaceable(output, force=force)
-        written = write_report(runs, output, EvaluationConfig(confidence=confidence), examples)
+        written = write_report(runs, output, confidence, examples)
 
         def show(renderer: Renderer) -> None:
             for item in written["verdicts"]:

@@ -142,10 +142,7 @@ def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) 
         details: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
         problems = getattr(error, "problems", None)
         if problems:
-            details["problems"] = [
-                {"file": p.position.file, "line": p.position.line, "path": p.path, "message": p.message}
-                for p in problems
-            ]
+            details["problems"] = [problem.to_dict() for problem in problems]
         print_json({"error": {**details, "exit_code": code}})
     renderer.error(error)
     raise typer.Exit(code)

@@ -21,14 +21,20 @@ def command(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Check a config and report every error with its line."""
+    """Check a config and report every error with its line; what it names and is not there is a warning."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.config import load_config_with_source
         from fedrag_cli.config.checks import tuned_sides
+        from fedrag_cli.config.warnings import config_warnings
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
-        document = {"valid": True, "config": str(source.tree.main_file), "mode": source.config.trainer.mode}
+        document = {
+            "valid": True,
+            "config": str(source.tree.main_file),
+            "mode": source.config.trainer.mode,
+            "warnings": [warning.to_dict() for warning in config_warnings(source.config, source.tree)],
+        }
         if load:
             from fedrag_cli.trainer_managers.inspection import inspect_config
 

@@ -59,6 +59,11 @@ def trains_on_relevant_ids(config: Config) -> bool:
     return any(getattr(getattr(config.trainer, side), "needs_relevant_ids", False) for side in tuned_sides(config))
 
 
+def trains_on_responses(config: Config) -> bool:
+    """Return whether an objective that is trained needs examples with answers; all do that do not say otherwise."""
+    return any(getattr(getattr(config.trainer, side), "needs_responses", True) for side in tuned_sides(config))
+
+
 def require_generator_for_training(config: Config) -> None:
     """Raise ConfigError where the config has no generator but an objective that is trained needs one."""
     if trains_with_generator(config):
@@ -161,6 +166,8 @@ def _check_evaluation(config: Config) -> Iterator[Finding]:
     split = config.evaluation.split
     if split != "auto" and getattr(config.dataset, split) is None:
         yield ("evaluation", "split"), f"is '{split}', but there is no dataset.{split}"
+    if config.evaluation.metrics == ():
+        yield ("evaluation", "metrics"), "names no metric; leave it out for those of the side that is tuned"
     metrics = config.evaluation.metrics or ()
     answering = generator_metrics_of(metrics)
     if config.rag_system.generator is None and answering:

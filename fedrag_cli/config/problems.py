@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedrag_cli.errors import ConfigError
 
@@ -29,6 +30,10 @@ class ConfigProblem:
     position: Position
     path: str
     message: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the problem as plain values for JSON."""
+        return {"file": self.position.file, "line": self.position.line, "path": self.path, "message": self.message}
 
     def __str__(self) -> str:
         return f"{self.position}: {self.path}: {self.message}" if self.path else f"{self.position}: {self.message}"

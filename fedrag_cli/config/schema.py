@@ -17,13 +17,13 @@ from fedrag_cli.config.fields import (
     Fraction,
     MetricName,
     NonEmptyStr,
-    NonNegativeInt,
     OutputPathStr,
     PassageTemplate,
     PathStr,
     PositiveFloat,
     PositiveInt,
     PromptTemplate,
+    Seed,
     config_class,
     default_component,
 )
@@ -43,9 +43,10 @@ class RunConfig:
     name: NonEmptyStr = "run"
     """Name of the run; its directory is <output_dir>/<name>/<UTC time>-<short id>."""
     output_dir: OutputPathStr = "runs"
-    """Folder that holds the run directories."""
-    seed: NonNegativeInt = 42
-    """Seed of all randomness: data order, LoRA initialisation, dropout, bootstrap."""
+    """Folder that holds the run directories. A relative one counts from the current folder, while all other relative
+    paths count from the folder of the file that names them (on the command line: from the current folder)."""
+    seed: Seed = 42
+    """Seed of all randomness: data order, LoRA initialisation, dropout, bootstrap; below 2**32."""
     device: str = "auto"
     """auto, cpu, mps, cuda or cuda:N; auto takes cuda, then mps, then cpu."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio"], ...] = ()
@@ -241,7 +242,8 @@ class Config:
     rag_system: RAGSystemConfig
     """The RAG system."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    """Its data; only a federation's server can do without."""
+    """Its data; only a federation's server can do without. Relative paths count from the folder of the file that names
+    them."""
     run: RunConfig = field(default_factory=RunConfig)
     """Name, folder, seed and device."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

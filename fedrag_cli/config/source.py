@@ -95,7 +95,13 @@ def _read_file(path: Path) -> tuple[DictConfig, Positions]:
         raise ConfigError(
             f"There is no config file '{path}'.", "Give the path of a YAML file, or make one with 'fedrag init DIR'."
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The config file '{path}' is not UTF-8 text: the byte 0x{error.object[error.start]:02x} at offset "
+            f"{error.start} cannot be decoded.",
+            "Save the file as UTF-8.",
+        ) from error
+    except OSError as error:
         raise ConfigError(
             f"The config file '{path}' cannot be read: {error}", "Give the path of a YAML file."
         ) from error

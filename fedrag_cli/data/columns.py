@@ -120,6 +120,14 @@ def answers_value(values: Mapping[str, Any], column: str, separator: str | None 
     return tuple(dict.fromkeys(_answer(answer, name) for answer, name in named))
 
 
+def optional_answers_value(values: Mapping[str, Any], column: str, separator: str | None = None) -> tuple[str, ...]:
+    """Return the answers of a column as `answers_value`; absent, null, blank and an empty list are none."""
+    value = get_value(values, column) if has_value(values, column) else None
+    if value is None or _is_nan(value) or value == [] or (isinstance(value, str) and not value.strip()):
+        return ()
+    return answers_value(values, column, separator)
+
+
 def ids_value(values: Mapping[str, Any], column: str, separator: str | None = None) -> tuple[str, ...]:
     """Return the distinct ids of a column.
 

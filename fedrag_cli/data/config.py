@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedrag_cli.config.fields import ModelStr, NonEmptyStr, NonNegativeInt, PathStr, PositiveInt, config_class
 from fedrag_cli.registry import Registry
@@ -15,7 +15,8 @@ class ExampleColumns:
     query: NonEmptyStr = "query"
     """The question."""
     response: NonEmptyStr = "response"
-    """The accepted answer, or a list of accepted answers."""
+    """The accepted answer, or a list of accepted answers; may be absent where nothing that is trained or measured needs
+    it."""
     relevant_ids: str = "relevant_ids"
     """Ids of the passages (or documents) that answer the question; may be absent from the data."""
     choices: str = "choices"
@@ -46,6 +47,9 @@ class SplitConfig:
 class FileExamplesConfig:
     """Examples from one JSONL, JSON, CSV, TSV or Parquet file."""
 
+    # The builder takes `needs_responses`.
+    may_lack_responses: ClassVar[bool] = True
+
     type: Literal["file"] = "file"
     """Names this source."""
     path: PathStr
@@ -63,6 +67,9 @@ class FileExamplesConfig:
 @config_class
 class HuggingFaceExamplesConfig:
     """Examples from a directory saved by `datasets`, or from a hub id."""
+
+    # The builder takes `needs_responses`.
+    may_lack_responses: ClassVar[bool] = True
 
     type: Literal["huggingface"] = "huggingface"
     """Names this source."""

@@ -22,7 +22,7 @@ from fedrag_cli.data.files import check_folder, read_text_file
 from fedrag_cli.data.huggingface import read_dataset
 from fedrag_cli.data.markdown import split_markdown
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import Problems
+from fedrag_cli.data.problems import Place, Problems
 from fedrag_cli.data.readers import Row, Table, read_table
 from fedrag_cli.data.splitting import check_sizes, split_text
 from fedrag_cli.data.squad import read_paragraphs
@@ -209,7 +209,7 @@ def _ids_of_rows(table: Table, rows: Sequence[Row], column: str, problems: Probl
     if not any(has_value(row.values, column) for row in rows):
         return [table.numbered_id(row) for row in rows]
     ids: list[str | None] = []
-    places: dict[str, str] = {}
+    places: dict[str, Place] = {}
     for row in rows:
         place = table.place(row)
         node_id = problems.collect(place, id_value, row.values, column)

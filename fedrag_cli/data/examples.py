@@ -17,6 +17,7 @@ from fedrag_cli.data.columns import (
     has_value,
     ids_value,
     metadata_of,
+    optional_answers_value,
     require_column,
     text_value,
 )
@@ -28,7 +29,7 @@ from fedrag_cli.data.config import (
     SquadExamplesConfig,
 )
 from fedrag_cli.data.huggingface import read_dataset, table_of_dataset
-from fedrag_cli.data.problems import BadValueError, Problems
+from fedrag_cli.data.problems import BadValueError, Place, Problems
 from fedrag_cli.data.readers import Row, Table, read_table, table_of_mappings
 from fedrag_cli.data.squad import UNANSWERABLE_HINT, read_questions
 from fedrag_cli.errors import ConfigError, DataError
@@ -50,6 +51,7 @@ class Example:
         relevant_ids: Ids of the passages (or documents) that answer the question, where they are known.
         metadata: Further fields of its row.
         choices: For multiple choice: all answers that the generator chooses from, the accepted ones among them.
+        place: The row that it is from, where it is from rows.
     """
 
     id: str
@@ -58,6 +60,12 @@ class Example:
     relevant_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
+    place: Place | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """How messages name it: by its row and its id, or by its id alone."""
+        return f"{self.place}: the example '{self.id}'" if self.place is not None else f"The example '{self.id}'"
 
     @property
     def response(self) -> str:
@@ -68,17 +76,18 @@ class Example:
         """
         if not self.responses:
             raise DataError(
-                f"The example '{self.id}' has no answer, only judged passages.",
+                f"{self.name} has no answer.",
                 "Use it for retrieval metrics; training needs examples with answers.",
             )
         return self.responses[0]
 
 
-def load_examples(config: Any) -> list[Example]:
+def load_examples(config: Any, *, needs_responses: bool = True) -> list[Example]:
     """Load the examples that a config names.
 
     Args:
         config: The config of a registered source of examples.
+        needs_responses: Whether each row must have an answer, where the source is rows with columns.
 
     Returns:
         The examples, at least one, with unique ids.
@@ -86,18 +95,22 @@ def load_examples(config: Any) -> list[Example]:
     Raises:
         DataError: The data is missing or bad.
     """
-    examples: list[Example] = registry.build("examples", config)
+    options = {} if needs_responses or not getattr(config, "may_lack_responses", False) else {"needs_responses": False}
+    examples: list[Example] = registry.build("examples", config, **options)
     if not examples:
         raise DataError(f"The examples of type '{config.type}' are empty.", "Name a source with at least one example.")
     return _with_unique_ids(examples, f"the examples of type '{config.type}'")
 
 
-def examples_from_dataset(dataset: Dataset | Iterable[Any], columns: ExampleColumns | None = None) -> list[Example]:
+def examples_from_dataset(
+    dataset: Dataset | Iterable[Any], columns: ExampleColumns | None = None, *, needs_responses: bool = True
+) -> list[Example]:
     """Make examples of a data set.
 
     Args:
         dataset: A `datasets.Dataset`, a list of examples (returned as it is), or mappings from column to value.
         columns: Which column holds what; `query`, `response` and `relevant_ids` by default.
+        needs_responses: Whether each row must have an answer.
 
     Returns:
         The examples, at least one.
@@ -117,20 +130,21 @@ def examples_from_dataset(dataset: Dataset | Iterable[Any], columns: ExampleColu
         )
     columns = columns or ExampleColumns()
     if hasattr(dataset, "with_format") and hasattr(dataset, "select"):
-        return _examples_of_table(table_of_dataset(dataset, "dataset"), columns)
+        return _examples_of_table(table_of_dataset(dataset, "dataset"), columns, needs_responses=needs_responses)
     rows = list(dataset)
     if not rows:
         raise DataError("The data set has no rows.", "Pass at least one example.")
     if all(isinstance(row, Example) for row in rows):
         return _with_unique_ids(rows, "the data set")
-    return _examples_of_table(table_of_mappings("dataset", rows), columns)
+    return _examples_of_table(table_of_mappings("dataset", rows), columns, needs_responses=needs_responses)
 
 
-def load_file_examples(config: FileExamplesConfig) -> list[Example]:
+def load_file_examples(config: FileExamplesConfig, *, needs_responses: bool = True) -> list[Example]:
     """Load examples from a JSONL, JSON, CSV, TSV or Parquet file.
 
     Args:
         config: The file and its columns.
+        needs_responses: Whether each row must have an answer.
 
     Raises:
         ConfigError: A list separator is set for a format that has lists of its own.
@@ -146,20 +160,21 @@ def load_file_examples(config: FileExamplesConfig) -> list[Example]:
             f"`list_separator` is for CSV and TSV, but {table.name} is neither.",
             "Remove it, and write several answers as a list.",
         )
-    return _examples_of_table(table, config.columns, config.list_separator)
+    return _examples_of_table(table, config.columns, config.list_separator, needs_responses=needs_responses)
 
 
-def load_huggingface_examples(config: HuggingFaceExamplesConfig) -> list[Example]:
+def load_huggingface_examples(config: HuggingFaceExamplesConfig, *, needs_responses: bool = True) -> list[Example]:
     """Load examples from a data set of the `datasets` library.
 
     Args:
         config: The data set and its columns.
+        needs_responses: Whether each row must have an answer.
 
     Raises:
         DataError: The data set is missing or bad.
     """
     table = read_dataset(config.path, config.name, config.split, config.revision, config.limit)
-    return _examples_of_table(table, config.columns)
+    return _examples_of_table(table, config.columns, needs_responses=needs_responses)
 
 
 def load_squad_examples(config: SquadExamplesConfig) -> list[Example]:
@@ -229,22 +244,26 @@ def judged_examples(
     return examples
 
 
-def _examples_of_table(table: Table, columns: ExampleColumns, separator: str | None = None) -> list[Example]:
+def _examples_of_table(
+    table: Table, columns: ExampleColumns, separator: str | None = None, *, needs_responses: bool
+) -> list[Example]:
     problems = Problems(table.name)
     rows = table.readable_rows(problems)
     require_column(table, rows, columns.query, "columns.query")
-    require_column(table, rows, columns.response, "columns.response")
-    for name in ("relevant_ids", "choices"):
+    if needs_responses:
+        require_column(table, rows, columns.response, "columns.response")
+    for name in ("response", "relevant_ids", "choices"):
         column = getattr(columns, name)
         if column not in ("", getattr(ExampleColumns(), name)):
             require_column(table, rows, column, f"columns.{name}")
     own_ids = _own_ids(rows)
+    answers = answers_value if needs_responses else optional_answers_value
     used = [columns.query, columns.response, columns.relevant_ids, columns.choices, *([ID_COLUMN] if own_ids else [])]
     examples = []
     for position, row in enumerate(rows):
         place = table.place(row)
         query = problems.collect(place, text_value, row.values, columns.query)
-        responses = problems.collect(place, answers_value, row.values, columns.response, separator)
+        responses = problems.collect(place, answers, row.values, columns.response, separator)
         relevant_ids = problems.collect(place, ids_value, row.values, columns.relevant_ids, separator)
         if query is None or responses is None or relevant_ids is None:
             continue
@@ -252,7 +271,7 @@ def _examples_of_table(table: Table, columns: ExampleColumns, separator: str | N
         if choices is not None:
             example_id = own_ids[position] if own_ids else table.numbered_id(row)
             metadata = metadata_of(row.values, used)
-            examples.append(Example(example_id, query, responses, relevant_ids, metadata, choices))
+            examples.append(Example(example_id, query, responses, relevant_ids, metadata, choices, place))
     problems.raise_if_any()
     return examples
 

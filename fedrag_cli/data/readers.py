@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.data.files import check_file, decoded_lines, unreadable
-from fedrag_cli.data.problems import Problems
+from fedrag_cli.data.problems import Place, Problems
 from fedrag_cli.errors import ConfigError, DataError
 
 FORMAT_OF_SUFFIX = {
@@ -58,9 +58,9 @@ class Table:
     by_line: bool
     rows: list[Row]
 
-    def place(self, row: Row) -> str:
-        """Return how messages name a row."""
-        return f"{self.name}:{row.number}" if self.by_line else f"{self.name} row {row.number}"
+    def place(self, row: Row) -> Place:
+        """Return where a row stands, as messages name it."""
+        return Place(self.name, row.number, self.by_line)
 
     def numbered_id(self, row: Row) -> str:
         """Return the id of a row that has none of its own."""

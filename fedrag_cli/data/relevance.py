@@ -40,7 +40,8 @@ def resolve_relevant_ids(examples: Sequence[Example], nodes: Iterable[KnowledgeN
             elif relevant_id in documents:
                 ids.update(dict.fromkeys(_passages_with_answer(example, documents[relevant_id])))
             else:
-                problems.add(f"example '{example.id}'", f"'{relevant_id}' is no passage and no document of the corpus")
+                where = example.place or f"example '{example.id}'"
+                problems.add(where, f"the relevant id '{relevant_id}' is no passage and no document of the corpus")
         resolved.append(dataclasses.replace(example, relevant_ids=tuple(ids)))
     problems.raise_if_any("Check that examples and corpus belong together, and that no `limit` cuts the corpus short.")
     return resolved

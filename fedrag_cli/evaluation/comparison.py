@@ -23,11 +23,13 @@ class Evaluated:
         name: What it is asked for by, such as a run directory.
         predictions: Records as `Evaluation.predictions` has them.
         label: What it is called in tables; the name by default.
+        seed: Seed of its run, with which its intervals are drawn.
     """
 
     name: str
     predictions: Sequence[Prediction]
     label: str = ""
+    seed: int = 0
 
     @property
     def title(self) -> str:

@@ -97,7 +97,7 @@ def evaluate(
     answering = [name for name in metrics if name in ANSWER_METRICS]
     if answering:
         found_values, cut = answer_values(rag_system, examples, sources, answering, predictions, known, reporter)
-        truncated["prompts"] = cut
+        truncated |= cut
         values |= found_values
     scoring = [name for name in generator_metrics_of(metrics) if name not in ANSWER_METRICS]
     if scoring:

@@ -26,6 +26,7 @@ from fedrag_cli.rag.system import RAGAnswer, RAGSystem, count_truncation
 from fedrag_cli.runs.reporting import Reporter
 
 ANSWERS = "answers"
+BARE_PROMPTS = "contexts cut to nothing"
 
 
 def answer_values(
@@ -36,7 +37,7 @@ def answer_values(
     predictions: list[dict[str, Any]],
     memory: EvaluationMemory,
     reporter: Reporter,
-) -> tuple[dict[str, Values], int]:
+) -> tuple[dict[str, Values], dict[str, int]]:
     """Let the generator answer, and compare its answers with the accepted ones.
 
     Args:
@@ -49,7 +50,7 @@ def answer_values(
         reporter: Shows the progress.
 
     Returns:
-        The metrics, and the number of prompts that were cut.
+        The metrics, and how many prompts were cut, also how many of them to nothing where there are such.
 
     Raises:
         DataError: No example has accepted answers.
@@ -58,15 +59,15 @@ def answer_values(
 
     def keep(positions: list[int], answers: list[RAGAnswer]) -> None:
         rows = zip(positions, answers, strict=True)
-        memory.put(ANSWERS, {examples[missing[n]].id: [row.text, row.dropped_tokens] for n, row in rows})
+        memory.put(ANSWERS, {examples[missing[n]].id: [row.text, row.dropped_tokens, row.is_bare] for n, row in rows})
 
     with reporter.task("Answering", len(missing), "question") as advance:
         queries = [examples[position].query for position in missing]
         rag_system.answer(queries, [sources[position] for position in missing], advance, keep)
     answers = [
-        RAGAnswer(example.query, text, found, dropped)
+        RAGAnswer(example.query, text, found, dropped, *bare)
         for example, found in zip(examples, sources, strict=True)
-        for text, dropped in [memory.get(ANSWERS, example.id)]
+        for text, dropped, *bare in [memory.get(ANSWERS, example.id)]
     ]
     values: dict[str, Values] = {name: {} for name in names}
     for position, (example, answer) in enumerate(zip(examples, answers, strict=True)):
@@ -75,7 +76,10 @@ def answer_values(
             values[name][position] = _answer_metric(name, answer.text, example.responses)
     if not next(iter(values.values())):
         raise DataError(f"{', '.join(names)} need accepted answers, but no example has any.")
-    return values, count_truncation(answers).truncated
+    cut = {"prompts": count_truncation(answers).truncated}
+    if bare_prompts := sum(answer.is_bare for answer in answers):
+        cut[BARE_PROMPTS] = bare_prompts
+    return values, cut
 
 
 def likelihood_values(

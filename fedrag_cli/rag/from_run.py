@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource, load_config_with_source
-from fedrag_cli.errors import ConfigError
+from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.runs.directory import RunDirectory
 
 FIXED_BY_A_RUN = (
@@ -65,7 +65,16 @@ def _refuse_fixed(overrides: Sequence[str], path: Path) -> None:
 
 
 def with_tuned_models(config: Config, run: RunDirectory) -> Config:
-    """Return the config with the run's tuned retriever, generator and knowledge store in the place of the old ones."""
+    """Return the config with the run's tuned retriever, generator and knowledge store in the place of the old ones.
+
+    Raises:
+        DataError: What the run has tuned is gone.
+    """
+    if missing := run.missing_models():
+        raise DataError(
+            f"The tuned models of the run in '{run.path}' are gone: {', '.join(missing)}.",
+            "Put them back from a copy, or train again with the run's config.yaml.",
+        )
     rag_system = config.rag_system
     old_generator: Any = rag_system.generator
     if run.retriever.is_dir():

@@ -25,10 +25,12 @@ class EncodedPrompt:
     Args:
         ids: Token ids, with the tokenizer's start token where it has one.
         dropped_tokens: Tokens of context that did not fit.
+        is_bare: Whether nothing of the context fitted.
     """
 
     ids: list[int]
     dropped_tokens: int = 0
+    is_bare: bool = False
 
 
 @dataclass
@@ -118,8 +120,8 @@ class PromptEncoder:
                 "Shorten the question, lower rag_system.generator.max_new_tokens, or raise "
                 "rag_system.generator.context_window if the model allows it.",
             )
-        shortened = self._longest_fitting(query, context, room)
-        return EncodedPrompt(shortened, dropped_tokens=len(ids) - len(shortened))
+        shortened, words = self._longest_fitting(query, context, room)
+        return EncodedPrompt(shortened, dropped_tokens=len(ids) - len(shortened), is_bare=words == 0)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Tokenise an answer with its end token; the ids follow a prompt's ids directly.
@@ -191,8 +193,8 @@ class PromptEncoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _longest_fitting(self, query: str, context: str, room: int) -> list[int]:
-        """Find by bisection how many of the context's words fit, counted from its start."""
+    def _longest_fitting(self, query: str, context: str, room: int) -> tuple[list[int], int]:
+        """Find by bisection how many of the context's words fit, counted from its start; return ids and words."""
         ends = _word_ends(context)
         low, high = 0, len(ends)
         best = self._tokenize(query, "")
@@ -203,7 +205,7 @@ class PromptEncoder:
                 low, best = middle, ids
             else:
                 high = middle - 1
-        return best
+        return best, low
 
     def _find_end_ids(self) -> list[int]:
         """Return the ids after an answer, up to and including the token that ends the turn."""

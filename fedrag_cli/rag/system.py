@@ -32,12 +32,14 @@ class RAGAnswer:
         text: The answer.
         sources: The passages of the prompt, best first.
         dropped_tokens: Tokens of context that did not fit into the prompt.
+        is_bare: Whether nothing of the context fitted, so that the answer was given without any.
     """
 
     query: str
     text: str
     sources: list[ScoredNode]
     dropped_tokens: int = 0
+    is_bare: bool = False
 
 
 @dataclass
@@ -146,11 +148,12 @@ class RAGSystem:
             for query, group in zip(queries, contexts, strict=True)
         ]
         dropped = [sum(prompt.dropped_tokens for prompt in group) for group in prompts]
+        bare = [all(prompt.is_bare for prompt in group) for group in prompts]
         answers: dict[int, RAGAnswer] = {}
 
         def keep(positions: list[int], texts: list[str]) -> None:
             batch = [
-                RAGAnswer(queries[position], text, list(sources[position]), dropped[position])
+                RAGAnswer(queries[position], text, list(sources[position]), dropped[position], bare[position])
                 for position, text in zip(positions, texts, strict=True)
             ]
             answers.update(zip(positions, batch, strict=True))

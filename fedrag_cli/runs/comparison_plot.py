@@ -6,11 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedrag_cli.runs.plots import VERDICT_COLOURS, new_figure, save_figure, tidy
+from fedrag_cli.errors import ConfigError
+from fedrag_cli.runs.atomic import write_bytes_atomically
+from fedrag_cli.runs.plots import VERDICT_COLOURS, new_figure, picture_of, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+SOFTWARE = "fedrag compare"
+# What the files say of who has made them, for matplotlib and as it stands in them.
+METADATA = {"png": {"Software": SOFTWARE}, "pdf": {"Creator": SOFTWARE}, "svg": {"Creator": SOFTWARE}}
+MARKS = {
+    "png": f"Software\0{SOFTWARE}".encode(),
+    "pdf": f"/Creator ({SOFTWARE})".encode(),
+    "svg": f"<dc:title>{SOFTWARE}</dc:title>".encode(),
+}
+LARGEST_PLOT = 50 * 2**20
 
 
 def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -18,9 +31,41 @@ def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> No
 
     Args:
         comparisons: At least one; each becomes a block of rows, one a metric.
-        path: The PNG file.
+        path: The file; its ending says the format, as `require_plot_file` checks it.
     """
-    save_figure(draw_comparisons(comparisons), path)
+    format = _format_of(path)
+    write_bytes_atomically(path, picture_of(draw_comparisons(comparisons), format, METADATA[format]))
+
+
+def require_plot_file(path: Path, *, force: bool) -> None:
+    """Make sure that a plot may be written into a file.
+
+    Args:
+        path: The file.
+        force: Whether a file that is no plot of `fedrag compare` may be overwritten.
+
+    Raises:
+        ConfigError: Its ending names no format, or it is a folder, or a file that is no plot of ours.
+    """
+    format = _format_of(path)
+    if format not in METADATA:
+        raise ConfigError(
+            f"'{path}' does not end in a format that plots are written in.",
+            f"Name a file that ends in {' or '.join(f'.{known}' for known in METADATA)} with --plot.",
+        )
+    if path.is_dir():
+        raise ConfigError(f"'{path}' is a folder.", "Name a file, such as difference.png, with --plot.")
+    if force or not path.exists():
+        return
+    if path.stat().st_size > LARGEST_PLOT or MARKS[format] not in path.read_bytes():
+        raise ConfigError(
+            f"'{path}' is there already and is no plot of fedrag compare.",
+            "Name another file with --plot, or overwrite it with --force.",
+        )
+
+
+def _format_of(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
 
 
 def draw_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> Figure:

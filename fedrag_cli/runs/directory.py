@@ -81,6 +81,10 @@ class RunDirectory:
             DataError: Its manifest is damaged.
         """
         run = cls(path)
+        if not path.exists():
+            raise ConfigError(
+                f"'{path}' does not exist.", "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID."
+            )
         if not run.config_file.is_file() or not (path / "manifest.json").is_file():
             raise ConfigError(
                 f"'{path}' is no run directory (config.yaml or manifest.json is missing).",
@@ -135,8 +139,18 @@ class RunDirectory:
         return federation.get("role") if isinstance(federation, dict) else None
 
     def summary(self) -> dict[str, Any]:
-        """Return the summary of a finished run."""
-        return self._read_json("summary.json")
+        """Return the summary of a finished run, with the paths that it has now: it may have been moved."""
+        summary = self._read_json("summary.json")
+        moved = {"run_dir": str(self.path)}
+        if "predictions" in summary:
+            moved["predictions"] = str(self.path / "evaluation" / Path(summary["predictions"]).name)
+        return {**summary, **moved}
+
+    def missing_models(self) -> list[str]:
+        """Return the folders of models that the run has tuned, by its summary, and that are not there."""
+        tuned = (self.read_json_if_there("summary.json") or {}).get("tuned") or {}
+        folders = {"retriever": self.retriever, "generator": self.generator}
+        return [f"{name}/" for name, folder in folders.items() if tuned.get(name) and not folder.is_dir()]
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the run, with its parent folders."""

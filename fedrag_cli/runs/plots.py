@@ -269,6 +269,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def png_of(figure: Figure) -> bytes:
     """Return a figure as the content of a PNG file."""
+    return picture_of(figure, "png", {})
+
+
+def picture_of(figure: Figure, format: str, metadata: Mapping[str, str]) -> bytes:
+    """Return a figure as the content of a file.
+
+    Args:
+        figure: The figure.
+        format: png, pdf or svg.
+        metadata: What the file says of itself, by matplotlib's names for the format.
+    """
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=_DOTS_PER_INCH)
+    figure.savefig(content, format=format, dpi=_DOTS_PER_INCH, metadata=dict(metadata))
     return content.getvalue()

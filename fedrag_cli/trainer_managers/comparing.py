@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ConfigError, DataError
@@ -39,8 +41,8 @@ def compare_runs(
         ConfigError: A threshold names no metric of a run.
         DataError: They have no question or no metric in common.
     """
-    comparisons = [compare(evaluated[0], other, settings) for other in evaluated[1:]]
-    tables = {item.name: metric_table(item, settings) for item in evaluated}
+    comparisons = [compare(evaluated[0], other, settings, evaluated[0].seed) for other in evaluated[1:]]
+    tables = {item.name: metric_table(item, settings, item.seed) for item in evaluated}
     compared = {item.name: tables[item.name] for item in evaluated[1:]}
     failures = [failure for name, table in compared.items() for failure in _missed(name, table, thresholds)]
     if fail_if_worse:
@@ -94,7 +96,30 @@ def load_evaluated(name: str) -> Evaluated:
     if stage not in stages:
         raise ConfigError(f"The run in '{path}' has no evaluation '{stage}'.", f"It has: {', '.join(stages)}.")
     rows = _read(run.path / "evaluation" / f"{stage}{SUFFIX}")
-    return Evaluated(name, rows, f"{short_name(run)} ({stage})")
+    return Evaluated(name, rows, f"{short_name(run)} ({stage})", _whole(run.manifest().get("seed"), 0))
+
+
+def interval_settings(name: str, confidence: float | None) -> EvaluationConfig:
+    """Return confidence and resamples with which a run draws its own intervals, so that they come out the same here.
+
+    Args:
+        name: A run directory, or RUN:STAGE.
+        confidence: A level that wins over the run's; None for the run's.
+    """
+    run, default = RunDirectory.open(split_stage(name)[0]), EvaluationConfig()
+    try:
+        stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["evaluation"]
+        # What the environment gave is there as a reference only.
+        resamples = _whole(stored.get("resamples"), default.resamples)
+        level = stored.get("confidence")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        resamples, level = default.resamples, None
+    own = float(level) if isinstance(level, float | int) else default.confidence
+    return EvaluationConfig(confidence=own if confidence is None else confidence, resamples=resamples)
+
+
+def _whole(value: Any, default: int) -> int:
+    return value if isinstance(value, int) else default
 
 
 def questions_of(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, dict[str, Any]]]:

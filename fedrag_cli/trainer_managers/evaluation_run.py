@@ -12,10 +12,10 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_evaluation_split
 from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
-from fedrag_cli.data.examples import Example, load_examples
+from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import resolve_relevant_ids
-from fedrag_cli.errors import FedRAGError, KnowledgeStoreError
+from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.rag.from_run import with_tuned_models
@@ -31,7 +31,9 @@ from fedrag_cli.trainer_managers.run_parts import (
     chosen_metrics,
     data_fingerprints,
     evaluate_once,
+    load_questions,
     model_fingerprints,
+    nothing_computed_yet,
     record_fingerprints,
     recorded_end,
     require_unchanged,
@@ -65,12 +67,9 @@ def start_evaluation(
     of = str(evaluated_run.resolve()) if evaluated_run is not None else None
     run.update_manifest(evaluation={"of": of})
     reporter.note(f"Run directory: {run.path}")
-    with run.locked():
-        try:
+    with run.locked(), terminable():
+        with nothing_computed_yet(run):
             rag_system = _build(config, data, metrics, reporter)
-        except (FedRAGError, KeyboardInterrupt):
-            run.remove()
-            raise
         try:
             return _see_through(run, config, data, metrics, rag_system, reporter)
         except KnowledgeStoreError:
@@ -99,7 +98,7 @@ def _config_of(source: ConfigSource, evaluated_run: Path | None) -> Config:
 def _load(config: Config) -> tuple[RunData, list[str]]:
     split = require_evaluation_split(config)
     nodes = _passages(config)
-    examples = load_examples(getattr(config.dataset, split))
+    examples = load_questions(config, split)
     # Without a corpus nothing is retrieved, so the ids of passages name nothing.
     examples = resolve_relevant_ids(examples, nodes) if nodes else _without_relevant_ids(examples)
     data = RunData(nodes, [], [], examples[: config.evaluation.limit], split)
@@ -134,7 +133,7 @@ def _see_through(
     reporter = RunReporter(run.open_log(), reporter)
     # A run that goes on counts what its earlier parts have taken.
     started = time.monotonic() - seconds_spent(run.events())
-    with recorded_end(run), terminable():
+    with recorded_end(run):
         record_fingerprints(run, rag_system, data)
         reporter.event("started", mode="evaluation", **data.counts())
         evaluation = evaluate_once(run, STAGE, config, data, rag_system, metrics, reporter)

@@ -18,6 +18,7 @@ from fedrag_cli.runs.model_card import portable_argument
 from fedrag_cli.runs.plots import png_of
 from fedrag_cli.runs.report import render_report
 from fedrag_cli.trainer_managers.comparing import (
+    interval_settings,
     load_compared,
     load_evaluated,
     questions_of,
@@ -28,13 +29,13 @@ from fedrag_cli.trainer_managers.report_questions import Questions, won_and_lost
 from fedrag_cli.trainer_managers.report_runs import describe_run, what_differs
 
 
-def write_report(names: Sequence[str], path: Path, settings: EvaluationConfig, examples: int) -> dict[str, Any]:
+def write_report(names: Sequence[str], path: Path, confidence: float | None, examples: int) -> dict[str, Any]:
     """Write a report of runs.
 
     Args:
         names: Run directories or RUN:STAGE, as for `build_report`.
         path: The HTML file.
-        settings: Confidence and resamples of the bootstrap.
+        confidence: Level of the intervals; None for that of the first run's config.
         examples: How many questions won and lost are shown for each metric.
 
     Returns:
@@ -45,14 +46,14 @@ def write_report(names: Sequence[str], path: Path, settings: EvaluationConfig, e
         DataError: Records are missing or damaged, or runs have no question in common.
         FedRAGError: The file cannot be written.
     """
-    report = build_report(names, settings, examples)
+    report = build_report(names, confidence, examples)
     write_text_atomically(path, render_report(report))
     known = ("baseline", "name", "baseline_label", "label", "questions", "differences", "verdict")
     verdicts = [{key: item[key] for key in known} for item in report["comparisons"]]
-    return {"report": str(path), "confidence": settings.confidence, "verdicts": verdicts}
+    return {"report": str(path), "confidence": report["confidence"], "verdicts": verdicts}
 
 
-def build_report(names: Sequence[str], settings: EvaluationConfig, examples: int) -> dict[str, Any]:
+def build_report(names: Sequence[str], confidence: float | None, examples: int) -> dict[str, Any]:
     """Collect what a report shows.
 
     The first run is compared with; a single one with itself before training where it was trained, and with nothing
@@ -60,7 +61,7 @@ def build_report(names: Sequence[str], settings: EvaluationConfig, examples: int
 
     Args:
         names: Run directories, or RUN:STAGE for another evaluation of the run than its last.
-        settings: Confidence and resamples of the bootstrap.
+        confidence: Level of the intervals; None for that of the first run's config.
         examples: How many questions won and lost are shown for each metric.
 
     Returns:
@@ -69,8 +70,10 @@ def build_report(names: Sequence[str], settings: EvaluationConfig, examples: int
     names = [name.rstrip("/") for name in names]
     comparing = len(names) > 1 or _was_trained(names[0])
     evaluated = load_compared(names) if comparing else [load_evaluated(names[0])]
+    settings = interval_settings(evaluated[0].name, confidence)
     questions = questions_of(evaluated)
-    comparisons = [_comparison(compare(evaluated[0], other, settings), questions, examples) for other in evaluated[1:]]
+    compared = [compare(evaluated[0], other, settings, evaluated[0].seed) for other in evaluated[1:]]
+    comparisons = [_comparison(item, questions, examples) for item in compared]
     by_path = {path: describe_run(path) for path in (split_stage(name)[0] for name in names)}
     runs = list(by_path.values())
     evaluations = [_evaluation(item, by_path[split_stage(item.name)[0]]["group_by"], settings) for item in evaluated]
@@ -113,9 +116,11 @@ def _evaluation(item: Evaluated, group_by: str | None, settings: EvaluationConfi
     }
     return {
         "label": item.title,
-        "metrics": metric_table(item, settings),
+        "metrics": metric_table(item, settings, item.seed),
         "group_by": group_by or "group",
-        "groups": {group: metric_table(Evaluated(item.name, rows), settings) for group, rows in members.items()},
+        "groups": {
+            group: metric_table(Evaluated(item.name, rows), settings, item.seed) for group, rows in members.items()
+        },
     }
 
 

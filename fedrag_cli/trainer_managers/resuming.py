@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fedrag_cli.config import ConfigSource
-from fedrag_cli.errors import ConfigError
+from fedrag_cli.errors import ConfigError, DataError, RunInterruptedError
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.launch import process_count
+from fedrag_cli.runs.interrupt import terminable
+from fedrag_cli.runs.launch import process_count, resume_command
 from fedrag_cli.runs.reporting import Reporter
 
 
@@ -24,11 +25,31 @@ def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> d
         reporter: Shows what happens.
 
     Returns:
-        The summary; that of a finished run as it is.
+        The summary; that of a finished run as it is, but for where the run is now.
+
+    Raises:
+        DataError: The run is finished, but what it has tuned is gone.
+        RunInterruptedError: The user or a signal interrupted it; it can go on again.
     """
     if run.manifest().get("status") == "done" and not (run.summary().get("missing") and _is_server(run)):
+        if missing := run.missing_models():
+            raise DataError(
+                f"The run in '{run.path}' is finished, but its tuned models are gone: {', '.join(missing)}.",
+                "Put them back from a copy, or train again with the run's config.yaml.",
+            )
         reporter.note(f"The run in {run.path} is finished already.")
         return run.summary()
+    try:
+        with terminable(once=process_count() > 1):
+            return _go_on(run, source, reporter)
+    except KeyboardInterrupt as error:
+        # While it works, a run says by itself what it has saved.
+        raise RunInterruptedError(
+            "Interrupted before the run went on; it is as it was.", f"Go on with: {resume_command(run.path)}"
+        ) from error
+
+
+def _go_on(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
     of_training = run.manifest().get("evaluation") is None and run.federation_role() is None
     if process_count() > 1 and not of_training:
         raise ConfigError(

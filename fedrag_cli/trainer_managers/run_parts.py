@@ -12,6 +12,7 @@ from fedrag_cli.config.checks import (
     evaluation_split,
     require_generator,
     trains_on_relevant_ids,
+    trains_on_responses,
     trains_with_generator,
     tuned_sides,
 )
@@ -87,16 +88,39 @@ def load_run_data(config: Config) -> RunData:
     """
     nodes = load_corpus(config.dataset.corpus)
     dataset, split = config.dataset, evaluation_split(config)
-    validation = resolve_relevant_ids(load_examples(dataset.validation), nodes) if dataset.validation else []
-    questions: list[Example] = []
-    if split is not None:
-        source = getattr(dataset, split)
-        questions = validation if split == "validation" else resolve_relevant_ids(load_examples(source), nodes)
-    train = load_examples(dataset.train) if dataset.train is not None else []
+    on_answers = trains_on_responses(config)
+    questions = resolve_relevant_ids(load_questions(config, split), nodes) if split is not None else []
+    validation: list[Example] = []
+    if dataset.validation is not None:
+        # What clients report of a federation is measured on their validation split.
+        reported = generator_metrics_of(config.federated.metrics) if config.federated is not None else []
+        validation = load_examples(dataset.validation, needs_responses=on_answers or bool(reported))
+        validation = resolve_relevant_ids(validation, nodes)
+    train = load_examples(dataset.train, needs_responses=on_answers) if dataset.train is not None else []
     if trains_on_relevant_ids(config):
         for name, examples in (("dataset.train", train), ("dataset.validation", validation)):
             judged_examples(examples, nodes, name)
     return RunData(nodes, train, validation, questions[: config.evaluation.limit], split)
+
+
+def load_questions(config: Config, split: str) -> list[Example]:
+    """Read the examples to evaluate on; each must have an answer where a metric looks at answers.
+
+    Args:
+        config: The config.
+        split: The split to evaluate on.
+
+    Raises:
+        DataError: The data is missing or bad.
+    """
+    source, settings = getattr(config.dataset, split), config.evaluation
+    examples = load_examples(source, needs_responses=False)
+    if all(example.responses for example in examples):
+        return examples
+    asked = examples[: settings.limit]
+    chosen = choose_metrics(None, tuned_sides(config), asked, settings.context)
+    wanted = chosen if settings.metrics is None else settings.metrics
+    return load_examples(source) if generator_metrics_of(wanted) else examples
 
 
 def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSystem:
@@ -280,6 +304,26 @@ def differences_of(config: Config, before: Evaluation | None, after: Evaluation 
         return []
     compared = compare_metrics(before.values, after.values, config.evaluation, config.run.seed)
     return [difference.to_dict() for difference in compared]
+
+
+@contextmanager
+def nothing_computed_yet(run: RunDirectory) -> Iterator[None]:
+    """Remove a new run where the enclosed code, which loads its models, fails or is interrupted.
+
+    Raises:
+        RunInterruptedError: The user or a signal interrupted the enclosed code.
+    """
+    try:
+        yield
+    except FedRAGError:
+        run.remove()
+        raise
+    except KeyboardInterrupt as error:
+        run.remove()
+        raise RunInterruptedError(
+            f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed.",
+            "Give the command again.",
+        ) from error
 
 
 @contextmanager

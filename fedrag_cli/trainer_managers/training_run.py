@@ -11,7 +11,7 @@ import yaml
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
-from fedrag_cli.errors import ConfigError, FedRAGError
+from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
@@ -33,6 +33,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     load_rag_system,
     load_run_data,
     model_fingerprints,
+    nothing_computed_yet,
     record_fingerprints,
     recorded_end,
     require_unchanged,
@@ -74,12 +75,8 @@ def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, pro
     )
     reporter.note(f"Run directory: {run.path}")
     with run.locked():
-        try:
+        with nothing_computed_yet(run):
             rag_system = load_rag_system(config, data, reporter)
-        except (FedRAGError, KeyboardInterrupt):
-            # Nothing was computed that is worth keeping.
-            run.remove()
-            raise
         return _see_through(run, config, data, rag_system, reporter, processes)
 
 

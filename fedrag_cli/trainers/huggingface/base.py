@@ -314,10 +314,11 @@ class HuggingFaceTrainer(BaseTrainer):
         return found
 
     def _examples(self, dataset: Any, split: str) -> list[Example]:
+        needs_responses = self.config.needs_responses
         if dataset is not None:
-            return examples_from_dataset(dataset) if len(dataset) else []
+            return examples_from_dataset(dataset, needs_responses=needs_responses) if len(dataset) else []
         source = getattr(self.rag_system.config.dataset, split) if self.rag_system.config else None
-        return load_examples(source) if source is not None else []
+        return load_examples(source, needs_responses=needs_responses) if source is not None else []
 
     def _keep_judged(self) -> int:
         """Keep the examples whose relevant passages are known, and return how many training examples were left out."""
@@ -330,8 +331,8 @@ class HuggingFaceTrainer(BaseTrainer):
         for example in (*self.train_examples, *self.validation_examples):
             if not example.responses:
                 raise DataError(
-                    f"The example '{example.id}' has no response, which training needs.",
-                    "Train on a source with answers; BEIR folders serve evaluation only.",
+                    f"{example.name} has no response, which training needs.",
+                    "Train on a source with answers, or by an objective without (contrastive).",
                 )
 
 
