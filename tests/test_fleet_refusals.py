@@ -17,7 +17,7 @@ from flwr.supercore import date
 from toy_federation import ToyClient, new_key, node, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
-from fedrag_cli.federated.fleet import admission
+from fedrag_cli.federated.fleet import admission, entrance
 from fedrag_cli.federated.fleet.refusals import MOST_LINES, MOST_REMEMBERED, Refusals
 from fedrag_cli.federated.fleet.server import ServerCertificate
 from fedrag_cli.federated.keys import (
@@ -231,3 +231,31 @@ def test_a_certificate_that_cannot_be_used_is_said_so(keys: Path) -> None:
     swapped = ServerCertificate(keys / "server.key", keys / "server.crt")
     with pytest.raises(ConnectionFailedError, match="cannot be used"), serving(certificate=swapped):
         pass
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_connections_that_ask_nothing_are_ended(keys: Path, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
+    monkeypatch.setattr(entrance, "SILENT_SECONDS", 1.0)
+    notes = Notes()
+    certificate = ServerCertificate(keys / "server.crt", keys / "server.key") if tls else None
+
+    def ended(connection: socket.socket) -> bool:
+        connection.settimeout(20.0)
+        try:
+            return connection.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    with serving(certificate=certificate, reporter=notes) as server:
+        connections = [socket.create_connection(("127.0.0.1", server.address[1])) for _ in range(2)]
+        if tls:
+            context = ssl.create_default_context(cafile=keys / "ca.crt")
+            connections = [context.wrap_socket(connection, server_hostname="localhost") for connection in connections]
+        connections[1].sendall(b"POST /api/v0/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n")
+        assert [ended(connection) for connection in connections] == [True, True]
+        for connection in connections:
+            connection.close()
+        # One line for both, because they come from one address.
+        assert notes.lines == ["A connection from 127.0.0.1 asked nothing for 1 s"]
+        known = {"tls": True, "ca": (keys / "ca.crt").read_bytes()} if tls else {}
+        assert node(server, **known).check()

@@ -13,6 +13,9 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from fedrag_cli.federated.fleet.refusals import Refusals
 
 HANDSHAKE_SECONDS = 60.0
+# Connections that ask nothing, or never end their first request's head, would keep all places of the server taken.
+SILENT_SECONDS = 60.0
+MOST_HEAD_BYTES = 2**16
 _METHOD = re.compile(rb"[A-Z]{1,7}( |$)")
 
 
@@ -42,6 +45,8 @@ class Entrance(asyncio.Protocol):
         self._refusals = refusals
         self._opened = self._ended = False
         self._early: list[bytes] = []
+        self._head = bytearray()
+        self._patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Hand a plain connection on, or begin the handshake."""
@@ -55,20 +60,25 @@ class Entrance(asyncio.Protocol):
         self._handshake = self._loop.create_task(self._secure(self._context))
 
     def data_received(self, data: bytes) -> None:
-        """Look at the first bytes, and leave the connection to the HTTP protocol from then on."""
+        """Look at the first request's head, and leave the connection to the HTTP protocol from its end on."""
         if not self._opened:
             self._early.append(data)
             return
-        if self._context is None and data[:2] == b"\x16\x03":
+        self._head += data
+        if self._context is None and self._head[:2] == b"\x16\x03":
             self._tell("tls", f"A client at {self._address} speaks TLS, but this server does without")
-        elif not _METHOD.match(data[:8]):
+        elif not _METHOD.match(self._head[:8]):
             self._tell("http", f"A connection from {self._address} sent no HTTP")
+        elif b"\r\n\r\n" not in self._head and len(self._head) < MOST_HEAD_BYTES:
+            return
+        self._stop_waiting()
         self._transport.set_protocol(self._inner)
-        self._inner.data_received(data)
+        self._inner.data_received(bytes(self._head))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Hand on that the connection has ended."""
         self._ended = True
+        self._stop_waiting()
         if self._opened:
             self._inner.connection_lost(exc)
 
@@ -100,11 +110,20 @@ class Entrance(asyncio.Protocol):
 
     def _open(self) -> None:
         self._opened = True
+        self._patience = self._loop.call_later(SILENT_SECONDS, self._hang_up)
         self._inner.connection_made(self._transport)
         for data in self._early:
             # After the first piece the HTTP protocol has taken the transport over.
             self._transport.get_protocol().data_received(data)  # type: ignore[attr-defined]
         self._early.clear()
+
+    def _hang_up(self) -> None:
+        self._tell("silent", f"A connection from {self._address} asked nothing for {SILENT_SECONDS:.0f} s")
+        self._transport.abort()
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
 
     def _tell(self, reason: str, line: str) -> None:
         self._refusals.tell(self._address, reason, line)
