@@ -78,6 +78,15 @@ def test_a_narrow_terminal_shows_all_but_the_bar(clock: Clock) -> None:
     assert "0.03 steps/s 0:08:40 elapsed 0:26:00 left" in line
 
 
+def test_the_first_line_of_slow_units_has_a_rate(clock: Clock) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with PlainReporter(console).task("Answering", 135, "question") as advance:
+        clock.now += 20.0
+        advance(27)
+        assert isinstance(console.file, io.StringIO)
+        assert console.file.getvalue() == "Answering: 27/135 questions, 1.4 questions/s, 1 min 20 s left\n"
+
+
 def test_lines_have_rate_and_time_left(clock: Clock) -> None:
     console = Console(file=io.StringIO(), width=200)
     with PlainReporter(console).task("1-retriever", 1, "step") as advance:

@@ -98,27 +98,30 @@ class _BarAdvance:
         self._progress.update(self._task, advance=done, rate=self._rate.after(done))
 
     def total(self, total: int) -> None:
+        # A training says its total before its first call, which tells the steps of earlier parts of the run.
+        self._rate = _Rate(skips_first=True)
         self._progress.update(self._task, total=total)
 
 
 class _Rate:
     """Units a second over a whole task.
 
-    They count from the first call on: what it tells may have been done before, by an earlier part of the run.
+    Args:
+        skips_first: Whether the first call tells what was done before the task, by an earlier part of the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, skips_first: bool = False) -> None:
+        self._skips = skips_first
         self._done = 0
-        self._started: float | None = None
+        self._started = time.monotonic()
 
     def after(self, done: int) -> float | None:
         """Count units that were just done, and return the rate; None before there is one."""
-        now = time.monotonic()
-        if self._started is None:
-            self._started = now
+        if self._skips:
+            self._skips, self._started = False, time.monotonic()
             return None
         self._done += done
-        return self._done / max(now - self._started, 1e-9) if self._done else None
+        return self._done / max(time.monotonic() - self._started, 1e-9) if self._done else None
 
 
 class PlainReporter:
@@ -175,6 +178,8 @@ class _LineAdvance:
             self._reporter.progress(f"{self._counts()}{left}")
 
     def total(self, total: int) -> None:
+        # As in _BarAdvance.
+        self._rate = _Rate(skips_first=True)
         self._total = total
 
     def finish(self) -> None:
