@@ -50,7 +50,7 @@ def test_every_client_ends_with_the_servers_model(federate: Callable[..., Federa
     for client in clients:
         run = Path(client.finish()["run_dir"])
         assert_same_weights(run, Path(summary["run_dir"]))
-        assert "with num-examples 7 and loss, validation_loss" in client.log
+        assert "with num-examples 7, validation-examples, loss, validation_loss" in client.log
     updates = events(Path(summary["run_dir"]), "client_update")
     assert [(event["round"], event["accepted"]) for event in updates] == [(1, True)] * 2 + [(2, True)] * 2
     losses = {event["client"]: event["metrics"]["loss"] for event in updates[:2]}

@@ -38,8 +38,10 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
     load_run_data,
+    model_fingerprints,
     record_fingerprints,
     recorded_end,
+    require_unchanged,
     save_models,
     uses_generator,
     write_results,
@@ -159,6 +161,7 @@ def _see_through(
     with recorded_end(run), terminable():
         rag_system = task.trainer.rag_system
         record_fingerprints(run, rag_system)
+        require_unchanged(run, "base models", model_fingerprints(rag_system))
         done = load_newest_round(run.checkpoints)
         with _server(where, protection, task, run.path / PIECES, reporter) as server:
             assert server.grid is not None

@@ -81,7 +81,7 @@ def measured(row: str, steps: int) -> dict[str, float]:
     trainer = trainer_of(side, build_system(name, FEW, *overrides))
     sizes: dict[int, int] = {}
 
-    def on_step(step: int) -> None:
+    def on_step(step: int, _last: bool) -> None:
         if step in (steps // 5, steps):
             sizes[step] = in_use()
 

@@ -52,7 +52,7 @@ class Steps:
             return batch
 
         trainer._collate = collated  # type: ignore[method-assign]
-        trainer._on_step = lambda _step: self._ends.append(time.perf_counter())  # type: ignore[method-assign]
+        trainer._on_step = lambda _step, _last: self._ends.append(time.perf_counter())  # type: ignore[method-assign]
 
     def train(self) -> list[float]:
         """Return the seconds of each step but the first."""
