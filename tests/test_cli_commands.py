@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from fedrag_cli.cli.main import app, main
+from fedrag_cli.cli.main import application, main
 from fedrag_cli.errors import EXIT_DATA, EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 
 CONFIG = """\
@@ -56,7 +56,7 @@ def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_help_of_every_command_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
-    for path in every_command(typer.main.get_command(app)):
+    for path in every_command(typer.main.get_command(application())):
         assert main([*path, "--help"]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith(" ".join(["Usage: fedrag", *path]))

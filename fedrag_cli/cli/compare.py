@@ -11,8 +11,6 @@ from fedrag_cli.cli.options import ConfidenceOption, JsonOption, QuietOption, Ve
 from fedrag_cli.cli.session import session
 from fedrag_cli.errors import EXIT_FAILED, ConfigError
 
-NAME = "compare"
-
 
 def command(
     runs: Annotated[

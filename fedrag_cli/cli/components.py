@@ -9,8 +9,6 @@ import typer
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 
-NAME = "components"
-
 
 def command(
     name: Annotated[

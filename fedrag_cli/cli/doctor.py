@@ -9,8 +9,6 @@ import typer
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 
-NAME = "doctor"
-
 
 def command(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False) -> None:
     """Check the installed libraries and say what this machine can compute on; exits with 1 if something is wrong."""

@@ -11,8 +11,6 @@ import typer
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import session
 
-NAME = "evaluate"
-
 
 def command(
     arguments: Annotated[

@@ -10,8 +10,6 @@ import typer
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import session
 
-NAME = "export-flower-app"
-
 
 def command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; nothing is overwritten.")],

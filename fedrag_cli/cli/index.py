@@ -11,8 +11,6 @@ from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, Ver
 from fedrag_cli.cli.session import session
 from fedrag_cli.errors import ConfigError
 
-NAME = "index"
-
 
 def command(
     arguments: ConfigArguments = None,

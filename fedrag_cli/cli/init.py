@@ -10,7 +10,6 @@ import typer
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 
-NAME = "init"
 # What comes next where it is not training on one machine.
 NEXT = {"federated": "fedrag simulate --clients 3"}
 

@@ -17,8 +17,6 @@ from fedrag_cli.cli.options import (
 )
 from fedrag_cli.cli.session import session
 
-NAME = "join-fl"
-
 
 def command(
     arguments: ConfigArguments = None,

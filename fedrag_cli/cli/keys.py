@@ -10,7 +10,6 @@ import typer
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 
-NAME = "keys"
 DirectoryOption = Annotated[Path, typer.Option("--dir", "-d", help="Folder to write to; nothing is overwritten.")]
 
 app = typer.Typer(

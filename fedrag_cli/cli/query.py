@@ -15,8 +15,6 @@ from fedrag_cli.cli.session import Session, session
 if TYPE_CHECKING:
     from fedrag_cli.rag.system import RAGSystem
 
-NAME = "query"
-
 
 def command(
     arguments: Annotated[

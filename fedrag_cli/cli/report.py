@@ -13,8 +13,6 @@ from fedrag_cli.cli.session import session
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
 
-NAME = "report"
-
 
 def command(
     runs: Annotated[

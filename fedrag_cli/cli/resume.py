@@ -10,8 +10,6 @@ import typer
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
 from fedrag_cli.cli.session import session
 
-NAME = "resume"
-
 
 def command(
     run_dir: Annotated[Path, typer.Argument(help="The run directory, such as runs/NAME/TIME-ID.")],

@@ -12,8 +12,6 @@ import typer
 from fedrag_cli.cli.options import VerboseOption
 from fedrag_cli.cli.session import session
 
-NAME = "schema"
-
 
 def command(
     output: Annotated[

@@ -10,8 +10,6 @@ import typer
 from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import session
 
-NAME = "simulate"
-
 
 def command(
     arguments: ConfigArguments = None,

@@ -7,8 +7,6 @@ import sys
 from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import session
 
-NAME = "train"
-
 
 def command(
     arguments: ConfigArguments = None,

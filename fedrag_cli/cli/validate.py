@@ -9,8 +9,6 @@ import typer
 from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import session
 
-NAME = "validate"
-
 
 def command(
     arguments: ConfigArguments = None,
