@@ -171,7 +171,7 @@ def test_two_machines_federate_as_printed(tmp_path: Path, models: dict[str, Path
         summary = json.loads(output)
     assert summary["role"] == "client"
     assert summary["differences"]
-    assert "(TLS, allowed keys); 1 rounds, at least 2 clients" in _log_of(server)
+    assert "(TLS, allowed keys); 1 round, at least 2 clients" in _log_of(server)
 
 
 def _log_of(folder: Path) -> str:
