@@ -259,3 +259,22 @@ def test_connections_that_ask_nothing_are_ended(keys: Path, monkeypatch: pytest.
         assert notes.lines == ["A connection from 127.0.0.1 asked nothing for 1 s"]
         known = {"tls": True, "ca": (keys / "ca.crt").read_bytes()} if tls else {}
         assert node(server, **known).check()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_answers_are_sent_at_once(keys: Path, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
+    certificate = ServerCertificate(keys / "server.crt", keys / "server.key") if tls else None
+    seen: list[int] = []
+    open_as_before = entrance.Entrance._open
+
+    def opened(self: entrance.Entrance) -> None:
+        taken = self._transport.get_extra_info("socket")
+        seen.append(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        open_as_before(self)
+
+    monkeypatch.setattr(entrance.Entrance, "_open", opened)
+    known = {"tls": True, "ca": (keys / "ca.crt").read_bytes()} if tls else {}
+    with serving(certificate=certificate) as server:
+        assert node(server, **known).check()
+    assert seen
+    assert all(seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any, cast
@@ -51,6 +52,8 @@ class Entrance(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Hand a plain connection on, or begin the handshake."""
         self._transport = cast(asyncio.Transport, transport)
+        # asyncio leaves it off where a socket does not name its protocol, and every answer then waits 40 ms.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._address = (transport.get_extra_info("peername") or ("an unknown address",))[0]
         if self._context is None:
             self._open()
