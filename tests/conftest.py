@@ -272,3 +272,16 @@ def config_of(write_config: Callable[..., Path], models: dict[str, Path], tmp_pa
         return load_config(path)
 
     return made
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with an authority, a certificate of localhost, and keys of the nodes north and south."""
+    from fedrag_cli.federated.keys import write_authority, write_node_key, write_server_certificate
+
+    folder = tmp_path_factory.mktemp("keys")
+    write_authority(folder)
+    write_server_certificate(folder, ["localhost", "127.0.0.1"])
+    for name in ("north", "south"):
+        write_node_key(folder, name)
+    return folder

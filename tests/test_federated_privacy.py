@@ -17,6 +17,7 @@ from test_federated_task import make_manager
 from toy_federation import ToyClient, asking, common
 
 from fedrag_cli.config import load_config
+from fedrag_cli.config.checks import _STRATEGIES_OF_MEANS
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.config.schema import FederatedConfig, PrivacyConfig
 from fedrag_cli.errors import ConfigError, FederationError
@@ -25,6 +26,7 @@ from fedrag_cli.federated.apps import ScreenedStrategy
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.privacy import clip_scale, noise_of_client, protected, spent_epsilon
 from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import from_wire, to_wire
 from fedrag_cli.runs.reporting import SilentReporter
 
@@ -103,7 +105,8 @@ def test_no_seed_repeats_the_noise() -> None:
         return noisy(0.5, 1000, strategy("FedAvg")).weights["w"]
 
     first, second = drawn(), drawn()
-    assert not torch.isclose(first, second).any()
+    # Two of a thousand draws may be alike by chance, once in some hundred runs.
+    assert int(torch.isclose(first, second).sum()) < 3
 
 
 def test_noise_comes_before_the_strategys_step() -> None:
@@ -123,7 +126,9 @@ def test_every_round_tells_what_was_spent() -> None:
     assert [(event["epsilon"], event["delta"]) for event in told if event["event"] == "round"] == [
         (epsilon, 1e-4) for epsilon in spent
     ]
-    first = {event["client"]: event["clipped"] for event in told if event["event"] == "client_update"}
+    first = {
+        event["client"]: event["clipped"] for event in told if event["event"] == "client_update" and event["round"] == 1
+    }
     assert first == {"a": False, "b": False, "c": True}
     plain = federate(strategy("FedAvg"), toys())
     assert "epsilon" not in plain.history[0]
@@ -232,3 +237,7 @@ def test_the_message_api_clips_weighs_and_tells(write_config: Callable[..., Path
         assert float(difference[1:].abs().max()) < 1e-6
     else:
         assert 0 < float(difference.abs().max()) < 1.1
+
+
+def test_the_config_knows_the_strategies_that_take_means() -> None:
+    assert set(_STRATEGIES_OF_MEANS) == {kind.__name__ for kind in (*MEANS, *STEPS_FROM_MEANS)}

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from flwr.supercore import date
-from toy_federation import ToyClient, new_key, node, serving, start
+from toy_federation import Notes, ToyClient, new_key, node, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.fleet import admission, entrance
@@ -26,33 +26,9 @@ from fedrag_cli.federated.keys import (
     load_private_key,
     load_public_key,
     write_authority,
-    write_node_key,
-    write_server_certificate,
 )
-from fedrag_cli.runs.reporting import SilentReporter
 
 pytestmark = pytest.mark.fl
-
-
-class Notes(SilentReporter):
-    """Keeps what is noted."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        """Keep a line."""
-        self.lines.append(message)
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys")
-    write_authority(folder)
-    write_server_certificate(folder, ["localhost", "127.0.0.1"])
-    for name in ("north", "south"):
-        write_node_key(folder, name)
-    return folder
 
 
 @pytest.fixture

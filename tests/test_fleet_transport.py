@@ -27,22 +27,10 @@ from fedrag_cli.federated.keys import (
     load_allowed_keys,
     load_private_key,
     write_authority,
-    write_node_key,
-    write_server_certificate,
 )
 
 pytestmark = pytest.mark.fl
 STEPS = ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0])
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys")
-    write_authority(folder)
-    write_server_certificate(folder, ["localhost", "127.0.0.1"])
-    for name in ("north", "south"):
-        write_node_key(folder, name)
-    return folder
 
 
 def certificate(keys: Path) -> ServerCertificate:

@@ -14,27 +14,15 @@ from typing import Any
 import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from toy_federation import ToyClient, new_key, serving, start
+from toy_federation import Notes, ToyClient, new_key, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.client import ACTION, HANDSHAKE, STOP
 from fedrag_cli.federated.fleet import node as node_module
 from fedrag_cli.federated.fleet.failures import ServerAddress, in_words, raise_if_hopeless
 from fedrag_cli.federated.fleet.node import FleetNode
-from fedrag_cli.runs.reporting import SilentReporter
 
 pytestmark = pytest.mark.fl
-
-
-class Notes(SilentReporter):
-    """Keeps what is noted."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        """Keep a line."""
-        self.lines.append(message)
 
 
 class Clock:

@@ -40,6 +40,17 @@ def new_key() -> PrivateKey:
     return ec.generate_private_key(ec.SECP384R1())
 
 
+class Notes(SilentReporter):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        """Keep a line."""
+        self.lines.append(message)
+
+
 class ToyClient:
     """Answers a handshake, and trains by adding a fixed step; `change` may spoil what is sent."""
 
