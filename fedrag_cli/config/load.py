@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,34 @@ class ConfigSource:
         values = self._with_references(self.config, ())
         return OmegaConf.to_yaml(OmegaConf.create(values), resolve=False, sort_keys=False)
 
-    def _with_references(self, value: Any, path: KeyPath) -> Any:
-        reference = expression(self.tree.tree, path) if path else None
+    def outside_values(self) -> dict[str, tuple[str, Any]]:
+        """Return the settings that come from outside of the config, such as the environment.
+
+        Returns:
+            By key path, the reference as `to_yaml` writes it, and the value that it has now as JSON can hold it.
+        """
+        return dict(self._outside_values(self.config, ()))
+
+    def _outside_values(self, value: Any, path: KeyPath) -> Iterator[tuple[str, tuple[str, Any]]]:
+        reference = self._reference(value, path)
         if reference is not None:
-            return self._folder_of_reference(value, path) + reference
+            plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            yield format_path(path), (reference, plain)
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                yield from self._outside_values(getattr(value, field.name), (*path, field.name))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from self._outside_values(item, (*path, index))
+
+    def _reference(self, value: Any, path: KeyPath) -> str | None:
+        reference = expression(self.tree.tree, path) if path else None
+        return None if reference is None else self._folder_of_reference(value, path) + reference
+
+    def _with_references(self, value: Any, path: KeyPath) -> Any:
+        reference = self._reference(value, path)
+        if reference is not None:
+            return reference
         if dataclasses.is_dataclass(value):
             names = [field.name for field in dataclasses.fields(value)]
             return {name: self._with_references(getattr(value, name), (*path, name)) for name in names}
