@@ -37,11 +37,7 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
         source = load_config_with_source(path, overrides)
         return source.config, source
     run = RunDirectory.open(path)
-    status = run.manifest().get("status")
-    if status != "done":
-        raise ConfigError(
-            f"The run in '{path}' is not finished (status: {status}).", f"Go on with: fedrag resume {path}"
-        )
+    run.require_finished()
     evaluation = run.manifest().get("evaluation")
     if evaluation is not None:
         raise ConfigError(

@@ -177,6 +177,15 @@ class RunDirectory:
                 f"'{self.config_file}' in the place of the reference.",
             )
 
+    def require_finished(self) -> None:
+        """Raise ConfigError where the run has not come to its end."""
+        status = self.manifest().get("status")
+        if status != "done":
+            raise ConfigError(
+                f"The run in '{self.path}' is not finished (status: {status}).",
+                f"Go on with: fedrag resume {self.path}",
+            )
+
     def federation_role(self) -> str | None:
         """Return which part of a federation the run is (server, client or simulation); None for a training."""
         federation = self.manifest().get("federation")
