@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedrag_cli.config.checks import check_config
-from fedrag_cli.config.fields import SecretMarker, markers_of
+from fedrag_cli.config.fields import SecretMarker, markers_of, whole_path
 from fedrag_cli.config.paths import absolute_paths
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path, in_order
 from fedrag_cli.config.references import (
@@ -29,6 +29,7 @@ from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import DEFAULT_CONFIG, ConfigTree, read_tree
 from fedrag_cli.config.validation import validate_values
 
+_MOST_LEVELS = 32
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*\w+\s*\}")
 
 
@@ -88,8 +89,8 @@ class ConfigSource:
         given = resolved(self.tree.tree, origin(self.tree.tree, path))
         if not isinstance(value, str) or not isinstance(given, str) or given == value or Path(given).is_absolute():
             return ""
-        bases = [base.resolve() for base in (self.tree.folder(path), Path()) if base is not None]
-        return next((f"{base}/" for base in bases if str((base / given).resolve()) == value), "")
+        bases = [whole_path(base) for base in (self.tree.folder(path), Path()) if base is not None]
+        return next((f"{base}/" for base in bases if str(whole_path(base / given)) == value), "")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -177,6 +178,9 @@ def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:
     problems: list[ConfigProblem] = []
 
     def resolve(node: DictConfig | ListConfig, key: Any, path: KeyPath) -> Any:
+        if len(path) > _MOST_LEVELS:
+            problems.append(ConfigProblem(tree.position(path), format_path(path), "is nested too deeply"))
+            return None
         try:
             value = node[key]
         except (OmegaConfBaseException, ValueError, KeyError) as error:

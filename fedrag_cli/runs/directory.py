@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedrag_cli.config.fields import is_there
 from fedrag_cli.errors import ConfigError, DataError, FedRAGError
 from fedrag_cli.runs.atomic import (
     os_errors,
@@ -95,7 +96,7 @@ class RunDirectory:
             DataError: Its manifest is damaged.
         """
         run = cls(path)
-        if not path.exists():
+        if not is_there(path):
             raise ConfigError(
                 f"'{path}' does not exist.", "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID."
             )

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.config.fields import is_there
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.evaluation.comparison import Comparison, Evaluated, compare, metric_table
@@ -162,7 +163,7 @@ def stages_of(run: RunDirectory) -> list[str]:
 
 def split_stage(name: str) -> tuple[Path, str | None]:
     """Return the run directory and the stage of RUN or RUN:STAGE."""
-    if Path(name).exists() or ":" not in name:
+    if is_there(name) or ":" not in name:
         return Path(name), None
     path, _, stage = name.rpartition(":")
     return Path(path), stage
