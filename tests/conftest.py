@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run in a process for each core, and tiny models gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ANIMALS = ["cat", "dog", "owl", "fox", "hen", "cow", "pig", "bat", "elk", "ant", "bee", "eel"]
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "silver", "violet", "orange"]
