@@ -74,7 +74,7 @@ def test_csv_takes_long_cells(tmp_path):
 
 def test_csv_with_an_open_quote_is_reported(tmp_path):
     path = write(tmp_path / "a.csv", 'a\n"open\nuntil the end')
-    assert rows_of(path) == [(2, {}, "cannot be read: unexpected end of data")]
+    assert rows_of(path) == [(2, {}, "cannot be read: a quotation mark at the start of a cell is never closed")]
 
 
 def test_tsv(tmp_path):

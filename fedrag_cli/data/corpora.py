@@ -148,8 +148,9 @@ def nodes_of_beir_table(table: Table) -> list[KnowledgeNode]:
     nodes = []
     for row, node_id in zip(rows, ids, strict=True):
         text = problems.collect(table.place(row), document_text, row.values)
-        if text is not None and node_id is not None:
-            nodes.append(KnowledgeNode(node_id, text, metadata_of(row.values, ["_id", "text"])))
+        metadata = problems.collect(table.place(row), metadata_of, row.values, ["_id", "text"])
+        if text is not None and node_id is not None and metadata is not None:
+            nodes.append(KnowledgeNode(node_id, text, metadata))
     problems.raise_if_any()
     return nodes
 
@@ -199,8 +200,9 @@ def _nodes_of_table(table: Table, columns: PassageColumns) -> list[KnowledgeNode
     nodes = []
     for row, node_id in zip(rows, ids, strict=True):
         text = problems.collect(table.place(row), text_value, row.values, columns.text)
-        if text is not None and node_id is not None:
-            nodes.append(KnowledgeNode(node_id, text, metadata_of(row.values, [columns.id, columns.text])))
+        metadata = problems.collect(table.place(row), metadata_of, row.values, [columns.id, columns.text])
+        if text is not None and node_id is not None and metadata is not None:
+            nodes.append(KnowledgeNode(node_id, text, metadata))
     problems.raise_if_any()
     return nodes
 

@@ -53,11 +53,11 @@ def decoded_lines(path: Path) -> Iterator[str]:
         path: The file, compressed where its name ends in .gz; a byte order mark at its start is left out.
 
     Raises:
-        DataError: The file cannot be read or is not UTF-8.
+        DataError: The file cannot be read, is not UTF-8 or has NUL bytes, as UTF-16 and binary files have.
     """
     offset = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for line in file:
                 content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
                 yield _decode(path, content, offset + len(line) - len(content))
@@ -87,13 +87,24 @@ def unreadable(path: Path, error: OSError) -> DataError:
 
 def _decode(path: Path, line: bytes, offset: int) -> str:
     try:
-        return line.decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: the byte 0x{line[error.start]:02x} at offset {offset + error.start} "
             "cannot be decoded.",
-            "Save the file as UTF-8.",
+            _how_to_convert(path, line),
         ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{path} is not UTF-8 text: it has a NUL byte at offset {offset + line.index(0)}.",
+            _how_to_convert(path, line),
+        )
+    return text
+
+
+def _how_to_convert(path: Path, line: bytes) -> str:
+    encoding = "UTF-16" if b"\0" in line or line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "CP1252"
+    return f"Save the file as UTF-8; where it is {encoding}, `iconv -f {encoding} -t UTF-8 {path.name}` converts it."
 
 
 def _neighbours(path: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,12 +106,23 @@ def load_from_hub(
     import datasets
 
     try:
-        return datasets.load_dataset(path, name, split=split, revision=revision, data_files=data_files)
+        return datasets.load_dataset(
+            path, name, split=split, revision=revision, data_files=data_files, data_dir=_data_dir(path)
+        )
     except Exception as error:
         # The library raises its own errors, those of the hub's client and those of the network.
         raise DataError(
             f"The data set '{path}' cannot be loaded: {_first_line(error)}", _hint(path, error, way_without_network)
         ) from error
+
+
+def _data_dir(path: str) -> str | None:
+    """Return the way from a folder to itself with the characters escaped that `datasets` takes for a pattern's."""
+    if not Path(path).is_dir():
+        return None
+    folder = str(Path(path).resolve())
+    escaped = glob.escape(folder)
+    return os.path.relpath(escaped, folder) if escaped != folder else None
 
 
 def _load_saved(path: str) -> Any:
