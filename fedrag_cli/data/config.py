@@ -38,7 +38,8 @@ class SplitConfig:
     """Splitting of long documents into passages, at sentence boundaries."""
 
     size: PositiveInt = 120
-    """Most words of a passage; a sentence that is longer by itself is cut between words."""
+    """Most words of a passage; a sentence that is longer by itself is cut between words. Of scripts without blanks
+    between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) each character counts as a word."""
     overlap: NonNegativeInt = 20
     """Words of whole sentences that a passage repeats from the one before it, at most."""
 
