@@ -200,3 +200,49 @@ def test_bad_beir_corpus(tmp_path):
     ]
     with pytest.raises(DataError, match="is a file, but a folder is expected"):
         load_corpus(BeirCorpusConfig(path=str(tmp_path / "corpus.jsonl")))
+
+
+def test_text_files_in_upper_case_and_behind_links(tmp_path, caplog):
+    folder = tmp_path / "[x] * ?" / "docs"
+    (folder / "sub" / ".cache").mkdir(parents=True)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for path in ("A.TXT", "sub/b.Md", "sub/.h.txt", "other.rst", "../../shared/c.markdown"):
+        (folder / path).write_text("Text.", encoding="utf-8")
+    (folder / "sub" / "linked").symlink_to(shared)
+    (folder / "again").symlink_to(shared)
+    (folder / "sub" / "round").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "d.txt").symlink_to(shared / "c.markdown")
+    (folder / "dead.txt").symlink_to(tmp_path / "nowhere")
+
+    def found(*patterns):
+        return [node.metadata["path"] for node in load_corpus(TextCorpusConfig(path=str(folder), patterns=patterns))]
+
+    assert found("*.txt", "*.MD", "*.markdown") == ["A.TXT", "again/c.markdown", "d.txt", "sub/b.Md"]
+    assert caplog.messages[0].partition(": ")[2].split("; ") == [
+        "2 hidden ('sub/.cache', 'sub/.h.txt')",
+        "1 that are no files or lead nowhere ('dead.txt')",
+        "1 that fit no pattern ('other.rst')",
+        "3 that links lead back to ('sub/linked', 'sub/round', 'up')",
+    ]
+    assert found("sub/*.md") == ["sub/b.Md"]
+    assert found("**/sub/**/[ab].*") == ["sub/b.Md"]
+    assert found("?.txt") == ["A.TXT", "d.txt"]
+    for pattern in ("../*.txt", ""):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            found(pattern)
+
+
+def test_missing_titles_are_no_metadata(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("id,text,title\na,One.,None\nb,Two.,\nc,None,T\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"c.csv:4: text is missing \(null\)"):
+        load_corpus(FileCorpusConfig(path=str(path)))
+    nodes = load_corpus(FileCorpusConfig(path=str(path), limit=2))
+    assert nodes == [KnowledgeNode("a", "One."), KnowledgeNode("b", "Two.", {"title": ""})]
+    rows = [{"_id": "a", "text": "One.", "title": None}, {"_id": 7.0, "text": "Two.", "title": float("nan")}]
+    write_jsonl(tmp_path / "corpus.jsonl", *rows)
+    assert load_corpus(BeirCorpusConfig(path=str(tmp_path))) == [KnowledgeNode("a", "One."), KnowledgeNode("7", "Two.")]
+    untitled = squad_file(tmp_path, {"title": None, "paragraphs": [{"context": "One.", "qas": []}]})
+    assert load_corpus(SquadCorpusConfig(path=untitled)) == [KnowledgeNode("squad-0", "One.", {"title": "squad"})]

@@ -64,6 +64,8 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
     Raises:
         DataError: It has no rows.
     """
+    from datasets import Value
+
     # Pictures and sounds are neither text nor metadata, and decoding them may need further libraries.
     media = [
         column
@@ -73,6 +75,10 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
     rows = dataset.remove_columns(media).with_format(None)
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
+    for column, feature in rows.features.items():
+        if getattr(feature, "dtype", None) in ("float16", "float32"):
+            # By way of the shortest text, 84.1 stays 84.1 and becomes no 84.0999984741211.
+            rows = rows.cast_column(column, Value("string")).cast_column(column, Value("float64"))
     if not len(rows):
         raise DataError(f"The data set '{name}' has no rows.", "Check how it was made, or name another split.")
     return table_of_mappings(name, rows)

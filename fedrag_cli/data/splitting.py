@@ -37,6 +37,8 @@ SCRIPTS_WITHOUT_BLANKS = (
 WITHOUT_BLANKS = (
     "[[" + "".join(rf"\p{{Script_Extensions={name}}}" for name in SCRIPTS_WITHOUT_BLANKS) + r"]&&[\p{L}\p{N}\p{M}]]"
 )
+# Stands between words in some texts of these scripts.
+ZERO_WIDTH_SPACE = "\u200b"
 LONGEST_WORD = 20
 
 # A blank line, or the line break before an item of a list.
@@ -49,12 +51,12 @@ SENTENCE_END = regex.compile(
     regex.V1,
 )
 WORD = regex.compile(
-    rf"(?={WITHOUT_BLANKS})\X[\p{{Po}}\p{{Pe}}\p{{Pf}}]{{0,{LONGEST_WORD}}}|"
+    rf"(?={WITHOUT_BLANKS})\X[\p{{Po}}\p{{Pe}}\p{{Pf}}{ZERO_WIDTH_SPACE}]{{0,{LONGEST_WORD}}}|"
     rf"(?:(?!{WITHOUT_BLANKS})(?!\s)\X){{1,{LONGEST_WORD}}}",
     regex.V1,
 )
 # Where a sentence that is too long is cut first: at white space and after the marks of clauses.
-CLAUSE = re.compile(r"[^\s、，；：]*+[、，；：]++|[^\s、，；：]++")
+CLAUSE = re.compile(r"[^\s、，；：\u200b]*+[、，；：\u200b]++|[^\s、，；：\u200b]++")
 # Characters before a full stop that are looked at, so that a text without sentences takes linear time.
 LONGEST_LOOK_BACK = 60
 

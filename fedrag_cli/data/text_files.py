@@ -47,7 +47,7 @@ def find_text_files(path: Path, patterns: Sequence[str]) -> dict[str, Path]:
         else:
             found[name] = file
     if left_out:
-        reasons = (f"{len(names)} {reason} ({_listed(names)})" for reason, names in left_out.items())
+        reasons = (f"{len(names)} {reason} ({_listed(names)})" for reason, names in sorted(left_out.items()))
         logging.getLogger(__name__).warning("Left out of %s: %s", path, "; ".join(reasons))
     if not found:
         raise DataError(
