@@ -113,7 +113,7 @@ def load_from_hub(
 
     try:
         return datasets.load_dataset(
-            path, name, split=split, revision=revision, data_files=data_files, data_dir=_data_dir(path)
+            path, name, split=split, revision=revision, data_files=data_files, **_data_dir(path)
         )
     except Exception as error:
         # The library raises its own errors, those of the hub's client and those of the network.
@@ -122,13 +122,13 @@ def load_from_hub(
         ) from error
 
 
-def _data_dir(path: str) -> str | None:
-    """Return the way from a folder to itself with the characters escaped that `datasets` takes for a pattern's."""
+def _data_dir(path: str) -> dict[str, str]:
+    """Return, for a folder with characters in its path that `datasets` takes for a pattern's, the way to it escaped."""
     if not Path(path).is_dir():
-        return None
+        return {}
     folder = str(Path(path).resolve())
     escaped = glob.escape(folder)
-    return os.path.relpath(escaped, folder) if escaped != folder else None
+    return {"data_dir": os.path.relpath(escaped, folder)} if escaped != folder else {}
 
 
 def _load_saved(path: str) -> Any:
