@@ -1,10 +1,12 @@
 import json
+import os
 
 import pytest
 
 from fedrag_cli.data.config import (
     BeirCorpusConfig,
     FileCorpusConfig,
+    HuggingFaceCorpusConfig,
     PassageColumns,
     SplitConfig,
     SquadCorpusConfig,
@@ -246,3 +248,16 @@ def test_missing_titles_are_no_metadata(tmp_path):
     assert load_corpus(BeirCorpusConfig(path=str(tmp_path))) == [KnowledgeNode("a", "One."), KnowledgeNode("7", "Two.")]
     untitled = squad_file(tmp_path, {"title": None, "paragraphs": [{"context": "One.", "qas": []}]})
     assert load_corpus(SquadCorpusConfig(path=untitled)) == [KnowledgeNode("squad-0", "One.", {"title": "squad"})]
+
+
+def test_names_that_no_system_takes_are_data_errors(tmp_path):
+    for config in (TextCorpusConfig, FileCorpusConfig, SquadCorpusConfig, BeirCorpusConfig, HuggingFaceCorpusConfig):
+        with pytest.raises(DataError, match="cannot be read: "):
+            load_corpus(config(path=str(tmp_path / ("x" * 300))))
+    (tmp_path / "a.txt").write_text("One.", encoding="utf-8")
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("Two.", encoding="utf-8")
+    except OSError:
+        pytest.skip("the file system takes names in UTF-8 only")
+    with pytest.raises(DataError, match=r"'caf\\udce9.txt': has a name that is not UTF-8"):
+        load_corpus(TextCorpusConfig(path=str(tmp_path)))

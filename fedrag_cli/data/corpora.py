@@ -8,7 +8,7 @@ from typing import Any
 
 from fedrag_cli import registry
 from fedrag_cli.data.beir import document_text
-from fedrag_cli.data.columns import has_value, id_value, metadata_of, require_column, text_value
+from fedrag_cli.data.columns import HALF_SURROGATE, has_value, id_value, metadata_of, require_column, text_value
 from fedrag_cli.data.config import (
     BeirCorpusConfig,
     FileCorpusConfig,
@@ -173,6 +173,9 @@ def load_text_corpus(config: TextCorpusConfig) -> list[KnowledgeNode]:
     problems = Problems(config.path)
     nodes = []
     for name, path in find_text_files(Path(config.path), config.patterns).items():
+        if HALF_SURROGATE.search(name):
+            problems.add(ascii(name), "has a name that is not UTF-8")
+            continue
         text = read_text_file(path)
         if not text.strip():
             problems.add(name, "has no text")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedrag_cli.data.files import reaching
 from fedrag_cli.data.readers import Table, table_of_mappings
 from fedrag_cli.errors import ConfigError, DataError
 
@@ -36,14 +37,16 @@ def read_dataset(path: str, name: str | None, split: str | None, revision: str |
         DataError: The data set cannot be loaded, or its split is not named.
     """
     folder = Path(path)
-    if any((folder / mark).is_file() for mark in MARKS_OF_SAVED):
+    with reaching(folder):
+        is_saved, is_file = any((folder / mark).is_file() for mark in MARKS_OF_SAVED), folder.is_file()
+    if is_saved:
         for key, value in (("name", name), ("revision", revision)):
             if value is not None:
                 raise ConfigError(
                     f"`{key}` is for data sets of the hub, but {path} is a directory.", f"Remove `{key}`."
                 )
         dataset = _one_split(path, _load_saved(path), split)
-    elif folder.is_file():
+    elif is_file:
         raise DataError(
             f"{path} is a file, but a directory or a hub id is expected.", "For a file, use the type 'file'."
         )

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
-from fedrag_cli.data.files import check_file, check_folder, unreadable
+from fedrag_cli.data.files import check_file, check_folder, reaching, unreadable
 from fedrag_cli.errors import ConfigError, DataError
 
 MOST_NAMED = 5
@@ -29,9 +29,10 @@ def find_text_files(path: Path, patterns: Sequence[str]) -> dict[str, Path]:
         ConfigError: A pattern is none.
         DataError: The folder is missing or cannot be read, or no file in it fits.
     """
-    if path.is_file():
-        check_file(path)
-        return {path.name: path}
+    with reaching(path):
+        if path.is_file():
+            check_file(path)
+            return {path.name: path}
     check_folder(path)
     wanted = [_parts_of_pattern(pattern) for pattern in patterns]
     found: dict[str, Path] = {}
