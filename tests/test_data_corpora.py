@@ -143,6 +143,15 @@ def test_blank_text_files_are_listed(tmp_path):
     with pytest.raises(DataError) as caught:
         load_corpus(TextCorpusConfig(path=str(folder)))
     assert caught.value.message.splitlines()[1:] == ["empty.txt: has no text", "sub/blank.md: has no text"]
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "utf16.txt").write_bytes("no".encode("utf-16-le"))
+    with pytest.raises(DataError) as caught:
+        load_corpus(TextCorpusConfig(path=str(folder)))
+    assert caught.value.message.splitlines()[2::2] == [
+        "latin.txt: is not UTF-8 text: the byte 0xe9 at offset 3 cannot be decoded.",
+        "utf16.txt: is not UTF-8 text: it has a NUL byte at offset 1.",
+    ]
+    assert "iconv" in caught.value.hint
 
 
 def squad_file(tmp_path, *articles):
@@ -217,6 +226,8 @@ def test_text_files_in_upper_case_and_behind_links(tmp_path, caplog):
     (folder / "up").symlink_to(tmp_path)
     (folder / "d.txt").symlink_to(shared / "c.markdown")
     (folder / "dead.txt").symlink_to(tmp_path / "nowhere")
+
+    caplog.set_level("WARNING", logger="fedrag_cli")
 
     def found(*patterns):
         return [node.metadata["path"] for node in load_corpus(TextCorpusConfig(path=str(folder), patterns=patterns))]

@@ -435,3 +435,15 @@ def test_half_surrogates_in_metadata_are_told(tmp_path):
         "t.jsonl:1: 'note' is no valid Unicode text: it has half of a surrogate pair",
         "t.jsonl:2: '\\udfff' is no valid Unicode text: it has half of a surrogate pair",
     ]
+
+
+def test_arrays_are_lists():
+    rows = [
+        {"query": "q", "response": np.array(["a", "b"], dtype=object), "relevant_ids": np.array([1, 2])},
+        {"query": "q", "response": {"text": np.array(["a"])}},
+        {"query": "q", "response": {"text": np.array([])}},
+    ]
+    examples = examples_from_dataset(rows, needs_responses=False)
+    assert [(row.responses, row.relevant_ids) for row in examples] == [(("a", "b"), ("1", "2")), (("a",), ()), ((), ())]
+    with pytest.raises(DataError, match="dataset row 3: response is an empty list"):
+        examples_from_dataset(rows)

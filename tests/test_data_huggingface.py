@@ -104,6 +104,14 @@ def test_folder_whose_name_looks_like_a_pattern(tmp_path):
     assert load_examples(HuggingFaceExamplesConfig(path=str(folder / "saved")))[0].response == "84"
 
 
+def test_labels_are_their_names():
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"query": datasets.Value("string"), "response": label, "kind": label})
+    columns = {"query": ["q", "q"], "response": [0, 1], "kind": [None, -1]}
+    examples = examples_from_dataset(Dataset.from_dict(columns, features=features))
+    assert examples == [Example("dataset-0001", "q", ("no",)), Example("dataset-0002", "q", ("yes",))]
+
+
 def test_short_floats_stay_what_was_written():
     features = datasets.Features({"query": datasets.Value("string"), "response": datasets.Value("float32")})
     rows = Dataset.from_dict({"query": ["q"], "response": [84.1]}, features=features)

@@ -52,9 +52,11 @@ def get_value(values: Mapping[str, Any], column: str) -> Any:
         BadValueError: The row has no such column.
     """
     try:
-        return _find(values, column)
+        value = _find(values, column)
     except KeyError:
         raise BadValueError(f"has no '{column}'") from None
+    # An array of numpy, as pandas holds lists.
+    return value.tolist() if getattr(value, "ndim", 0) else value
 
 
 def require_column(table: Table, rows: Sequence[Row], column: str, key: str) -> None:
@@ -119,10 +121,7 @@ def answers_value(values: Mapping[str, Any], column: str, separator: str | None 
     Raises:
         BadValueError: There is no answer, or one of them is blank or of a wrong type.
     """
-    value = get_value(values, column)
-    if isinstance(value, Mapping) and "text" in value:
-        value = value["text"]
-    answers = _items(value, separator)
+    answers = _items(_unwrapped(get_value(values, column)), separator)
     if not answers:
         raise BadValueError(f"{column} is an empty list")
     if len(answers) == 1:
@@ -133,7 +132,7 @@ def answers_value(values: Mapping[str, Any], column: str, separator: str | None 
 
 def optional_answers_value(values: Mapping[str, Any], column: str, separator: str | None = None) -> tuple[str, ...]:
     """Return the answers of a column as `answers_value`; absent, null, blank and an empty list are none."""
-    value = get_value(values, column) if has_value(values, column) else None
+    value = _unwrapped(get_value(values, column)) if has_value(values, column) else None
     if is_missing(value) or value == [] or (isinstance(value, str) and not value.strip()):
         return ()
     return answers_value(values, column, separator)
@@ -266,6 +265,11 @@ def _without(values: Mapping[str, Any], column: str) -> dict[str, Any]:
     inner = values.get(name)
     kept = _without(inner, rest) if isinstance(inner, Mapping) else {}
     return {key: kept if key == name else value for key, value in values.items() if key != name or kept}
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return the list of answers in an object of SQuAD's schema."""
+    return get_value(value, "text") if isinstance(value, Mapping) and "text" in value else value
 
 
 def _items(value: Any, separator: str | None) -> Sequence[Any]:

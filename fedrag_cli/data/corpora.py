@@ -176,14 +176,21 @@ def load_text_corpus(config: TextCorpusConfig) -> list[KnowledgeNode]:
         if HALF_SURROGATE.search(name):
             problems.add(ascii(name), "has a name that is not UTF-8")
             continue
-        text = read_text_file(path)
+        try:
+            text = read_text_file(path)
+        except DataError as error:
+            problems.add(name, error.message.removeprefix(f"{path} "))
+            continue
         if not text.strip():
             problems.add(name, "has no text")
         for position, (title, passage) in enumerate(_passages_of_file(path, text, config.split)):
             nodes.append(
                 KnowledgeNode(f"{name}#{position}", passage, {"path": name, "title": title, "document_id": name})
             )
-    problems.raise_if_any("Remove these files, or choose other `patterns`.")
+    problems.raise_if_any(
+        "Correct or remove these files, or choose other `patterns`. Text is read as UTF-8; "
+        "`iconv -f CP1252 -t UTF-8 FILE` converts what Windows wrote."
+    )
     return nodes
 
 

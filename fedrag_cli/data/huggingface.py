@@ -84,7 +84,14 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
             rows = rows.cast_column(column, Value("string")).cast_column(column, Value("float64"))
     if not len(rows):
         raise DataError(f"The data set '{name}' has no rows.", "Check how it was made, or name another split.")
-    return table_of_mappings(name, rows)
+    labels = {column: feature for column, feature in rows.features.items() if hasattr(feature, "int2str")}
+    return table_of_mappings(name, (_with_label_names(row, labels) for row in rows) if labels else rows)
+
+
+def _with_label_names(row: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
+    """Put the names of labels in the place of their numbers; a missing label is null or -1."""
+    known = (column for column in labels if row[column] is not None and row[column] >= 0)
+    return {**row, **dict.fromkeys(labels), **{column: labels[column].int2str(row[column]) for column in known}}
 
 
 def load_from_hub(
