@@ -63,7 +63,14 @@ def start_evaluation(
     config = _config_of(source, evaluated_run)
     data, metrics = _load(config)
     name = f"{config.run.name}-evaluation"
-    run = RunDirectory.create(config.run.output_dir, name, source.to_yaml(), command=command, seed=config.run.seed)
+    run = RunDirectory.create(
+        config.run.output_dir,
+        name,
+        source.to_yaml(),
+        command=command,
+        seed=config.run.seed,
+        outside=source.outside_values(),
+    )
     of = str(evaluated_run.resolve()) if evaluated_run is not None else None
     run.update_manifest(evaluation={"of": of})
     reporter.note(f"Run directory: {run.path}")

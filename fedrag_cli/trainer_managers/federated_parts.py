@@ -62,7 +62,12 @@ def create_run(source: ConfigSource, command: Sequence[str], **federation: Any) 
     """
     run_config = source.config.run
     run = RunDirectory.create(
-        run_config.output_dir, run_config.name, source.to_yaml(), command=command, seed=run_config.seed
+        run_config.output_dir,
+        run_config.name,
+        source.to_yaml(),
+        command=command,
+        seed=run_config.seed,
+        outside=source.outside_values(),
     )
     run.update_manifest(federation=federation)
     return run
