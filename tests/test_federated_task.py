@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from toy_federation import asking
 
 from fedrag_cli.config import load_config
@@ -22,6 +22,7 @@ from fedrag_cli.errors import (
     FederationError,
     KnowledgeStoreError,
     ModelError,
+    ServerRefusedError,
 )
 from fedrag_cli.federated.agreement import agreement_of, differences
 from fedrag_cli.federated.apps import ScreenedStrategy
@@ -206,6 +207,47 @@ def test_weights_that_do_not_fit_are_an_error(write_config: Callable[..., Path])
         task.evaluate({**start, name: torch.zeros(1)})
     with pytest.raises(DataError, match="no training examples"):
         task.around(None).fit(start, {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_global_model_that_is_not_finite_is_never_taken(write_config: Callable[..., Path], value: float) -> None:
+    task = make_task(write_config, max_steps=1)
+    task.trainer.validation_examples = []
+    sound = task.weights()
+    spoilt = {name: tensor.clone() for name, tensor in sound.items()}
+    list(spoilt.values())[-1].view(-1)[-1] = value
+    for act in (task.load, task.evaluate, lambda weights: task.fit(weights, {"server-round": 1})):
+        with pytest.raises(ServerRefusedError, match=r"not finite, in \S+; the model here stays as it was"):
+            act(spoilt)
+    kept: list[Any] = []
+    client = ClientHandler(task, on_final=kept.append)
+    config = ConfigRecord({"final": True, "server-round": 2})
+    with pytest.raises(ServerRefusedError):
+        client(asking(RecordDict({"arrays": to_wire(spoilt), "config": config}), "evaluate"))
+    assert (kept, client.ended, client.finished) == ([], True, False)
+    assert largest_difference(task.weights(), sound) == 0.0
+
+
+def test_a_global_model_of_other_tensors_is_never_taken(write_config: Callable[..., Path]) -> None:
+    task = make_task(write_config)
+    whole = to_wire(task.weights())
+    name = next(iter(whole))
+    array, rest = whole[name], {key: value for key, value in whole.items() if key != name}
+    wrong = {
+        "missing": rest,
+        "more": {**whole, "another": array},
+        "shape": {**rest, name: Array(array.dtype, (10**9, 10**9), array.stype, array.data)},
+        "dtype": {**rest, name: Array("float64", array.shape, array.stype, array.data)},
+        "bytes": {**rest, name: Array(array.dtype, array.shape, array.stype, array.data[:-4])},
+        "no bytes": {**rest, name: Array(array.dtype, array.shape, array.stype, b"")},
+    }
+    for arrays in wrong.values():
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord({"server-round": 1})})
+        for kind in ("train", "evaluate"):
+            client = ClientHandler(task)
+            with pytest.raises(ServerRefusedError, match="The server's model"):
+                client(asking(content, kind))
+            assert client.ended
 
 
 def test_alternating_is_refused_in_words(write_config: Callable[..., Path]) -> None:

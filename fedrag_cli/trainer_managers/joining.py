@@ -176,7 +176,12 @@ def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode,
 def _rounds(run: RunDirectory) -> list[dict[str, Any]]:
     """Return what this client did in each round, once where a round was repeated."""
     events = [event for event in run.events() if event["event"] == "client_round"]
-    by_round = {event["round"]: {"examples": event["examples"], **event["metrics"]} for event in events}
+    spent = ("own_epsilon", "delta")
+    by_round = {
+        event["round"]: {"examples": event["examples"], **event["metrics"]}
+        | {key: event[key] for key in spent if key in event}
+        for event in events
+    }
     return [{"round": number, **by_round[number]} for number in sorted(by_round)]
 
 

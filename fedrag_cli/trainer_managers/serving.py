@@ -13,7 +13,7 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import trains_with_generator
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.federated.endpoint import Address, check_server_settings, parse_address
+from fedrag_cli.federated.endpoint import Address, check_server_settings, expiry_note, parse_address
 from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate, listen
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_allowed_keys
@@ -99,7 +99,7 @@ def start_serving(
     where = parse_address(address)
     protection = _protection(settings_of(config), where, insecure=insecure)
     _check_free(where)
-    _note_missing_keys(protection, settings_of(config), reporter)
+    _note_weak_points(protection, settings_of(config), reporter)
     evaluates = "evaluation" in source.tree.tree
     if evaluates and config.dataset.corpus is None:
         raise ConfigError(
@@ -128,7 +128,7 @@ def resume_serving(run: RunDirectory, source: ConfigSource, reporter: Reporter) 
     where = parse_address(federation["address"])
     protection = _protection(settings_of(config), where, insecure=federation["insecure"])
     _check_free(where)
-    _note_missing_keys(protection, settings_of(config), reporter)
+    _note_weak_points(protection, settings_of(config), reporter)
     with life_cycle(run):
         data = load_run_data(config) if federation["evaluates"] else None
         task = _build_task(config, federation["side"], data, reporter)
@@ -214,8 +214,10 @@ def _check_free(where: Address) -> None:
     listen(where.host, where.port).close()
 
 
-def _note_missing_keys(protection: Protection, settings: FederatedConfig, reporter: Reporter) -> None:
-    """Say where too few keys are there for a first round; more may be added while the server runs."""
+def _note_weak_points(protection: Protection, settings: FederatedConfig, reporter: Reporter) -> None:
+    """Say that the certificate expires soon, and that too few keys are there; more may be added while it runs."""
+    if protection.certificate is not None and (expiry := expiry_note(protection.certificate.certificate)):
+        reporter.note(expiry)
     if protection.allowed is None or len(protection.allowed) >= settings.min_clients:
         return
     count = len(protection.allowed)
