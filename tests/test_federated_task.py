@@ -160,7 +160,10 @@ def test_the_proximal_term_keeps_a_client_near_the_global_weights(write_config: 
 def test_the_reported_loss_is_that_of_the_objective(write_config: Callable[..., Path], side: str) -> None:
     """One step from the global weights, one more from where it led: the penalty is 0 in the first and large after."""
     options: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "warmup": 0}
-    task = make_task(write_config, side, **options, batch_size=28, epochs=2)
+    batch = 7 if side == "retriever" else 14
+    task = make_task(write_config, side, **options, batch_size=batch, gradient_accumulation_steps=2, epochs=2)
+    logged: list[float] = []
+    task.trainer.reporter.event = lambda name, **fields: name == "train_step" and logged.append(fields["loss"])  # type: ignore
     start = task.weights()
     mu = 20.0
     held = task.fit(start, {"server-round": 1, "proximal-mu": mu})
@@ -174,10 +177,12 @@ def test_the_reported_loss_is_that_of_the_objective(write_config: Callable[..., 
     after_one = (
         make_task(write_config, side, **options, batch_size=28, epochs=1).fit(start, {"server-round": 1}).weights
     )
-    expected = (objective(start) + objective(after_one)) / 2
+    steps = [objective(start), objective(after_one)]
+    expected = sum(steps) / 2
     penalty = mu / 2 * sum(float((after_one[name] - start[name]).square().sum()) for name in start)
     assert penalty / 2 > 1e-3
     assert held.metrics["loss"] == pytest.approx(expected, abs=1e-5)
+    assert logged == pytest.approx(steps, abs=1e-5)
     # It is minimised all the same: the second step pulls back.
     free = make_task(write_config, side, **options, batch_size=28, epochs=2).fit(start, {"server-round": 1}).weights
     assert largest_difference(held.weights, start) < largest_difference(free, start)
