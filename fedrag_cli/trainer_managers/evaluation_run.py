@@ -72,9 +72,9 @@ def start_evaluation(
             seed=config.run.seed,
             evaluation={"of": of},
         )
-        reporter.note(f"Run directory: {run.path}")
         try:
             with life_cycle(run, is_new=True):
+                reporter.note(f"Run directory: {run.path}")
                 rag_system = _build(config, data, metrics, reporter)
                 return _see_through(run, config, data, metrics, rag_system, reporter)
         except KnowledgeStoreError:

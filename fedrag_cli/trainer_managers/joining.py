@@ -82,8 +82,8 @@ def start_joining(
     chosen_metrics(config, data)
     with terminable():
         run = create_run(source, command, role=CLIENT, side=side, address=address, insecure=insecure)
-        reporter.note(f"Run directory: {run.path}")
         with life_cycle(run, is_new=True):
+            reporter.note(f"Run directory: {run.path}")
             return _see_through(run, config, data, address, insecure=insecure, reporter=reporter)
 
 

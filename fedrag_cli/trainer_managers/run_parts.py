@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -321,17 +321,19 @@ def life_cycle(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
         FedRAGError: Another process works in it.
         RunInterruptedError: The user or a signal interrupted the enclosed code.
     """
-    with run.locked():
-        former, logged = run.manifest(), run.log_size()
-        run.update_manifest(status="running", error=None)
+    former, logged, is_held = {"status": "running"}, 0, is_new
+    with ExitStack() as lock:
         try:
+            lock.enter_context(run.locked())
+            former, logged, is_held = run.manifest(), run.log_size(), True
+            run.update_manifest(status="running", error=None)
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == EXIT_INTERRUPTED
             end = {"status": "interrupted" if interrupted else "failed", "error": str(error)}
             said = error.message if isinstance(error, RunInterruptedError) else ""
             hint = f"Go on with: {resume_command(run.path)}"
-            if run.log_size() > logged:
+            if run.log_size() > logged and is_held:
                 run.update_manifest(**end)
                 run.open_log().append("stopped")
                 said = said or "Interrupted; what was computed is saved."
@@ -340,8 +342,9 @@ def life_cycle(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
                 said = f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed."
                 hint = "Give the command again."
             else:
-                was_running = is_new or former["status"] == "running"
-                run.update_manifest(**(end if was_running else {key: former.get(key) for key in end}))
+                if is_held:
+                    was_running = is_new or former["status"] == "running"
+                    run.update_manifest(**(end if was_running else {key: former.get(key) for key in end}))
                 said = said or "Interrupted before the run went on; it is as it was."
             if interrupted:
                 raise RunInterruptedError(said, hint) from error

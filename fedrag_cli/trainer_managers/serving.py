@@ -110,8 +110,8 @@ def start_serving(
         data = load_run_data(config) if evaluates else None
         settings = {"address": address, "insecure": insecure, "evaluates": evaluates}
         run = create_run(source, command, role=SERVER, side=side, **settings)
-        reporter.note(f"Run directory: {run.path}")
         with life_cycle(run, is_new=True):
+            reporter.note(f"Run directory: {run.path}")
             task = _build_task(config, side, data, reporter)
             return _see_through(run, config, data, task, where, protection, reporter)
 

@@ -100,8 +100,8 @@ def start_simulation(
     _require_quorum(config, sites)
     with terminable():
         run = create_run(source, command, role=SIMULATION, side=side, clients=clients, compare=with_baselines)
-        reporter.note(f"Run directory: {run.path}")
         with life_cycle(run, is_new=True):
+            reporter.note(f"Run directory: {run.path}")
             rag_system = load_rag_system(config, data, reporter)
             return _see_through(run, config, data, sites, rag_system, reporter)
 

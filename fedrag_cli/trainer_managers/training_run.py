@@ -72,8 +72,8 @@ def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, pro
     run = RunDirectory.create(
         config.run.output_dir, config.run.name, source.to_yaml(), command=command, seed=config.run.seed
     )
-    reporter.note(f"Run directory: {run.path}")
     with life_cycle(run, is_new=True):
+        reporter.note(f"Run directory: {run.path}")
         rag_system = load_rag_system(config, data, reporter)
         return _see_through(run, config, data, rag_system, reporter, processes)
 
