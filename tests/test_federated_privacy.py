@@ -210,7 +210,7 @@ def test_a_client_keeps_its_own_account_of_its_noise(write_config: Callable[...,
     (folder / "rounds.json").write_text(json.dumps({"agreed": 2, "newest": 1, "asked": "", "noises": []}))
     client = restarted()
     assert same(ask(client, 1, start), first)
-    assert client.task.rounds.noises == [{"round": 1, "noise": 1.5}]
+    assert client.task.rounds.noises == [{"round": 1, "noise_multiplier": 1.5}]
     assert stat.S_IMODE((folder / "noisy.safetensors").stat().st_mode) == 0o600
     # Its own noise has 3 / sqrt(4) of the clipping norm, whatever the others add.
     assert client.task.rounds.spent() == {"own_epsilon": pytest.approx(spent_epsilon(1.5, 1, 1e-5)), "delta": 1e-5}

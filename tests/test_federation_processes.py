@@ -301,8 +301,8 @@ def test_a_client_gives_no_more_noisy_updates_than_were_agreed(hostile: Callable
     thrice.finish(5)
     assert "This client has given 2 noisy updates, as many as federated.rounds" in thrice.log
     assert json.loads((client.run_directory() / "federation" / "rounds.json").read_text())["noises"] == [
-        {"round": 1, "noise": 2.0},
-        {"round": 2, "noise": 2.0},
+        {"round": 1, "noise_multiplier": 2.0},
+        {"round": 2, "noise_multiplier": 2.0},
     ]
 
 

@@ -254,7 +254,7 @@ class ClientRounds:
             result: The update.
             noise: Standard deviation of its noise, in clipping norms.
         """
-        noises = [*self.noises, {"round": number, "noise": noise}]
+        noises = [*self.noises, {"round": number, "noise_multiplier": noise}]
         if self._directory is not None:
             about = {"asked": asked, "examples": result.examples, "metrics": result.metrics, "noises": noises}
             _write_privately(self._directory / NOISY, result.weights, about)
@@ -269,7 +269,7 @@ class ClientRounds:
         if privacy is None or privacy.at != "client":
             return {}
         # Gaussian mechanisms compose to one whose mu is the root of the sum of squares (arXiv 1905.02383, cor. 3.3).
-        squares = sum(float(entry["noise"]) ** -2 for entry in self.noises)
+        squares = sum(float(entry["noise_multiplier"]) ** -2 for entry in self.noises)
         own = spent_epsilon(squares**-0.5, 1, privacy.delta) if squares else 0.0
         return {"own_epsilon": own, "delta": privacy.delta}
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training
+from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.endpoint import client_authority, parse_address
 from fedrag_cli.federated.fleet.failures import ServerAddress
 from fedrag_cli.federated.fleet.node import FleetNode
 from fedrag_cli.federated.keys import load_or_make_key, load_private_key
+from fedrag_cli.federated.rounds import ClientRounds
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights
 from fedrag_cli.runs.directory import RunDirectory
@@ -124,6 +126,7 @@ def _see_through(
     before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
     manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
     task = manager.get_federated_task(settings, run.path / WORK)
+    _note_earlier_noise(run, settings, reporter)
     if done:
         task.load(load_weights(run.path / WORK / FINAL_WEIGHTS))
     else:
@@ -171,6 +174,17 @@ def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode,
         raise
     if handler.failure is not None:
         raise handler.failure
+
+
+def _note_earlier_noise(run: RunDirectory, settings: FederatedConfig, reporter: Reporter) -> None:
+    """Say that other runs of this name have sent noisy updates too, which the account of this one leaves out."""
+    others = [path.parent for path in run.path.parent.glob(f"*/{WORK}") if path.parent != run.path]
+    given = sum(len(ClientRounds(other / WORK, settings).noises) for other in others)
+    if given:
+        reporter.note(
+            f"{given} noisy updates were sent by other runs in '{run.path.parent}'; where they are of the same data, "
+            "they spend its privacy beside those of this run"
+        )
 
 
 def _rounds(run: RunDirectory) -> list[dict[str, Any]]:
