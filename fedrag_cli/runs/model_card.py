@@ -188,6 +188,11 @@ def _federation(summary: Mapping[str, Any]) -> str:
             f"\n\nDifferential privacy of each client's part in these weights: epsilon {rounds[-1]['epsilon']:.4g} at "
             f"delta {rounds[-1]['delta']:g}. What clients reported beside them has none."
         )
+    if "own_epsilon" in rounds[-1]:
+        listed += (
+            f"\n\nThis client's own noise, by its own account: epsilon {rounds[-1]['own_epsilon']:.4g} at delta "
+            f"{rounds[-1]['delta']:g}, for the updates that it sent."
+        )
     parts = {
         "server": "This is the global model, as the server of a federation keeps it.",
         "client": "This is the global model, as a client of a federation keeps it; the loss is its own.",
