@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 
@@ -10,12 +11,14 @@ LONGEST = 200
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 # What Persian, Indic scripts and emoji join and vary their characters with; texts of people keep it.
 _JOINERS = re.compile("[\u200c\u200d\ufe00-\ufe0f]")
+# What JSON leaves as it is, though terminals obey it, or UTF-8 cannot hold it.
+_UNSEEN = re.compile("[\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 # What means something within a line of Markdown, begins HTML, or makes a link of an address.
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~&$@]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
 
 
 def printable(text: object, limit: int = LONGEST) -> str:
-    """Return a foreign text on one line, with escapes such as `\\x1b` in place of what cannot be seen.
+    r"""Return a foreign text on one line, with escapes such as `\x1b` in place of what cannot be seen.
 
     Control and escape codes, line ends, marks that turn the direction of writing, zero-width characters, lone
     surrogates and unassigned code points all become visible.
@@ -53,6 +56,12 @@ def shape_text(shape: Iterable[object]) -> str:
     if len(sizes) > 8:
         return f"({', '.join(shown)}, ... {len(sizes)} dimensions)"
     return f"({', '.join(shown)}{',' if len(sizes) == 1 else ''})"
+
+
+def json_text(value: object) -> str:
+    """Return indented JSON whose texts are as people read them, but for what steers terminals, as JSON escapes it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def markdown_text(text: object, limit: int = LONGEST) -> str:

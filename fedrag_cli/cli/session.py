@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import logging
 import os
 import sys
@@ -27,6 +26,7 @@ from fedrag_cli.errors import (
     RunInterruptedError,
 )
 from fedrag_cli.runs.launch import local_process_number, process_count, process_number
+from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
@@ -128,8 +128,7 @@ def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document to stdout, with a schema version in front."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2, ensure_ascii=False)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(json_text({"schema_version": SCHEMA_VERSION, **document}) + "\n")
     sys.stdout.flush()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ModelError
 from fedrag_cli.federated.strategies import State
 from fedrag_cli.federated.weights import Weights, load_weights, save_weights
@@ -32,6 +34,7 @@ class RoundState:
         history: A summary of each round so far.
         evaluations: Metrics of the global weights by round, as clients and server measured them.
         missing: Clients that took part and are not known to have the final weights; None before these are handed out.
+        settings: The strategy, privacy and seed that these rounds had last; see `recorded_settings`.
     """
 
     number: int
@@ -40,6 +43,19 @@ class RoundState:
     history: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: list[str] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def recorded_settings(settings: FederatedConfig, seed: int) -> dict[str, Any]:
+    """Return what a federation that is resumed compares with the rounds before, as JSON gives it back."""
+    privacy = settings.privacy
+    recorded = {
+        "strategy": dataclasses.asdict(settings.strategy),
+        "privacy": None if privacy is None else dataclasses.asdict(privacy),
+        "seed": seed,
+    }
+    known: dict[str, Any] = json.loads(json.dumps(recorded))
+    return known
 
 
 def save_round(directory: Path, state: RoundState) -> None:
@@ -87,6 +103,7 @@ def load_newest_round(directory: Path) -> RoundState | None:
             known["history"],
             known["evaluations"],
             known.get("missing"),
+            known.get("settings") or {},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
@@ -101,6 +118,7 @@ def _known(state: RoundState) -> str:
         "history": state.history,
         "evaluations": state.evaluations,
         "missing": state.missing,
+        "settings": state.settings,
     }
     return json.dumps(known)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ConfigError
+from fedrag_cli.text import readable
 
 GENERATOR = "fedrag report"
 VERDICT_MARKS = {"better": "✓", "worse": "✗", "no difference shown": "○"}
@@ -48,6 +49,8 @@ def render_report(report: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("fedrag_cli.runs", "report_page"),
         autoescape=True,
+        # What is marked safe is ours.
+        finalize=lambda value: readable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
