@@ -27,6 +27,7 @@ from fedrag_cli.federated.privacy import gaussian_noise, noise_on_mean
 from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS, strategy_state
 from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, move_to_wire, to_arrays
+from fedrag_cli.text import printable
 
 
 def aggregate(
@@ -197,7 +198,7 @@ def _by_strategy(strategy: Strategy, number: int, contents: list[RecordDict], re
         with np.errstate(all="ignore"):
             arrays, _ = strategy.aggregate_train(number, replies)
     except (AppExitException, ValueError, ZeroDivisionError, FloatingPointError) as error:
-        raise FederationError(f"The strategy could not aggregate round {number}: {error}") from error
+        raise FederationError(f"The strategy could not aggregate round {number}: {printable(str(error))}") from error
     if arrays is None:
         raise FederationError(
             f"The strategy gave no weights for the {len(replies)} updates of round {number}.",

@@ -65,21 +65,21 @@ class ScreenedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand on what passed; raises FederationError where that is less than the quorum."""
         settings, manifest = self.task.settings, self.task.agreement.manifest
-        refused: dict[str, str] = {}
-        passed = dict(self._screened(server_round, replies, refused))
+        refused: dict[int, str] = {}
+        passed = list(self._screened(server_round, replies, refused))
         if len(passed) < settings.min_clients:
             raise FederationError(
                 f"Round {server_round} has {len(passed)} usable updates, but needs {settings.min_clients}"
-                + "".join(f"; {name}: {reason}" for name, reason in refused.items())
+                + "".join(f"; {number}: {reason}" for number, reason in refused.items())
                 + ".",
                 "Look at the refused clients' own messages.",
             )
-        updates, outliers = bound_updates(
-            {name: update for name, (_, update) in passed.items()}, self._reference, settings, self.strategy
-        )
-        for name, reason in outliers.items():
-            self.reporter.note(f"Round {server_round}: update of {name} is an outlier: {reason}")
-        messages = [reply for reply, _ in passed.values()]
+        messages = [reply for reply, _ in passed]
+        numbered = {str(place): update for place, (_, update) in enumerate(passed)}
+        updates, outliers = bound_updates(numbered, self._reference, settings, self.strategy)
+        for place, reason in outliers.items():
+            number = messages[int(place)].metadata.src_node_id
+            self.reporter.note(f"Round {server_round}: update of {number} is an outlier: {reason}")
         if makes_mean(settings):
             messages[0].content = mean_content(list(updates.values()), manifest, settings)
             messages = messages[:1]
@@ -107,23 +107,17 @@ class ScreenedStrategy(Strategy):
         return sent
 
     def _screened(
-        self, server_round: int, replies: Iterable[Message], refused: dict[str, str]
-    ) -> Iterator[tuple[str, tuple[Message, Update]]]:
+        self, server_round: int, replies: Iterable[Message], refused: dict[int, str]
+    ) -> Iterator[tuple[Message, Update]]:
+        manifest, settings = self.task.agreement.manifest, self.task.settings
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            name = str(reply.metadata.src_node_id)
             try:
                 if reply.has_error():
                     raise RefusedUpdateError("it failed; its own messages say why")
-                yield (
-                    name,
-                    (
-                        reply,
-                        screen_update(reply.content, self.task.agreement.manifest, self._reference, self.task.settings),
-                    ),
-                )
+                yield reply, screen_update(reply.content, manifest, self._reference, settings)
             except RefusedUpdateError as refusal:
-                refused[name] = str(refusal)
-                self.reporter.note(f"Round {server_round}: update of {name} refused: {refusal}")
+                refused[reply.metadata.src_node_id] = str(refusal)
+                self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

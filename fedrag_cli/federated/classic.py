@@ -46,7 +46,7 @@ from fedrag_cli.federated.screening import (
     read_metrics,
     screen_update,
 )
-from fedrag_cli.federated.task import PROXIMAL_MU, SERVER_ROUND, FLTask
+from fedrag_cli.federated.task import PROXIMAL_MU, SERVER_ROUND, FLTask, round_number
 from fedrag_cli.federated.weights import Manifest, Weights, from_wire, to_arrays
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.text import printable
@@ -85,7 +85,7 @@ class ClassicClient(NumPyClient):
             FederationError: The arrays are not those of the tuned tensors.
         """
         weights = self._named(parameters, config)
-        self._rounds = int(config.get(SERVER_ROUND, self._rounds + 1))
+        self._rounds = round_number(config, self._rounds + 1)
         proximal_mu = config.get(PROXIMAL_MU, config.get(CLASSIC_PROXIMAL_MU, 0.0))
         result = self.task.fit(weights, {SERVER_ROUND: self._rounds, PROXIMAL_MU: proximal_mu})
         return list(to_arrays(result.weights).values()), result.examples, self._listed(result.metrics)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ def epsilon_of_ledger(ledger: Ledger, delta: float, replaced: bool = False) -> f
     if any(entry is None for entry in ledger):
         return math.inf
     sensitivity = 2.0 if replaced else 1.0
-    return _epsilon(math.hypot(*(sensitivity / entry["noise_multiplier"] for entry in ledger if entry)), delta)
+    rounds = Counter(entry["noise_multiplier"] for entry in ledger if entry is not None)
+    return _epsilon(math.hypot(*(sensitivity * math.sqrt(count) / noise for noise, count in rounds.items())), delta)
 
 
 def ledger_entry(privacy: PrivacyConfig | None, sites: int) -> dict[str, Any] | None:

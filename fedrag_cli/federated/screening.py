@@ -235,7 +235,7 @@ def read_metrics(content: RecordDict, metrics: Sequence[str]) -> tuple[int, dict
 
 
 def _within_range(name: str, value: object) -> float:
-    if type(value) not in (int, float) or not abs(value) < math.inf:  # type: ignore[arg-type]
+    if type(value) not in (int, float) or not abs(value) <= LARGEST_METRIC:  # type: ignore[arg-type]
         raise RefusedUpdateError(f"its {name} is not finite")
     low, high = 0.0, 1.0
     if name == "loss" or name.endswith("_loss") or name == "negative_log_likelihood":

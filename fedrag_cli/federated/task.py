@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fedrag_cli.config.schema import FederatedConfig
-from fedrag_cli.errors import DataError
+from fedrag_cli.errors import DataError, FederationError
 from fedrag_cli.federated.agreement import Agreement, agreement_of
 from fedrag_cli.federated.lora import freeze_a
 from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.site import trainer_around
 from fedrag_cli.federated.weights import Weights, record_digest, to_wire
+from fedrag_cli.text import printable
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
 
@@ -31,6 +33,20 @@ if TYPE_CHECKING:
 
 SERVER_ROUND = "server-round"
 PROXIMAL_MU = "proximal-mu"
+MOST_ROUNDS = 10**6
+NO_SERVER = "It is another program, or not to be trusted: ask its owner."
+
+
+def round_number(config: Mapping[str, Any], default: int) -> int:
+    """Return which round a server's message is about.
+
+    Raises:
+        FederationError: It is no number of a round, from 0 on.
+    """
+    number = config.get(SERVER_ROUND, default)
+    if type(number) is not int or not 0 <= number <= MOST_ROUNDS:
+        raise FederationError(f"The server speaks of a round {printable(number, 40)}.", NO_SERVER)
+    return number
 
 
 @dataclass(frozen=True)
@@ -130,10 +146,14 @@ class FLTask:
             ModelError: Names or shapes differ from the trained tensors.
             DataError: This site has no training examples.
             TrainingError: Training did not work; see the trainer.
+            FederationError: The config is none that a server of ours sends.
             RunInterruptedError: A signal came.
         """
-        number = int(config.get(SERVER_ROUND, 1))
-        proximal_mu = float(config.get(PROXIMAL_MU, 0.0))
+        number = round_number(config, 1)
+        proximal_mu = config.get(PROXIMAL_MU, 0.0)
+        if isinstance(proximal_mu, bool) or not isinstance(proximal_mu, int | float) or not 0 <= proximal_mu < math.inf:
+            raise FederationError(f"The server asks for a {PROXIMAL_MU} of {printable(proximal_mu, 40)}.", NO_SERVER)
+        proximal_mu = float(proximal_mu)
         key = (number, proximal_mu, record_digest(to_wire(weights)))
         if self._newest is not None and self._newest[0] == key:
             return self._newest[1]
