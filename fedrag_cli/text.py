@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 
 LONGEST = 200
 # Letters and marks that Unicode calls printable, but that show as nothing.
@@ -29,8 +30,11 @@ def printable(text: object, limit: int = LONGEST) -> str:
     """
     # What is cut off costs nothing, however long it is.
     known = text if isinstance(text, str) else _short_repr(text, limit)
-    shown = "".join(map(_visible, known[: limit + 1]))
-    return shown if len(known) <= limit and len(shown) <= limit else shown[: max(0, limit - 3)] + "..."
+    pieces = [_visible(character) for character in known[: limit + 1]]
+    if sum(map(len, pieces)) <= limit:
+        return "".join(pieces)
+    ends = accumulate(map(len, pieces))
+    return "".join(piece for piece, end in zip(pieces, ends, strict=True) if end <= limit - 3) + "..."
 
 
 def readable(text: str) -> str:

@@ -39,7 +39,7 @@ def test_every_code_point_comes_out_visible() -> None:
 
 def test_long_texts_are_cut() -> None:
     assert printable("x" * 10**7, 10) == "xxxxxxx..."
-    assert printable("\x1b" * 60, 100) == (r"\x1b" * 60)[:97] + "..."
+    assert printable("\x1b" * 60, 100) == r"\x1b" * 24 + "..."
     assert printable("x" * 10, 10) == "x" * 10
     assert printable(10**10_000) == "a whole number of 33220 bits"
     assert len(printable([1] * 10**6)) == 200

@@ -128,35 +128,38 @@ class ScreenedStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Hand on what passed, of clients with validation examples; none at all gives no metrics."""
         settings = self.task.settings
-        reports: dict[str, tuple[Message, int, dict[str, float]]] = {}
+        reports: list[tuple[Message, int, dict[str, float]]] = []
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            name = str(reply.metadata.src_node_id)
             try:
                 examples, metrics = (0, {}) if reply.has_error() else read_metrics(reply.content, settings.metrics)
             except RefusedUpdateError as refusal:
-                self.reporter.note(f"Round {server_round}: measurement of {name} refused: {refusal}")
+                self._note_measurement(server_round, reply, f"refused: {refusal}")
                 continue
             metrics.pop(VALIDATION_EXAMPLES, None)
             if examples and metrics:
-                reports[name] = (reply, examples, metrics)
-        counts = {name: examples for name, (_, examples, _) in reports.items()}
+                reports.append((reply, examples, metrics))
+        counts = {str(place): examples for place, (_, examples, _) in enumerate(reports)}
         bounded = bound_counts(counts, settings.max_weight_ratio)
         # Flower takes means of metrics that all report.
-        usual = {name for name in settings.metrics if 2 * sum(name in m for *_, m in reports.values()) > len(reports)}
+        usual = {
+            name for name in settings.metrics if 2 * sum(name in metrics for *_, metrics in reports) > len(reports)
+        }
         measured = []
-        for name, (reply, examples, metrics) in reports.items():
+        for place, (reply, examples, metrics) in enumerate(reports):
             if not usual <= metrics.keys():
-                self.reporter.note(f"Round {server_round}: measurement of {name} refused: it lacks what others report")
+                self._note_measurement(server_round, reply, "refused: it lacks what others report")
                 continue
-            if name in bounded:
-                self.reporter.note(
-                    f"Round {server_round}: measurement of {name} is an outlier: its {examples} validation examples "
-                    f"count as {bounded[name]}"
-                )
-            known: dict[str, int | float] = {metric: metrics[metric] for metric in sorted(usual)}
-            reply.content = RecordDict({"metrics": MetricRecord({EXAMPLES: bounded.get(name, examples), **known})})
+            count = bounded.get(str(place), examples)
+            if count < examples:
+                words = f"an outlier: its {examples} validation examples count as {count}"
+                self._note_measurement(server_round, reply, f"is {words}")
+            known: dict[str, int | float] = {name: metrics[name] for name in sorted(usual)}
+            reply.content = RecordDict({"metrics": MetricRecord({EXAMPLES: count, **known})})
             measured.append(reply)
         return self.strategy.aggregate_evaluate(server_round, measured) if measured else None
+
+    def _note_measurement(self, server_round: int, reply: Message, what: str) -> None:
+        self.reporter.note(f"Round {server_round}: measurement of {reply.metadata.src_node_id} {what}")
 
     def summary(self) -> None:
         """Hand the call on."""

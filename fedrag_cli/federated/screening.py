@@ -260,7 +260,7 @@ def _check_norm(norm: float, manifest: Manifest, settings: FederatedConfig) -> N
             raise RefusedUpdateError(f"its norm {norm:.4g} is more than clipping and noise leave ({most:.4g})")
 
 
-def _described_arrays(content: RecordDict, manifest: Manifest, dtype: str) -> dict[str, Array]:
+def _described_arrays(content: RecordDict, manifest: Manifest, agreed: str) -> dict[str, Array]:
     """Return the arrays, whose bytes were not looked at yet, so that a false description costs nothing."""
     records = list(content.array_records.values())
     if len(records) != 1:
@@ -271,8 +271,8 @@ def _described_arrays(content: RecordDict, manifest: Manifest, dtype: str) -> di
         # A shape of 2.0 or true equals one of 2 or 1, but nothing can be made of it.
         if list(array.shape) != shape or not all(type(size) is int for size in array.shape):
             raise RefusedUpdateError(f"{name} has the shape {shape_text(array.shape)}, not {shape_text(shape)}")
-        if array.dtype != dtype:
-            raise RefusedUpdateError(f"{name} is {printable(array.dtype, 20)}, not {dtype}")
+        if array.dtype != agreed:
+            raise RefusedUpdateError(f"{name} is {printable(array.dtype, 20)}, not {agreed}")
     return {name: records[0][name] for name in manifest}
 
 
