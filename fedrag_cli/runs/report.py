@@ -49,8 +49,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("fedrag_cli.runs", "report_page"),
         autoescape=True,
-        # What is marked safe is ours.
-        finalize=lambda value: readable(value) if type(value) is str else value,
+        finalize=shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -76,6 +75,11 @@ def render_report(report: Mapping[str, Any]) -> str:
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = environment.get_template("page.html.j2")
     return page.render(report, generator=GENERATOR, policy=policy, script=script).lstrip()
+
+
+def shown(value: Any) -> Any:
+    """Return a value as the page may show it; what is marked as safe is ours."""
+    return readable(value) if type(value) is str else value
 
 
 def explain_metric(name: str) -> str:
