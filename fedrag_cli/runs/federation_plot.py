@@ -11,6 +11,7 @@ from fedrag_cli.runs.plots import LINE_COLOURS, LINE_MARKERS, REFUSED_COLOUR, la
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WHOSE = {"clients": "clients' validation questions", "server": "server's questions"}
 Series = dict[str, dict[int, float]]
 
 
