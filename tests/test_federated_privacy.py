@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fedrag_cli.config import load_config
 from fedrag_cli.config.checks import _STRATEGIES_OF_MEANS
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.config.schema import FederatedConfig, PrivacyConfig
-from fedrag_cli.errors import ConfigError, FederationError
+from fedrag_cli.errors import ConfigError, FederationError, ModelError, ServerRefusedError
 from fedrag_cli.federated.agreement import differences
 from fedrag_cli.federated.apps import ScreenedStrategy
 from fedrag_cli.federated.client import ClientHandler
@@ -36,7 +37,7 @@ from fedrag_cli.federated.privacy import (
     protected,
     spent_epsilon,
 )
-from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_round
+from fedrag_cli.federated.rounds import ClientRounds, FitResult, RoundState, load_newest_round, save_round
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import from_wire, to_wire
 from fedrag_cli.runs.reporting import SilentReporter
@@ -301,6 +302,109 @@ def test_a_task_sends_protected_weights_once_a_round(write_config: Callable[...,
     assert any(not torch.allclose(first[name], trained[name], atol=1e-6) for name in first)
 
 
+def test_a_client_keeps_its_own_account_of_its_noise(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """It gives as many noisy updates as were agreed, each once and the same again, whoever is restarted in between."""
+    manager = make_manager(write_config, "retriever", max_steps=1, epochs=1)
+    settings = FederatedConfig(rounds=2, min_clients=4, privacy=private(0.5, 3.0, at="client"))
+    folder = tmp_path / "work"
+    start = manager.get_federated_task(settings).weights()
+    moved_on = {name: tensor + 0.01 for name, tensor in start.items()}
+
+    def restarted(rounds: int = 2) -> ClientHandler:
+        client = ClientHandler(manager.get_federated_task(settings, folder))
+        greeting = {"action": "handshake", "agreement": client.task.agreement.to_json(), "rounds": rounds}
+        client(asking(RecordDict({"config": ConfigRecord(greeting)}), "query"))
+        return client
+
+    def ask(client: ClientHandler, number: int, weights: Any) -> dict[str, torch.Tensor]:
+        content = RecordDict({"arrays": to_wire(weights), "config": ConfigRecord({"server-round": number})})
+        return from_wire(client(asking(content)).content.array_records["arrays"])
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in start)
+
+    client = restarted()
+    first = ask(client, 1, start)
+    assert same(ask(client, 1, start), first)
+    assert same(ask(restarted(), 1, start), first)
+    # Killed after the update was written, and before it was counted.
+    (folder / "rounds.json").write_text(json.dumps({"agreed": 2, "newest": 1, "asked": "", "noises": []}))
+    client = restarted()
+    assert same(ask(client, 1, start), first)
+    assert client.task.rounds.noises == [{"round": 1, "noise_multiplier": 1.5}]
+    assert stat.S_IMODE((folder / "noisy.safetensors").stat().st_mode) == 0o600
+    # Its own noise has 3 / sqrt(4) of the clipping norm, whatever the others add.
+    assert client.task.rounds.spent() == {"own_epsilon": pytest.approx(spent_epsilon(1.5, 1, 1e-5)), "delta": 1e-5}
+    with pytest.raises(ServerRefusedError, match="asks for round 1 again, but this client has trained round 1"):
+        ask(client, 1, moved_on)
+    second = ask(restarted(), 2, moved_on)
+    assert same(ask(restarted(), 2, moved_on), second)
+    with pytest.raises(ServerRefusedError, match="asks for round 3, but 2 rounds were agreed"):
+        ask(restarted(), 3, start)
+    # A server that begins anew asks for the same update, whose noise would be another one.
+    client = restarted()
+    with pytest.raises(ServerRefusedError, match=r"has given 2 noisy updates, as many as federated\.rounds"):
+        ask(client, 1, start)
+    assert client.ended
+    assert client.task.rounds.spent()["own_epsilon"] == pytest.approx(spent_epsilon(1.5, 2, 1e-5))
+    with pytest.raises(ServerRefusedError, match="wants 12 rounds now, but 2 were agreed"):
+        restarted(12)
+
+
+def test_other_noise_after_a_resume_is_counted_as_what_it_is(tmp_path: Path) -> None:
+    update = FitResult({"w": torch.zeros(2)}, 1, {})
+
+    def rounds(noise: float) -> ClientRounds:
+        return ClientRounds(tmp_path, FederatedConfig(min_clients=1, privacy=private(1.0, noise, at="client")))
+
+    for number, noise in enumerate((0.5, 0.5, 20.0), start=1):
+        rounds(noise).give(f"{number}", number, update, noise)
+    # mu is 2, 2 and 0.05.
+    assert rounds(20.0).spent()["own_epsilon"] == pytest.approx(spent_epsilon(1 / math.sqrt(8.0025), 1, 1e-5))
+    (tmp_path / "rounds.json").write_text("half")
+    with pytest.raises(ModelError, match="record of this client's rounds"):
+        rounds(1.0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_rounds_are_trained_in_order_but_for_what_a_resume_repeats(tmp_path: Path, kept: bool) -> None:
+    def restarted() -> ClientRounds:
+        return ClientRounds(tmp_path if kept else None, FederatedConfig(rounds=3))
+
+    rounds = restarted()
+    # A server of Flower's own shakes no hands, and decides alone.
+    for number in (7, 1, 1):
+        rounds.begin(number, "weights")
+    rounds = restarted()
+    rounds.agree(5)
+    for number in (1, 3, 3):
+        rounds.begin(number, f"weights {number}")
+    for number, asked in ((3, "others"), (2, "weights 2"), (0, "weights"), (6, "weights"), (-1, "weights")):
+        with pytest.raises(ServerRefusedError):
+            rounds.begin(number, asked)
+    # The server keeps two rounds, and one that is resumed goes on at one of them.
+    rounds.agree(4)
+    with pytest.raises(ServerRefusedError):
+        rounds.begin(1, "weights 1")
+    rounds.begin(2, "others")
+    rounds.begin(5, "weights")
+    with pytest.raises(ServerRefusedError, match="wants 6 rounds now, but 5 were agreed"):
+        rounds.agree(6)
+    if kept:
+        again = restarted()
+        again.begin(5, "weights")
+        with pytest.raises(ServerRefusedError):
+            again.begin(5, "others")
+        with pytest.raises(ServerRefusedError):
+            again.begin(6, "weights")
+    for nonsense in (0, -1, True, "12", None, [9]):
+        unnamed = ClientRounds(None, FederatedConfig(rounds=3))
+        unnamed.agree(nonsense)
+        unnamed.begin(3, "weights")
+        with pytest.raises(ServerRefusedError, match="asks for round 4, but 3 rounds were agreed"):
+            unnamed.begin(4, "weights")
+
+
 def test_who_wants_other_privacy_is_refused(write_config: Callable[..., Path]) -> None:
     manager = make_manager(write_config, "retriever")
 
@@ -315,6 +419,10 @@ def test_who_wants_other_privacy_is_refused(write_config: Callable[..., Path]) -
     shares = [agreement(private(1.0, 1.0, at="client"), clients) for clients in (2, 3)]
     assert differences(*shares) == ["federated.min_clients is 3, but the server has 2"]
     assert not differences(*[agreement(private(1.0, 1.0), clients) for clients in (2, 3)])
+    # What a client spends follows from the number of rounds.
+    noisy_client = private(1.0, 1.0, at="client")
+    more = manager.get_federated_task(FederatedConfig(privacy=noisy_client, rounds=12)).agreement
+    assert differences(more, agreement(noisy_client)) == ["federated.rounds is 3, but the server has 12"]
 
 
 def test_strategies_that_look_at_single_updates_are_refused(write_config: Callable[..., Path]) -> None:

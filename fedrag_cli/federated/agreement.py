@@ -205,8 +205,9 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
     for field in dataclasses.fields(privacy) if privacy is not None else ():
         yield f"federated.privacy.{field.name}", getattr(privacy, field.name)
     if privacy is not None and privacy.at == "client":
-        # Each client's share of the noise follows from it.
+        # Each client's share of the noise follows from it, and what it spends from the number of rounds.
         yield "federated.min_clients", settings.min_clients
+        yield "federated.rounds", settings.rounds
 
 
 def _plain(value: Any) -> Any:

@@ -95,7 +95,7 @@ class Federation:
         self._evaluate_global = evaluate_global
         self._has_gathered = False
         self._changed: dict[str, Any] = {}
-        self.roster = Roster(grid, agreement, reporter)
+        self.roster = Roster(grid, agreement, reporter, settings.rounds)
 
     def run(self, state: RoundState) -> RoundState:
         """Run the rounds that are left, and give every client the final weights.
@@ -169,7 +169,7 @@ class Federation:
                 _hint(came.refused),
             )
         state.weights = aggregate(self._strategy, number, came.updates, reply, self._agreement.manifest, self._settings)
-        state.number = number
+        state.number, state.missing, state.final = number, None, {}
         state.strategy = strategy_state(self._strategy)
         self._record_round(state, came, time.monotonic() - started)
         self._measure_globally(state)
@@ -308,13 +308,11 @@ class Federation:
         arrays = move_to_wire(state.weights) if is_whole else to_wire(state.weights, dtype)
         content = RecordDict({"arrays": arrays, "config": config})
         messages = [Message(content, p.node_id, MessageType.EVALUATE) for p in self.roster.ready()]
-        measured: dict[str, dict[str, float]] = {}
-
         absent = expected - {p.name for p in self.roster.ready()}
 
         def on_reply(name: str, reply: Message, seconds: float) -> None:
             try:
-                measured[name] = read_metrics(reply.content, self._settings.metrics)[1]
+                state.final[name] = read_metrics(reply.content, self._settings.metrics)[1]
             except RefusedUpdateError as refusal:
                 on_failure(name, str(refusal))
                 return
@@ -332,10 +330,12 @@ class Federation:
             on_failure(name, "it is away")
         if is_whole:
             state.weights = move_from_wire(arrays)
-        for name, (metrics, reason) in bound_validation_examples(measured, self._settings.max_weight_ratio).items():
-            measured[name] = metrics
-            self._reporter.event("client_outlier", round=state.number, client=name, reason=reason)
-        if "clients" not in state.evaluations.get(str(state.number), {}):
+        if messages or "clients" not in state.evaluations.get(str(state.number), {}):
+            # Those of clients that confirmed to a server which was killed since then are among them.
+            measured = {name: state.final[name] for name in sorted(state.final)}
+            for name, (metrics, reason) in bound_validation_examples(measured, self._settings.max_weight_ratio).items():
+                measured[name] = metrics
+                self._reporter.event("client_outlier", round=state.number, client=name, reason=reason)
             self._note_evaluation(state, state.number, "clients", measured)
 
     def _await_clients(self, names: Sequence[str]) -> None:

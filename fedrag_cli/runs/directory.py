@@ -41,7 +41,9 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def create(cls, output_dir: str, name: str, config_yaml: str, *, command: Sequence[str], seed: int) -> RunDirectory:
+    def create(
+        cls, output_dir: str, name: str, config_yaml: str, *, command: Sequence[str], seed: int, **fields: Any
+    ) -> RunDirectory:
         """Make a new run directory with its config and manifest.
 
         Args:
@@ -50,6 +52,7 @@ class RunDirectory:
             config_yaml: The whole config, secrets as references.
             command: The command line.
             seed: The run's seed.
+            fields: What else the manifest says.
 
         Raises:
             FedRAGError: The folder cannot be written.
@@ -59,17 +62,22 @@ class RunDirectory:
         with os_errors(path):
             path.mkdir(parents=True)
         run = cls(path)
-        write_text_atomically(run.config_file, config_yaml)
-        run.update_manifest(
-            schema_version=SCHEMA_VERSION,
-            run=name,
-            status="running",
-            command=list(command),
-            seed=seed,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=library_versions(),
-            git=_git_state(),
-        )
+        try:
+            write_text_atomically(run.config_file, config_yaml)
+            run.update_manifest(
+                schema_version=SCHEMA_VERSION,
+                run=name,
+                status="running",
+                command=list(command),
+                seed=seed,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                versions=library_versions(),
+                git=_git_state(),
+                **fields,
+            )
+        except BaseException:
+            run.remove()
+            raise
         return run
 
     @classmethod
@@ -159,6 +167,11 @@ class RunDirectory:
     def read_json_if_there(self, name: str) -> dict[str, Any] | None:
         """Return a JSON file of the run, or None where it was not written yet."""
         return self._read_json(name) if (self.path / name).is_file() else None
+
+    def log_size(self) -> int:
+        """Return how many bytes `metrics.jsonl` has; 0 where it is not there yet."""
+        log = self.path / "metrics.jsonl"
+        return log.stat().st_size if log.is_file() else 0
 
     def open_log(self) -> MetricsLog:
         """Open `metrics.jsonl` for appending."""
