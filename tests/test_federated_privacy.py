@@ -18,6 +18,7 @@ from test_federated_strategies import federate, moved, strategy, toys
 from test_federated_task import make_manager
 from toy_federation import ToyClient, asking, common
 
+from fedrag_cli.cli.federation_view import federation_line
 from fedrag_cli.config import load_config
 from fedrag_cli.config.checks import _STRATEGIES_OF_MEANS
 from fedrag_cli.config.problems import InvalidConfigError
@@ -26,8 +27,17 @@ from fedrag_cli.errors import ConfigError, FederationError, ModelError, ServerRe
 from fedrag_cli.federated.agreement import differences
 from fedrag_cli.federated.apps import ScreenedStrategy
 from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.privacy import clip_scale, noise_of_client, protected, spent_epsilon
-from fedrag_cli.federated.rounds import ClientRounds, FitResult, RoundState
+from fedrag_cli.federated.privacy import (
+    clip_scale,
+    epsilon_of_ledger,
+    largest_noisy_norm,
+    ledger_entry,
+    noise_of_client,
+    privacy_record,
+    protected,
+    spent_epsilon,
+)
+from fedrag_cli.federated.rounds import ClientRounds, FitResult, RoundState, load_newest_round, save_round
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import from_wire, to_wire
 from fedrag_cli.runs.reporting import SilentReporter
@@ -134,6 +144,117 @@ def test_every_round_tells_what_was_spent() -> None:
     assert first == {"a": False, "b": False, "c": True}
     plain = federate(strategy("FedAvg"), toys())
     assert "epsilon" not in plain.history[0]
+
+
+def test_replacing_a_sites_updates_costs_more_than_zeroing_them() -> None:
+    ledger = [ledger_entry(private(1.0, 1.0), 3)] * 3
+    record = privacy_record(ledger)
+    assert (record["epsilon"], record["epsilon_replaced"]) == (
+        pytest.approx(8.3854, abs=1e-3),
+        pytest.approx(20.125, abs=1e-3),
+    )
+    # A sum of updates moves by two clipping norms instead of one, which is one norm at half the noise.
+    assert record["epsilon_replaced"] == spent_epsilon(0.5, 3, 1e-5)
+    assert integrated_delta(2 * math.sqrt(3), float(record["epsilon_replaced"] or 0)) == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_rounds_of_unlike_noise_compose_by_their_squares() -> None:
+    noises = (1.0, 2.0, 0.7, 2.0)
+    ledger = [ledger_entry(private(1.0, noise), 3) for noise in noises]
+    mu = math.sqrt(sum(1 / noise**2 for noise in noises))
+    assert integrated_delta(mu, epsilon_of_ledger(ledger, 1e-4)) == pytest.approx(1e-4, rel=1e-4)
+    assert epsilon_of_ledger([*ledger, None], 1e-4) == math.inf
+    assert epsilon_of_ledger([], 1e-4) == 0.0
+    assert epsilon_of_ledger([ledger_entry(private(1.0, 5e-324), 3)], 1e-4) == math.inf
+
+
+def resumed(first: PrivacyConfig | None, then: PrivacyConfig | None, folder: Path, reporter: Any) -> RoundState:
+    """Return the state of two rounds with some settings, and of one more after a restart with others."""
+    settings = {"privacy": first, "save_round": lambda state: save_round(folder, state)}
+    federate(strategy("FedAvg"), toys(), rounds=2, **settings)
+    state = load_newest_round(folder)
+    assert state is not None
+    return federate(strategy("FedAvg"), toys(), rounds=3, state=state, privacy=then, reporter=reporter)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "epsilon"),
+    [
+        # The two rounds with little noise are what costs; told was .29, which is that of three rounds with much.
+        (0.1, 20.0, 159.32),
+        (20.0, 0.1, 91.83),
+        (20.0, 20.0, 0.29127),
+        (None, 20.0, None),
+        (20.0, None, None),
+        (None, None, "none"),
+    ],
+)
+def test_a_resumed_run_tells_what_all_its_rounds_have_spent(
+    first: float | None, then: float | None, epsilon: Any, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    reporter = SilentReporter()
+    reporter.note = told.append  # type: ignore[method-assign]
+    settings = [None if noise is None else private(1.0, noise) for noise in (first, then)]
+    row = resumed(*settings, tmp_path, reporter).history[-1]
+    if epsilon == "none":
+        assert not {"epsilon", "privacy"} & row.keys()
+        assert told == []
+        return
+    expected = epsilon if epsilon is None else pytest.approx(epsilon, rel=1e-3)
+    assert (row["epsilon"], row["delta"]) == (expected, 1e-5)
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert (row.get("privacy") or {}).get("noise_multiplier") == then
+    spoken = "\n".join(told)
+    if then is not None:
+        words = "epsilon unbounded" if epsilon is None else f"3 rounds spend epsilon {row['epsilon']:.4g}"
+        assert words in spoken
+    assert ("another privacy" in spoken) == (first != then)
+    assert ("changed" in row) == (first != then)
+    assert federation_line("round", {"rounds": 3, **row}).count("unbounded" if epsilon is None else "epsilon") >= 1
+
+
+def test_another_seed_or_strategy_is_recorded_and_starts_anew(tmp_path: Path) -> None:
+    federate(strategy("FedAdam"), toys(), rounds=2, save_round=lambda state: save_round(tmp_path, state))
+    state = load_newest_round(tmp_path)
+    assert state is not None
+    assert state.strategy
+    start = state.weights["w"].clone()
+    told: list[str] = []
+    reporter = SilentReporter()
+    reporter.note = told.append  # type: ignore[method-assign]
+    after = federate(strategy("FedAvgM", server_momentum=0.5), toys(), rounds=3, state=state, reporter=reporter)
+    # FedAvgM's first step is the mean itself: nothing of Adam's moments is in it.
+    assert (after.weights["w"] - start).tolist() == pytest.approx([1 / 8, 4 / 8, 20 / 8], abs=1e-5)
+    old, new = after.history[-1]["changed"]["strategy"]
+    assert (old["type"], new["type"], new["server_momentum"]) == ("FedAdam", "FedAvgM", 0.5)
+    assert any("with another strategy" in note for note in told)
+    assert [("changed" in row) for row in after.history] == [False, False, True]
+
+
+def test_an_update_above_clipping_and_noise_is_refused_where_clients_see_to_privacy() -> None:
+    settings = private(2.0, 1.0, at="client")
+    honest = [ToyClient(f"c{n}", [1.0, 0.0, 0.0]) for n in range(3)]
+    bound = largest_noisy_norm(settings, 3, 3)
+    assert bound == pytest.approx(2.0 + 2.0 / math.sqrt(3) * (math.sqrt(3) + 8), rel=2e-3)
+    state = federate(
+        strategy("FedAvg"), [*honest, ToyClient("liar", [0, 2 * bound, 0])], privacy=settings, min_clients=3
+    )
+    assert "is more than clipping and noise leave" in state.history[0]["refused"]["liar"]
+    # No honest one ever is.
+    longest = max(
+        float(protected({"a": torch.full((50,), 9.0)}, {"a": torch.zeros(50)}, 2.0, 1.5)["a"].norm())
+        for _ in range(300)
+    )
+    assert longest < largest_noisy_norm(private(2.0, 1.5 * math.sqrt(2) / 2.0, at="client"), 2, 50)
+
+
+def test_under_privacy_no_norm_is_bounded_by_other_sites() -> None:
+    # Otherwise one site's update would show in how far others' are scaled down.
+    clients = [*(ToyClient(f"c{n}", [0.01, 0.0, 0.0]) for n in range(4)), ToyClient("large", [0.0, 1.0, 0.0], 2**40)]
+    state = federate(strategy("FedAvg"), clients, privacy=private(2.0))
+    assert moved(state) == pytest.approx([0.008, 0.2, 0.0], abs=1e-6)
+    assert state.history[0]["outliers"] == {"large": f"its {2**40} examples count as 10"}
 
 
 def test_a_client_that_sees_to_privacy_clips_and_adds_its_share() -> None:

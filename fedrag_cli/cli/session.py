@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import logging
 import os
 import sys
@@ -27,6 +26,7 @@ from fedrag_cli.errors import (
     RunInterruptedError,
 )
 from fedrag_cli.runs.launch import local_process_number, process_count, process_number
+from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
@@ -137,7 +137,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def write_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document to stdout as it is, with escapes where the output's encoding lacks a character."""
-    text = json.dumps(document, indent=2, ensure_ascii=False)
+    text = json_text(document)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:

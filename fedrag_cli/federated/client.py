@@ -14,9 +14,10 @@ from fedrag_cli.errors import FederationError, FedRAGError, ServerRefusedError
 from fedrag_cli.federated.agreement import Agreement, misfit
 from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
-from fedrag_cli.federated.task import SERVER_ROUND, EvaluateResult, FLTask
+from fedrag_cli.federated.task import EvaluateResult, FLTask, round_number
 from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.text import printable
 
 ACTION, AGREEMENT, NAME, FINAL, EVALUATE_FIRST, ROUNDS = (
     "action",
@@ -102,8 +103,8 @@ class ClientHandler:
 
     def _train(self, message: Message) -> Message:
         config = _config(message)
-        number, rounds = int(config.get(SERVER_ROUND, 1)), config.get(ROUNDS)
-        of = f" of {rounds}" if rounds else ""
+        number, rounds = round_number(config, 1), config.get(ROUNDS)
+        of = f" of {printable(rounds, 20)}" if rounds else ""
         self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(_arrays(message))}")
         weights = self._received(message)
         before = (
@@ -140,7 +141,7 @@ class ClientHandler:
         config = _config(message)
         final = bool(config.get(FINAL))
         weights = self._received(message)
-        number = int(config.get(SERVER_ROUND, 0))
+        number = round_number(config, 0)
         result = self._measure(weights, number, "the final model" if final else f"round {number}")
         if final:
             self.task.load(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,8 +175,9 @@ class Roster:
         except ConnectionFailedError as error:
             return "", error.message
         claimed = str(values.get(NAME, ""))[:LONGEST_NAME]
-        printable = "".join(character for character in claimed if character.isalnum() or character in "._-")
-        return printable, "; ".join(differences(self._agreement, theirs))
+        # What `check_client_name` allows, so that no name steers a terminal, looks like another, or is a path.
+        name = re.sub(r"[^A-Za-z0-9._-]", "", claimed).lstrip("._-")
+        return name, "; ".join(differences(self._agreement, theirs))
 
     def _free_name(self, name: str, member: Member) -> str:
         """Return a name that no other connected client has; where keys are not checked, a name is only a claim."""

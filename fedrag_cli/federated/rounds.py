@@ -6,6 +6,7 @@ how many rounds it has agreed to, and what it has given where it adds noise itse
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -49,6 +50,7 @@ class RoundState:
         evaluations: Metrics of the global weights by round, as clients and server measured them.
         missing: Clients that took part and are not known to have the final weights; None before these are handed out.
         final: What clients have measured of the final weights, by name.
+        settings: The strategy, privacy and seed that these rounds had last; see `recorded_settings`.
     """
 
     number: int
@@ -58,6 +60,19 @@ class RoundState:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: list[str] | None = None
     final: dict[str, dict[str, float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def recorded_settings(settings: FederatedConfig, seed: int) -> dict[str, Any]:
+    """Return what a federation that is resumed compares with the rounds before, as JSON gives it back."""
+    privacy = settings.privacy
+    recorded = {
+        "strategy": dataclasses.asdict(settings.strategy),
+        "privacy": None if privacy is None else dataclasses.asdict(privacy),
+        "seed": seed,
+    }
+    known: dict[str, Any] = json.loads(json.dumps(recorded))
+    return known
 
 
 def save_round(directory: Path, state: RoundState) -> None:
@@ -108,6 +123,7 @@ def load_newest_round(directory: Path) -> RoundState | None:
             known["evaluations"],
             known.get("missing"),
             known.get("final", {}),
+            known.get("settings") or {},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
@@ -123,6 +139,7 @@ def _known(state: RoundState) -> str:
         "evaluations": state.evaluations,
         "missing": state.missing,
         "final": state.final,
+        "settings": state.settings,
     }
     return json.dumps(known)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.rounds import ClientRounds, FitResult
 from fedrag_cli.federated.site import trainer_around
 from fedrag_cli.federated.weights import Weights, record_digest, to_wire
+from fedrag_cli.text import printable
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
 
@@ -33,6 +35,20 @@ if TYPE_CHECKING:
 
 SERVER_ROUND = "server-round"
 PROXIMAL_MU = "proximal-mu"
+MOST_ROUNDS = 10**6
+NO_SERVER = "It is another program, or not to be trusted: ask its owner."
+
+
+def round_number(config: Mapping[str, Any], default: int) -> int:
+    """Return which round a server's message is about.
+
+    Raises:
+        ServerRefusedError: It is no number of a round, from 0 on.
+    """
+    number = config.get(SERVER_ROUND, default)
+    if type(number) is not int or not 0 <= number <= MOST_ROUNDS:
+        raise ServerRefusedError(f"The server speaks of a round {printable(number, 40)}.", NO_SERVER)
+    return number
 
 
 @dataclass(frozen=True)
@@ -118,13 +134,17 @@ class FLTask:
         Raises:
             ModelError: Names or shapes differ from the trained tensors.
             DataError: This site has no training examples.
-            ServerRefusedError: The weights are not finite, or the round is none that was agreed.
+            ServerRefusedError: The weights are not finite, the round is none that was agreed, or the config holds
+                something else than numbers.
             TrainingError: Training did not work; see the trainer.
             RunInterruptedError: A signal came.
         """
         _require_finite(weights)
-        number = int(config.get(SERVER_ROUND, 1))
-        proximal_mu = float(config.get(PROXIMAL_MU, 0.0))
+        number = round_number(config, 1)
+        proximal_mu = config.get(PROXIMAL_MU, 0.0)
+        if isinstance(proximal_mu, bool) or not isinstance(proximal_mu, int | float) or not 0 <= proximal_mu < math.inf:
+            raise ServerRefusedError(f"The server asks for a {PROXIMAL_MU} of {printable(proximal_mu, 40)}.", NO_SERVER)
+        proximal_mu = float(proximal_mu)
         digest = record_digest(to_wire(weights))
         asked = f"{number} {proximal_mu} {digest}"
         if self._newest is not None and self._newest[0] == asked:
