@@ -15,6 +15,8 @@ import typer
 import typer.core
 
 from fedrag_cli.cli.session import NO_BARS
+from fedrag_cli.errors import EXIT_INTERRUPTED
+from fedrag_cli.runs.interrupt import terminable
 
 # Each is a module of this package, with `command`, or with `app` where it has commands below it.
 COMMANDS = (
@@ -97,9 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What a start makes lives on, and looking for garbage in it takes 7 % of a start; long work turns this on again.
     gc.disable()
     try:
-        application(given[:1] if given and given[0] in COMMANDS else COMMANDS)(args=given, prog_name="fedrag")
+        with terminable():
+            application(given[:1] if given and given[0] in COMMANDS else COMMANDS)(args=given, prog_name="fedrag")
     except SystemExit as leave:
         return int(leave.code or 0) if isinstance(leave.code, int | None) else 1
+    except KeyboardInterrupt:
+        # A command says so itself; here it was being imported.
+        typer.echo("Error: Interrupted.", err=True)
+        return EXIT_INTERRUPTED
     finally:
         gc.enable()
     return 0

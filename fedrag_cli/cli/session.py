@@ -27,6 +27,7 @@ from fedrag_cli.errors import (
     RunInterruptedError,
 )
 from fedrag_cli.runs.launch import local_process_number, process_count, process_number
+from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
@@ -104,6 +105,7 @@ def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool
     renderer = Renderer()
     if quiet:
         os.environ.update(NO_BARS)
+    logging.getLogger("fedrag_cli").setLevel(logging.ERROR if quiet else logging.WARNING)
     if not verbose:
         _quiet_libraries()
     try:
@@ -136,7 +138,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def write_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document to stdout as it is, with escapes where the output's encoding lacks a character."""
-    text = json.dumps(document, indent=2, ensure_ascii=False)
+    text = json_text(document)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:

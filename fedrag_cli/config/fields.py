@@ -38,6 +38,7 @@ PositiveInt = Annotated[int, Interval(gt=0, le=_MOST), _NUMBER]
 NonNegativeInt = Annotated[int, Interval(ge=0, le=_MOST), _NUMBER]
 PositiveFloat = Annotated[float, Gt(0), _NUMBER]
 NonNegativeFloat = Annotated[float, Ge(0), _NUMBER]
+Multiple = Annotated[float, Ge(1), _NUMBER]
 Fraction = Annotated[float, Interval(ge=0, le=1), _NUMBER]
 # What numpy takes, through which the libraries draw.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1), _NUMBER]

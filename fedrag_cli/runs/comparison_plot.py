@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedrag_cli.config.fields import is_folder, is_there
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.runs.atomic import write_bytes_atomically
-from fedrag_cli.runs.plots import VERDICT_COLOURS, new_figure, picture_of, tidy
+from fedrag_cli.runs.plots import VERDICT_COLOURS, label_of, new_figure, picture_of, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def _draw_title(axes: Axes, item: Mapping[str, Any], place: float) -> None:
     title = axes.text(
         0.01,
         place,
-        f"{item['label']}  against  {item['baseline_label']}",
+        f"{label_of(item['label'])}  against  {label_of(item['baseline_label'])}",
         transform=axes.get_yaxis_transform(),
         fontsize=9,
         weight="bold",

@@ -53,6 +53,7 @@ class RunDirectory:
         command: Sequence[str],
         seed: int,
         outside: Mapping[str, tuple[str, Any]] | None = None,
+        **fields: Any,
     ) -> RunDirectory:
         """Make a new run directory with its config and manifest.
 
@@ -64,6 +65,7 @@ class RunDirectory:
             seed: The run's seed.
             outside: References and values of settings that come from outside of the config, by key path. Texts among
                 the values are kept as hashes, as they may be secrets; a number or a switch is none.
+            fields: What else the manifest says.
 
         Raises:
             FedRAGError: The folder cannot be written.
@@ -73,18 +75,23 @@ class RunDirectory:
         with os_errors(path):
             path.mkdir(parents=True)
         run = cls(path)
-        write_text_atomically(run.config_file, config_yaml)
-        run.update_manifest(
-            schema_version=SCHEMA_VERSION,
-            run=name,
-            status="running",
-            command=list(command),
-            seed=seed,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=library_versions(),
-            git=_git_state(),
-            outside=_record(outside or {}, secrets.token_hex(16)),
-        )
+        try:
+            write_text_atomically(run.config_file, config_yaml)
+            run.update_manifest(
+                schema_version=SCHEMA_VERSION,
+                run=name,
+                status="running",
+                command=list(command),
+                seed=seed,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                versions=library_versions(),
+                git=_git_state(),
+                outside=_record(outside or {}, secrets.token_hex(16)),
+                **fields,
+            )
+        except BaseException:
+            run.remove()
+            raise
         return run
 
     @classmethod
@@ -213,6 +220,11 @@ class RunDirectory:
     def read_json_if_there(self, name: str) -> dict[str, Any] | None:
         """Return a JSON file of the run, or None where it was not written yet."""
         return self._read_json(name) if (self.path / name).is_file() else None
+
+    def log_size(self) -> int:
+        """Return how many bytes `metrics.jsonl` has; 0 where it is not there yet."""
+        log = self.path / "metrics.jsonl"
+        return log.stat().st_size if log.is_file() else 0
 
     def open_log(self) -> MetricsLog:
         """Open `metrics.jsonl` for appending."""

@@ -12,6 +12,7 @@ from typing import Any
 from fedrag_cli.config.fields import is_folder, is_there
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ConfigError
+from fedrag_cli.text import readable
 
 GENERATOR = "fedrag report"
 VERDICT_MARKS = {"better": "✓", "worse": "✗", "no difference shown": "○"}
@@ -49,6 +50,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("fedrag_cli.runs", "report_page"),
         autoescape=True,
+        finalize=shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -74,6 +76,11 @@ def render_report(report: Mapping[str, Any]) -> str:
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = environment.get_template("page.html.j2")
     return page.render(report, generator=GENERATOR, policy=policy, script=script).lstrip()
+
+
+def shown(value: Any) -> Any:
+    """Return a value as the page may show it; what is marked as safe is ours."""
+    return readable(value) if type(value) is str else value
 
 
 def explain_metric(name: str) -> str:

@@ -166,4 +166,8 @@ def _task_of(config_file: str) -> FLTask:
     data = load_run_data(config)
     rag_system = build_rag_system(config, nodes=data.nodes, with_generator=trains_with_generator(config))
     manager = build_manager(config, rag_system, train=data.train, validation=data.validation)
-    return manager.get_federated_task(settings_of(config))
+    settings = settings_of(config)
+    # Flower may start a process for each message, and noise that was given must not be drawn again by the next one.
+    adds_noise = settings.privacy is not None and settings.privacy.at == "client"
+    record = Path(config.run.output_dir) / f"{Path(config_file).stem}-flower-app" if adds_noise else None
+    return manager.get_federated_task(settings, record)
