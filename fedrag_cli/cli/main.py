@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 import typer.core
@@ -88,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The arguments after the program's name; those of the process by default.
     """
+    _usable_streams()
     _quiet_environment()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
@@ -107,6 +110,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         gc.enable()
     return 0
+
+
+def _usable_streams() -> None:
+    """Let no character and no closed stream end a command; JSON is written with escapes where it needs them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (for the whole process)
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        # Texts in pipes and files are UTF-8 wherever this runs; what is none is found and named by who reads it.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _quiet_environment() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedrag_cli.config.fields import is_folder, is_there
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.text import readable
@@ -100,9 +101,9 @@ def require_replaceable(path: Path, *, force: bool) -> None:
     Raises:
         ConfigError: It is a folder, or a file that is no report of ours.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"'{path}' is a folder.", "Name a file, such as report.html, with --output.")
-    if force or not path.exists():
+    if force or not is_there(path):
         return
     with path.open("rb") as file:
         beginning = file.read(2000)

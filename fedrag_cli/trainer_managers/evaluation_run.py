@@ -70,6 +70,7 @@ def start_evaluation(
             source.to_yaml(),
             command=command,
             seed=config.run.seed,
+            outside=source.outside_values(),
             evaluation={"of": of},
         )
         try:

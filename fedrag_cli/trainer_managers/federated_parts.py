@@ -67,6 +67,7 @@ def create_run(source: ConfigSource, command: Sequence[str], **federation: Any) 
         source.to_yaml(),
         command=command,
         seed=run_config.seed,
+        outside=source.outside_values(),
         federation=federation,
     )
 

@@ -107,9 +107,13 @@ def export_flower_app(source: ConfigSource, directory: Path) -> list[Path]:
 
 
 def _public_yaml(source: ConfigSource) -> str:
-    """Return the config without where the server's data and keys are: the app goes to every node."""
+    """Return the config without what concerns this machine alone, such as data and keys: the app goes to every node."""
     config = yaml.safe_load(source.to_yaml())
     del config["dataset"]
+    for component in config["rag_system"].values():
+        if isinstance(component, dict):
+            # Whoever runs the app decides for their machine.
+            component.pop("trust_remote_code", None)
     if config.get("federated") is not None:
         config["federated"] = public_settings(config["federated"])
     text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

@@ -100,7 +100,7 @@ def start_serving(
     protection = _protection(settings_of(config), where, insecure=insecure)
     _check_free(where)
     _note_weak_points(protection, settings_of(config), reporter)
-    evaluates = "evaluation" in source.tree.tree
+    evaluates = ("evaluation",) in source.tree.positions
     if evaluates and config.dataset.corpus is None:
         raise ConfigError(
             "The config has an evaluation section, so the server measures the global model, but no dataset.corpus.",

@@ -70,7 +70,12 @@ def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, pro
     data = load_run_data(config)
     chosen_metrics(config, data)
     run = RunDirectory.create(
-        config.run.output_dir, config.run.name, source.to_yaml(), command=command, seed=config.run.seed
+        config.run.output_dir,
+        config.run.name,
+        source.to_yaml(),
+        command=command,
+        seed=config.run.seed,
+        outside=source.outside_values(),
     )
     with life_cycle(run, is_new=True):
         reporter.note(f"Run directory: {run.path}")
