@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from fedrag_cli.rag.generators.likelihood import TokenPair
 
 # Characters that Unicode keeps for use inside a program; they are taken out of data.
+INTERNAL = re.compile("[\ufdd0-\ufdef]")
 BREAK = "\ufdd0"
 NAME = "\ufdd1"
+STAND_INS = [chr(code) for code in range(0xFDD2, 0xFDF0)]
 
 
 class TextTokens:
@@ -36,11 +38,16 @@ class TextTokens:
         self._control_ids = {
             token.content: number
             for number, token in tokenizer.added_tokens_decoder.items()
-            if len(token.content) > 1 and (token.special or _is_named(token.content, chat_template))
+            if token.special or _is_named(token.content, chat_template)
         }
         # Longer ones first, as tokenizers do it.
         longest_first = sorted(self._control_ids, key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.control = _any_of(longest_first)
+        self._breakable = _any_of([name for name in longest_first if len(name) > 1])
+        # What has one character cannot be broken; another stands for it.
+        stand_ins = list(zip([name for name in longest_first if len(name) == 1], STAND_INS, strict=False))
+        self._replaced = str.maketrans(dict(stand_ins))
+        self._restored = str.maketrans({BREAK: None, **{other: name for name, other in stand_ins}})
         # What no vocabulary has may be in any text.
         self._telling_ids = frozenset(self._control_ids.values()) - {tokenizer.unk_token_id}
         self._beginnings = {name[:length] for name in longest_first for length in range(1, len(name))}
@@ -50,10 +57,9 @@ class TextTokens:
 
     def as_text(self, text: str) -> str:
         """Return text from data for use in a template: no control token is recognised in it, nor over its edges."""
-        if BREAK in text or NAME in text:
-            text = text.replace(BREAK, "").replace(NAME, "")
-        while self.control.search(text):
-            text = self.control.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+        text = INTERNAL.sub("", text).translate(self._replaced)
+        while self._breakable.search(text):
+            text = self._breakable.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
         if any(text[:length] in self._endings for length in range(1, self._longest + 1)):
             text = BREAK + text
         if any(text[-length:] in self._beginnings for length in range(1, self._longest + 1)):
@@ -65,7 +71,7 @@ class TextTokens:
 
         They are the tokenizer's own ids of the whole text, but for data that would make control tokens.
         """
-        if BREAK not in text:
+        if not INTERNAL.search(text):
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             # A tokenizer may see control tokens in other spellings too, such as in capitals.
             if sum(token in self._telling_ids for token in ids) <= sum(1 for _ in self.control.finditer(text)):
@@ -84,7 +90,8 @@ class TextTokens:
         The answer's ids are all that follow the prompt's, where the prompt's ids are the same with and without it: what
         the model would write after the prompt. Where a merge crosses the border, the answer begins at the first token
         that holds a character of it, because a token of the prompt alone is nothing that the model writes; the
-        characters of prompt and joint in that token are scored and learnt with it.
+        characters of prompt and joint in that token are scored and learnt with it. A prompt of which no token is left so
+        is tokenised apart.
 
         Args:
             prompt: Text that the model is given.
@@ -97,6 +104,8 @@ class TextTokens:
         start = shared
         if shared < len(before) and self.tokenizer.is_fast:
             start = self._first_token_after(prompt + joint, answer + ending)
+        if before and not start:
+            return before, self.ids(joint + answer + ending)
         return whole[:start], whole[start:]
 
     def _first_token_after(self, beginning: str, rest: str) -> int:
@@ -109,7 +118,7 @@ class TextTokens:
         return self._renamed.encode(self._renamed_text(text), add_special_tokens=False)
 
     def _renamed_text(self, text: str) -> str:
-        return self.control.sub(lambda found: self._name(found[0]), text).replace(BREAK, "")
+        return self.control.sub(lambda found: self._name(found[0]), text).translate(self._restored)
 
     def _name(self, token: str) -> str:
         return f"{NAME}{self._control_ids[token]}{NAME}"
@@ -143,7 +152,7 @@ class TextTokens:
     def _ids_of_piece(self, piece: str) -> list[int]:
         if piece in self._control_ids:
             return [self._control_ids[piece]]
-        text = piece.replace(BREAK, "")
+        text = piece.translate(self._restored)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
@@ -154,8 +163,16 @@ class TextTokens:
         return ids[: places[0]] if places else []
 
 
+def _any_of(texts: list[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
 def _is_named(token: str, chat_template: str) -> bool:
-    return not token.isspace() and (token in chat_template or re.fullmatch(r"<[|｜].+[|｜]>", token) is not None)
+    return (
+        len(token) > 1
+        and not token.isspace()
+        and (token in chat_template or re.fullmatch(r"<[|｜].+[|｜]>", token) is not None)
+    )
 
 
 def _common_length(first: list[int], second: list[int]) -> int:
