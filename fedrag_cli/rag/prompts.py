@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
@@ -91,6 +91,23 @@ class _Turn:
     end_token: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A prompt that was cut to the context window.
+
+    Args:
+        text: The prompt's text.
+        ids: Of the text together with what follows it, without a start token.
+        dropped_tokens: Tokens of context that did not fit.
+        is_bare: Whether nothing of the context fitted.
+    """
+
+    text: str
+    ids: list[int]
+    dropped_tokens: int
+    is_bare: bool
+
+
 @dataclass
 class PromptEncoder:
     """Writes prompts for one tokenizer.
@@ -162,11 +179,8 @@ class PromptEncoder:
         Raises:
             DataError: The question alone does not fit, or the passage template does not fit a passage.
         """
-
-        def encode(context: str) -> EncodedPrompt:
-            return EncodedPrompt(self._started(self.tokens.ids(self._render(query, context))))
-
-        return self._fitted(query, self.context(passages), encode, reserved_tokens)
+        fitted = self._fitted(query, passages, lambda prompt: "", reserved_tokens)
+        return EncodedPrompt(self._started(fitted.ids), fitted.dropped_tokens, fitted.is_bare)
 
     def encode_pair(
         self, query: str, passages: Sequence[KnowledgeNode], answer: str, *, with_end: bool = True
@@ -187,21 +201,19 @@ class PromptEncoder:
         """
         text = self.tokens.as_text(answer.strip())
         ending, end_token = (self._turn.ending, self._turn.end_token) if with_end else ("", [])
+        fitted = self._fitted(query, passages, lambda prompt: self._joint(prompt) + text + ending, len(end_token))
+        ids, found = self.tokens.pair(fitted.text, self._joint(fitted.text), text + ending, fitted.ids)
+        found += end_token
+        if not text or len(found) <= (len(self._end_ids) if with_end else 0):
+            raise DataError(
+                f"The answer '{answer}' has no tokens to learn.", "Remove the example, or give it an answer."
+            )
+        return EncodedPrompt(self._started(ids), fitted.dropped_tokens, fitted.is_bare, found)
 
-        def encode(context: str) -> EncodedPrompt:
-            prompt = self._render(query, context)
-            joint = self._turn.joint
-            if not self._chat_template:
-                joint = "" if prompt[-1:].isspace() else " "
-            ids, found = self.tokens.pair(prompt, joint, text, ending)
-            found += end_token
-            if not text or len(found) <= (len(self._end_ids) if with_end else 0):
-                raise DataError(
-                    f"The answer '{answer}' has no tokens to learn.", "Remove the example, or give it an answer."
-                )
-            return EncodedPrompt(self._started(ids), answer=found)
-
-        return self._fitted(query, self.context(passages), encode, 0)
+    def _joint(self, prompt: str) -> str:
+        if self._chat_template:
+            return self._turn.joint
+        return "" if prompt[-1:].isspace() else " "
 
     def _render(self, query: str, context: str) -> str:
         text = self.config.template.format(context=context, query=self.tokens.as_text(query))
@@ -234,29 +246,43 @@ class PromptEncoder:
         return ids if self._chat_template else self.tokens.with_start(ids)
 
     def _fitted(
-        self, query: str, context: str, encode: Callable[[str], EncodedPrompt], reserved_tokens: int
-    ) -> EncodedPrompt:
-        """Encode with as much of the context as fits, counted from its start."""
+        self, query: str, passages: Sequence[KnowledgeNode], following: Callable[[str], str], reserved_tokens: int
+    ) -> _Fitted:
+        """Write a prompt with as much of the context as fits, counted from its start.
 
-        def size(prompt: EncodedPrompt) -> int:
-            return len(prompt.ids) + len(prompt.answer) + reserved_tokens
+        Args:
+            query: The question.
+            passages: The context.
+            following: Returns what follows a prompt, and has to fit too.
+            reserved_tokens: Tokens that are needed besides.
+        """
+        context = self.context(passages)
 
-        whole = encode(context)
-        if size(whole) <= self.context_window:
-            return whole
-        bare = encode("")
-        if size(bare) > self.context_window:
-            raise DataError(
-                f"The question '{_shorten(query)}' needs {len(bare.ids)} tokens with its prompt and "
-                f"{size(bare) - len(bare.ids)} for the answer, but the context window has {self.context_window}.",
-                "Shorten the question, lower rag_system.generator.max_new_tokens, or raise "
-                "rag_system.generator.context_window if the model allows it.",
+        def encode(length: int) -> list[int]:
+            prompt = self._render(query, context[:length])
+            return self.tokens.ids(prompt + following(prompt))
+
+        def size(ids: list[int]) -> int:
+            return len(self._started(ids)) + reserved_tokens
+
+        whole = ids = encode(len(context))
+        kept = len(context)
+        if size(whole) > self.context_window:
+            bare = size(encode(0))
+            if bare > self.context_window:
+                needed = len(self._started(self.tokens.ids(self._render(query, ""))))
+                raise DataError(
+                    f"The question '{_shorten(query)}' needs {needed} tokens with its prompt and {bare - needed} for "
+                    f"the answer, but the context window has {self.context_window}.",
+                    "Shorten the question, lower rag_system.generator.max_new_tokens, or raise "
+                    "rag_system.generator.context_window if the model allows it.",
+                )
+            kept = _longest_fitting(
+                context, lambda length: size(encode(length)) <= self.context_window, self.context_window
             )
-        kept = _longest_fitting(
-            context, lambda length: size(encode(context[:length])) <= self.context_window, self.context_window
-        )
-        best = encode(context[:kept])
-        return replace(best, dropped_tokens=size(whole) - size(best), is_bare=kept == 0)
+            ids = encode(kept)
+        text = self._render(query, context[:kept])
+        return _Fitted(text, ids, len(whole) - len(ids), is_bare=kept == 0 and bool(context))
 
     def _end_token(self) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -305,7 +331,7 @@ class PromptEncoder:
     def _find_end_ids(self) -> list[int]:
         """Return the ids after an answer, up to and including the token that ends the turn."""
         prompt = self._render("question", "context")
-        answered = [self.tokens.pair(prompt, self._turn.joint, "answer", end)[1] for end in ("", self._turn.ending)]
+        answered = [self.tokens.pair(prompt, self._turn.joint, "answer" + end)[1] for end in ("", self._turn.ending)]
         return answered[1][len(answered[0]) :] + self._turn.end_token
 
 

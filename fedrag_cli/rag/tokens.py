@@ -84,28 +84,28 @@ class TextTokens:
         """Return ids with the tokenizer's start token, which is there only once."""
         return ids if ids[: len(self.start_ids)] == self.start_ids else self.start_ids + ids
 
-    def pair(self, prompt: str, joint: str, answer: str, ending: str = "") -> TokenPair:
+    def pair(self, prompt: str, joint: str, answer: str, together: list[int] | None = None) -> TokenPair:
         """Return the ids of a prompt and of the answer that follows, tokenised together.
 
         The answer's ids are all that follow the prompt's, where the prompt's ids are the same with and without it: what
         the model would write after the prompt. Where a merge crosses the border, the answer begins at the first token
         that holds a character of it, because a token of the prompt alone is nothing that the model writes; the
-        characters of prompt and joint in that token are scored and learnt with it. A prompt of which no token is left so
-        is tokenised apart.
+        characters of prompt and joint in that token are scored and learnt with it. Where this leaves no token of the
+        prompt, the two are tokenised apart.
 
         Args:
             prompt: Text that the model is given.
             joint: White space before the answer that the model writes itself.
-            answer: The answer.
-            ending: What ends the answer.
+            answer: The answer, with what ends it.
+            together: The ids of all three, where they are known.
         """
-        before, whole = self.ids(prompt), self.ids(prompt + joint + answer + ending)
-        shared = _common_length(before, whole)
-        start = shared
-        if shared < len(before) and self.tokenizer.is_fast:
-            start = self._first_token_after(prompt + joint, answer + ending)
+        before = self.ids(prompt)
+        whole = self.ids(prompt + joint + answer) if together is None else together
+        start = _common_length(before, whole)
+        if start < len(before) and self.tokenizer.is_fast:
+            start = self._first_token_after(prompt + joint, answer)
         if before and not start:
-            return before, self.ids(joint + answer + ending)
+            return before, self.ids(joint + answer)
         return whole[:start], whole[start:]
 
     def _first_token_after(self, beginning: str, rest: str) -> int:
