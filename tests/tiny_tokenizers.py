@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -28,9 +29,12 @@ def _trained(kind: str) -> str:
         replace = normalizers.Replace(" ", "▁")
         # The trainer learns words; the model then reads a whole text as one, as sentencepiece does.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer: Any = trainers.BpeTrainer(vocab_size=420, special_tokens=[*special, *bytes_], show_progress=False)
+        trainer: Any = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
         tokenizer.train_from_iterator(SENTENCES, trainer)
+        parts = json.loads(tokenizer.to_str())
+        vocabulary = parts["model"]["vocab"]
+        vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+        tokenizer = Tokenizer.from_str(json.dumps(parts))
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )

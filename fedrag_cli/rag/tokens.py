@@ -17,7 +17,6 @@ from fedrag_cli.rag.generators.likelihood import TokenPair
 INTERNAL = re.compile("[\ufdd0-\ufdef]")
 BREAK = "\ufdd0"
 NAME = "\ufdd1"
-STAND_INS = [chr(code) for code in range(0xFDD2, 0xFDF0)]
 
 
 class TextTokens:
@@ -25,7 +24,7 @@ class TextTokens:
 
     Control tokens are the tokenizer's special tokens, and of its other added tokens those that the chat template names
     or that look like `<|...|>`. Where the markers of a chat template are plain text (`USER:`), a passage may hold the
-    same text; no tokenizer can tell the two apart.
+    same text; no tokenizer can tell the two apart. Nor can it where a control token is a single character.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -44,10 +43,6 @@ class TextTokens:
         longest_first = sorted(self._control_ids, key=len, reverse=True)
         self.control = _any_of(longest_first)
         self._breakable = _any_of([name for name in longest_first if len(name) > 1])
-        # What has one character cannot be broken; another stands for it.
-        stand_ins = list(zip([name for name in longest_first if len(name) == 1], STAND_INS, strict=False))
-        self._replaced = str.maketrans(dict(stand_ins))
-        self._restored = str.maketrans({BREAK: None, **{other: name for name, other in stand_ins}})
         # What no vocabulary has may be in any text.
         self._telling_ids = frozenset(self._control_ids.values()) - {tokenizer.unk_token_id}
         self._beginnings = {name[:length] for name in longest_first for length in range(1, len(name))}
@@ -57,7 +52,7 @@ class TextTokens:
 
     def as_text(self, text: str) -> str:
         """Return text from data for use in a template: no control token is recognised in it, nor over its edges."""
-        text = INTERNAL.sub("", text).translate(self._replaced)
+        text = INTERNAL.sub("", text)
         while self._breakable.search(text):
             text = self._breakable.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
         if any(text[:length] in self._endings for length in range(1, self._longest + 1)):
@@ -77,7 +72,7 @@ class TextTokens:
             if sum(token in self._telling_ids for token in ids) <= sum(1 for _ in self.control.finditer(text)):
                 return ids
         if self.tokenizer.is_fast:
-            return self._encoding_apart(text).ids
+            return [self._ids_by_name.get(token, token) for token in self._encoding_apart(text).ids]
         return [token for piece in self._pieces(text) for token in self._ids_of_piece(piece)]
 
     def with_start(self, ids: list[int]) -> list[int]:
@@ -118,7 +113,7 @@ class TextTokens:
         return self._renamed.encode(self._renamed_text(text), add_special_tokens=False)
 
     def _renamed_text(self, text: str) -> str:
-        return self.control.sub(lambda found: self._name(found[0]), text).translate(self._restored)
+        return self.control.sub(lambda found: self._name(found[0]), text).replace(BREAK, "")
 
     def _name(self, token: str) -> str:
         return f"{NAME}{self._control_ids[token]}{NAME}"
@@ -132,7 +127,11 @@ class TextTokens:
         for token in parts["added_tokens"]:
             if token["content"] in renamed:
                 token |= {"content": renamed[token["content"]], "normalized": False}
+        # Some models look a whole word up in their vocabulary, so the control tokens' own texts must not be there.
         model = parts["model"]
+        for merge in model.get("merges", ()):
+            for part in merge.split(" ") if isinstance(merge, str) else merge:
+                renamed.pop(part, None)
         if isinstance(model["vocab"], dict):
             model["vocab"] = {renamed.get(token, token): number for token, number in model["vocab"].items()}
         else:
@@ -140,6 +139,11 @@ class TextTokens:
         if "unk_token" in model:
             model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
         return Tokenizer.from_str(json.dumps(parts))
+
+    @cached_property
+    def _ids_by_name(self) -> dict[int | None, int]:
+        """The control tokens' ids by those that the copy gives to their names."""
+        return {self._renamed.token_to_id(self._name(token)): number for token, number in self._control_ids.items()}
 
     def _pieces(self, text: str) -> Iterator[str]:
         """Yield control tokens, and the texts between them."""
@@ -152,7 +156,7 @@ class TextTokens:
     def _ids_of_piece(self, piece: str) -> list[int]:
         if piece in self._control_ids:
             return [self._control_ids[piece]]
-        text = piece.translate(self._restored)
+        text = piece.replace(BREAK, "")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
