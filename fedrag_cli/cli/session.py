@@ -101,6 +101,7 @@ def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool
     renderer = Renderer()
     if quiet:
         os.environ.update(NO_BARS)
+    logging.getLogger("fedrag_cli").setLevel(logging.ERROR if quiet else logging.WARNING)
     if not verbose:
         _quiet_libraries()
     try:

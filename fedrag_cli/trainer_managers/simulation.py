@@ -146,7 +146,7 @@ def split_sites(config: Config, data: RunData, clients: int | None) -> dict[str,
     settings, seed = settings_of(config).sites, config.run.seed
     by = settings.by
     if by == "auto":
-        by = "owner" if all(settings.column in example.metadata for example in data.train) else "random"
+        by = "owner" if any(settings.column in example.metadata for example in data.train) else "random"
     if by == "owner":
         train = split_by_owner(data.train, settings.column)
         require_sites(train, clients, settings.column)
