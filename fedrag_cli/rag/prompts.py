@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+import regex
 from jinja2 import TemplateError
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.data.splitting import WITHOUT_BLANKS
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.passages import PassageFormat
 from fedrag_cli.rag.tokens import TextTokens
@@ -30,12 +30,8 @@ takes where it is told none."""
 LONGEST_WORD = 40
 """Characters without a blank between them that are cut only as a whole."""
 
-WITHOUT_BLANKS = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
-)
-"""Characters of scripts that put no blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese."""
-
-GRAPHEMES = Split(Regex(r"\X"), "isolated")
+CHARACTER = regex.compile(r"\X")
+WITHOUT_BLANKS_BESIDE = regex.compile(WITHOUT_BLANKS, regex.V1)
 
 
 @dataclass(frozen=True)
@@ -379,9 +375,9 @@ def _cut_place(text: str, most: int) -> int:
     right = re.findall(r"\A\S*", text[most : most + LONGEST_WORD])[0]
     if left and right:
         word, start = left + right, most - len(left)
-        ends = [end for _, (_, end) in GRAPHEMES.pre_tokenize_str(word) if end <= len(left)]
+        ends = [character.end() for character in CHARACTER.finditer(word) if character.end() <= len(left)]
         for end in reversed(ends):
-            if len(word) > LONGEST_WORD or WITHOUT_BLANKS.search(word[end - 1 : end + 1]):
+            if len(word) > LONGEST_WORD or WITHOUT_BLANKS_BESIDE.search(word[end - 1 : end + 1]):
                 return start + end
         most = start
     return len(text[:most].rstrip())

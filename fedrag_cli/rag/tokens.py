@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.rag.generators.likelihood import TokenPair
@@ -109,7 +108,7 @@ class TextTokens:
         border = len(self._renamed_text(beginning))
         return next((n for n, (_, end) in enumerate(encoding.offsets) if end > border), len(encoding.ids))
 
-    def _encoding_apart(self, text: str) -> Encoding:
+    def _encoding_apart(self, text: str) -> Any:
         return self._renamed.encode(self._renamed_text(text), add_special_tokens=False)
 
     def _renamed_text(self, text: str) -> str:
@@ -119,9 +118,10 @@ class TextTokens:
         return f"{NAME}{self._control_ids[token]}{NAME}"
 
     @cached_property
-    def _renamed(self) -> Tokenizer:
+    def _renamed(self) -> Any:
         """A copy of the tokenizer that knows the control tokens by names which no data has."""
-        parts: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        backend = self.tokenizer.backend_tokenizer
+        parts: dict[str, Any] = json.loads(backend.to_str())
         parts |= {"truncation": None, "padding": None, "post_processor": None}
         renamed = {token: self._name(token) for token in self._control_ids}
         for token in parts["added_tokens"]:
@@ -138,7 +138,7 @@ class TextTokens:
             model["vocab"] = [[renamed.get(token, token), score] for token, score in model["vocab"]]
         if "unk_token" in model:
             model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
-        return Tokenizer.from_str(json.dumps(parts))
+        return type(backend).from_str(json.dumps(parts))
 
     @cached_property
     def _ids_by_name(self) -> dict[int | None, int]:
