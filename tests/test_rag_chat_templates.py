@@ -144,7 +144,8 @@ SHAPES = {
         instructions("[INST] ", " [/INST]", " ", ""), "<s>[INST] Q [/INST]", " red</s>", "sentencepiece"
     ),
     "mistral-3": Shape(
-        instructions("[INST] ", "[/INST]", " ", ""),
+        # With the system message in the last turn, if that is the user's.
+        instructions("[INST] ", "[/INST]", " ", "").replace("loop.first", "loop.last"),
         "<s>[INST] Q[/INST]",
         " red</s>",
         "sentencepiece",

@@ -196,15 +196,14 @@ class PromptEncoder:
             DataError: The answer has no token of its own, or as `encode_prompt`.
         """
         text = self.tokens.as_text(answer.strip())
-        ending, end_token = (self._turn.ending, self._turn.end_token) if with_end else ("", [])
-        fitted = self._fitted(query, passages, lambda prompt: self._joint(prompt) + text + ending, len(end_token))
-        ids, found = self.tokens.pair(fitted.text, self._joint(fitted.text), text + ending, fitted.ids)
-        found += end_token
-        if not text or len(found) <= (len(self._end_ids) if with_end else 0):
+        if not self.tokens.ids(text):
             raise DataError(
                 f"The answer '{answer}' has no tokens to learn.", "Remove the example, or give it an answer."
             )
-        return EncodedPrompt(self._started(ids), fitted.dropped_tokens, fitted.is_bare, found)
+        ending, end_token = (self._turn.ending, self._turn.end_token) if with_end else ("", [])
+        fitted = self._fitted(query, passages, lambda prompt: self._joint(prompt) + text + ending, len(end_token))
+        ids, found = self.tokens.pair(fitted.text, self._joint(fitted.text), text + ending, fitted.ids)
+        return EncodedPrompt(self._started(ids), fitted.dropped_tokens, fitted.is_bare, found + end_token)
 
     def _joint(self, prompt: str) -> str:
         if self._chat_template:
@@ -299,14 +298,16 @@ class PromptEncoder:
                 "The tokenizer's chat template leaves the system message out.",
                 "Remove rag_system.prompt.system, and write its text into rag_system.prompt.template.",
             )
-        head, found, rest = full.rpartition(answer)
-        if head.startswith(prompt):
-            opening = head[len(prompt) :]
-        elif found and question in head and prompt.startswith(head):
-            opening = _end_of_thoughts(prompt[len(head) :])
+        conversation, _, rest = full.rpartition(answer)
+        # What comes before the question is the prompt's alone: some templates write the system message elsewhere
+        # as soon as an answer follows.
+        after_question = prompt.rpartition(question)[2]
+        before_answer = conversation.rpartition(question)[2]
+        if question in prompt and question in conversation and before_answer.startswith(after_question):
+            opening = before_answer[len(after_question) :]
+        elif question in prompt and question in conversation and after_question.startswith(before_answer):
+            opening = _end_of_thoughts(after_question[len(before_answer) :])
         else:
-            found = ""
-        if not found or question not in prompt:
             raise ModelError(
                 "The tokenizer's chat template writes a prompt that is no prefix of the whole conversation, so the "
                 "answer's tokens cannot be told apart.",
