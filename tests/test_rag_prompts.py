@@ -161,6 +161,16 @@ def test_always_without_a_template_is_refused(models: dict[str, Path]) -> None:
     encoder(models["chat_generator"], PromptConfig(chat_template="always"))
 
 
+def test_of_several_templates_the_default_one_is_used(models: dict[str, Path]) -> None:
+    tokenizer = tokenizer_of(models["chat_generator"])
+    plain = PromptEncoder(tokenizer, PLAIN, 200).encode_prompt("q", [], reserved_tokens=0)
+    tokenizer.chat_template = {"tools": "x", "default": tokenizer.chat_template}
+    assert PromptEncoder(tokenizer, PLAIN, 200).encode_prompt("q", [], reserved_tokens=0) == plain
+    tokenizer.chat_template = {"tools": "x", "other": "y"}
+    with pytest.raises(ModelError, match="several chat templates"):
+        PromptEncoder(tokenizer, PLAIN, 200)
+
+
 @pytest.mark.parametrize(("name", "choice"), [("generator", "auto"), ("chat_generator", "never")])
 def test_a_system_message_without_a_place_for_it_is_refused(models: dict[str, Path], name: str, choice: Any) -> None:
     with pytest.raises(ModelError, match=r"rag_system\.prompt\.system"):

@@ -145,7 +145,7 @@ class PromptEncoder:
                 "rag_system.prompt.system is set, but no chat template is in use that could hold it.",
                 "Write the text into rag_system.prompt.template, or use a chat model.",
             )
-        self._chat_template = _with_fixed_date(self.tokenizer.get_chat_template()) if uses_template else ""
+        self._chat_template = _chat_template_of(self.tokenizer) if uses_template else ""
         self.tokens = TextTokens(self.tokenizer, self._chat_template)
         self.passages = PassageFormat(self.config.passage_template)
         self._turn = self._find_turn() if uses_template else _Turn(end_token=self._end_token())
@@ -332,8 +332,15 @@ class PromptEncoder:
         return answered[1][len(answered[0]) :] + self._turn.end_token
 
 
-def _with_fixed_date(chat_template: str) -> str:
-    """Return a chat template in which today is always the same day."""
+def _chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template, in which today is always the same day."""
+    try:
+        chat_template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            "The tokenizer has several chat templates, and none of them is called 'default'.",
+            "Set rag_system.prompt.chat_template: never.",
+        ) from error
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(TODAY.strftime(call[2])), chat_template)
 
 
