@@ -166,6 +166,18 @@ def test_a_tokenizer_written_in_python(tmp_path: Any) -> None:
     assert (pair.ids.count(5), pair.answer.count(5), pair.answer[0], pair.answer[-1]) == (1, 1, 1, 5)
 
 
+def test_a_template_that_writes_the_start_token_gets_no_second_one() -> None:
+    tokenizer = tiny_tokenizer("sentencepiece", adds_bos=True)
+    for template in ("<s>{context}\n{query}", "{context}\n{query}"):
+        prompts = PromptEncoder(tokenizer, PromptConfig(template=template), 100)
+        nodes = [KnowledgeNode("p", "<s> the cat")]
+        for ids in (
+            prompts.encode_pair("q", nodes, "red").ids,
+            prompts.encode_prompt("q", nodes, reserved_tokens=0).ids,
+        ):
+            assert (ids[0], ids.count(1)) == (1, 1)
+
+
 def test_raw_prompts_are_the_callers_own_with_one_start_token() -> None:
     tokenizer = tiny_tokenizer("sentencepiece", adds_bos=True)
     generator = CausalLMGenerator(WellRead([], len(tokenizer)), tokenizer, CausalLMConfig(model="x"))
