@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,10 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
     )
     if trains_with_generator(config):
         _require_room(rag_system.require_generator(), [*data.train, *data.validation])
+    # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
+    # all live on, are most of what it would look through.
+    gc.collect()
+    gc.freeze()
     return rag_system
 
 
