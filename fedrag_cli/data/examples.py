@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,6 +255,10 @@ def _examples_of_table(
         if column not in ("", getattr(ExampleColumns(), name)):
             require_column(table, rows, column, f"columns.{name}")
     own_ids = _own_ids(rows)
+    if not own_ids and any(has_value(row.values, ID_COLUMN) for row in rows):
+        logging.getLogger(__name__).warning(
+            "%s: not every row has an id of its own, so the rows are numbered instead", table.name
+        )
     answers = answers_value if needs_responses else optional_answers_value
     used = [columns.query, columns.response, columns.relevant_ids, columns.choices, *([ID_COLUMN] if own_ids else [])]
     lists = (columns.response, columns.relevant_ids, columns.choices)
