@@ -15,6 +15,7 @@ from typing import Any
 from fedrag_cli.data.files import check_file, decoded_lines, unreadable
 from fedrag_cli.data.problems import Place, Problems
 from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.text import printable
 
 FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
@@ -241,7 +242,7 @@ def _read_delimited(path: Path, delimiter: str, others: str = "") -> Iterator[Ro
         if doubtful and delimiter != "\t":
             logging.getLogger(__name__).warning(
                 "%s: quoted cells of these lines hold what looks like further rows, check their quotation marks: %s%s",
-                path,
+                printable(str(path)),
                 ", ".join(doubtful[:MOST_NAMED]),
                 f" and {len(doubtful) - MOST_NAMED} more" if len(doubtful) > MOST_NAMED else "",
             )
