@@ -88,13 +88,13 @@ def test_a_site_sees_its_own_passages_only(
 ) -> None:
     """What a site has retrieved is what the prompts of its questions hold."""
     seen: set[tuple[str, str]] = set()
-    encode = PromptEncoder.encode_prompt
+    encode = PromptEncoder.encode_pair
 
-    def noted(self: PromptEncoder, query: str, passages: list[KnowledgeNode], **options: Any) -> Any:
+    def noted(self: PromptEncoder, query: str, passages: list[KnowledgeNode], *args: Any, **options: Any) -> Any:
         seen.update((site_of(query.rstrip("?")), site_of(passage.text)) for passage in passages)
-        return encode(self, query, passages, **options)
+        return encode(self, query, passages, *args, **options)
 
-    monkeypatch.setattr(PromptEncoder, "encode_prompt", noted)
+    monkeypatch.setattr(PromptEncoder, "encode_pair", noted)
     rows = owned_rows() if owned else None
     # The server's own questions are asked to the retriever only; they go over the whole corpus.
     _, summary = run_command("simulate", mode, folder="a", rows=rows, federated={"rounds": 1})

@@ -151,8 +151,7 @@ def uses_generator(config: Config, data: RunData) -> bool:
 
 def _require_room(generator: CausalLMGenerator, examples: Sequence[Example]) -> None:
     for example in examples:
-        answer = generator.prompts.encode_answer(example.response)
-        generator.encode_prompt(example.query, [], answer_tokens=len(answer))
+        generator.prompts.encode_pair(example.query, [], example.response)
 
 
 def chosen_metrics(config: Config, data: RunData) -> list[str]:
