@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from fedrag_cli.errors import ModelError
 from fedrag_cli.losses import ensemble_log_probs
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import length_sorted_batches
+from fedrag_cli.rag.generators.likelihood import base_model, length_sorted_batches
 
 MOST_SAMPLED = 50
 
@@ -75,9 +76,18 @@ def generate_ensemble(
 
     Raises:
         DataError: A prompt is empty or leaves no room for an answer.
+        ModelError: The model cannot answer prompts of different lengths together.
     """
     generator.require_room([prompt for group in prompts for prompt in group])
     room = generator.config.max_new_tokens
+    longest = max((len(prompt) for group in prompts for prompt in group), default=0)
+    if any(len(set(map(len, group))) > 1 for group in prompts) and not generator.generates_ragged(longest + room):
+        name = type(base_model(generator.model)).__name__
+        raise ModelError(
+            f"The generator {name} cannot answer from prompts of different lengths at once, because padding would change "
+            "its answers.",
+            "Set rag_system.inference: concat, or use another generator.",
+        )
     sizes = [len(group) * (max(map(len, group)) + room) for group in prompts]
     answers = [""] * len(prompts)
     temperature = generator.config.temperature
