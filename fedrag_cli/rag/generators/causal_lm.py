@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ from fedrag_cli.rag.placement import placement_note, placement_options, settled
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
 
 OnTexts = Callable[[list[int], list[str]], None]
+Together = Literal["ragged", "equal", "single"]
+"""Which prompts a model answers together as each alone: all, those of the same length, or none."""
 
 
 class CausalLMGenerator:
@@ -84,7 +86,7 @@ class CausalLMGenerator:
         end = self.prompts.end_ids[-1]
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
         self.padding_rule = padding_rule(self.model, self.pad_id)
-        self._batches_generation: bool | None = None
+        self._together: Together | None = None
         self.notes: tuple[str, ...] = ()
         """What is worth knowing about how the model was loaded, a line each."""
 
@@ -186,8 +188,9 @@ class CausalLMGenerator:
         with torch.random.fork_rng(enabled=self.config.temperature > 0):
             if self.config.temperature > 0:
                 torch.manual_seed(self.seed)
-            equal = not self.generates_ragged(max(lengths, default=0))
-            for batch in length_sorted_batches(lengths, self.config.batch_tokens, equal=equal):
+            together = self.generates_together(max(lengths)) if lengths else "ragged"
+            budget = 1 if together == "single" else self.config.batch_tokens
+            for batch in length_sorted_batches(lengths, budget, equal=together == "equal"):
                 texts = self.generate_batch([prompts[position] for position in batch])
                 for position, text in zip(batch, texts, strict=True):
                     answers[position] = text
@@ -239,8 +242,8 @@ class CausalLMGenerator:
             **{name: value.to(self.device) for name, value in positions.items()},
         )
 
-    def generates_ragged(self, longest: int) -> bool:
-        """Return whether prompts of different lengths can be answered together; tried once.
+    def generates_together(self, longest: int) -> Together:
+        """Return which prompts can be answered together and get the answers that they get alone; tried once.
 
         Args:
             longest: Tokens of the longest prompt with its answer.
@@ -248,19 +251,19 @@ class CausalLMGenerator:
         Raises:
             ModelError: The model does not generate what its forward pass says.
         """
-        if self._batches_generation is None:
-            self._batches_generation = self._try_generation()
-        return self._batches_generation and not self._stretches(longest)
+        if self._together is None:
+            self._together = self._try_generation()
+        return "equal" if self._together == "ragged" and self._stretches(longest) else self._together
 
     @torch.inference_mode()
-    def _try_generation(self) -> bool:
-        """Try whether two prompts of different lengths are continued together as each is alone, or only alone."""
+    def _try_generation(self) -> Together:
         long = trial_ids(self.model)
-        prompts = [long[:3], long]
-        if self.padding_rule.on_left and self._generates_as_it_reads(prompts):
-            return True
-        if all(self._generates_as_it_reads([prompt]) for prompt in prompts):
-            return False
+        if self.padding_rule.on_left and self._generates_as_it_reads([long[:3], long]):
+            return "ragged"
+        if self._generates_as_it_reads([long[:4], long[4:]]):
+            return "equal"
+        if self._generates_as_it_reads([long]):
+            return "single"
         raise ModelError(
             f"The generator {type(base_model(self.model)).__name__} does not generate what its forward pass predicts.",
             "Use another model, or an objective and metrics that need no generated answers.",

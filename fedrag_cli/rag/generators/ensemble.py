@@ -80,14 +80,7 @@ def generate_ensemble(
     """
     generator.require_room([prompt for group in prompts for prompt in group])
     room = generator.config.max_new_tokens
-    longest = max((len(prompt) for group in prompts for prompt in group), default=0)
-    if any(len(set(map(len, group))) > 1 for group in prompts) and not generator.generates_ragged(longest + room):
-        name = type(base_model(generator.model)).__name__
-        raise ModelError(
-            f"The generator {name} cannot answer from prompts of different lengths at once, because padding would change "
-            "its answers.",
-            "Set rag_system.inference: concat, or use another generator.",
-        )
+    _require_together(generator, prompts)
     sizes = [len(group) * (max(map(len, group)) + room) for group in prompts]
     answers = [""] * len(prompts)
     temperature = generator.config.temperature
@@ -103,6 +96,20 @@ def generate_ensemble(
             if on_batch is not None:
                 on_batch(batch, texts)
     return answers
+
+
+def _require_together(generator: CausalLMGenerator, prompts: Sequence[Sequence[list[int]]]) -> None:
+    """Raise ModelError where a model would answer the prompts of a question in another way than each alone."""
+    lengths = [{len(prompt) for prompt in group} for group in prompts if len(group) > 1]
+    if not lengths:
+        return
+    together = generator.generates_together(max(map(max, lengths)) + generator.config.max_new_tokens)
+    if together == "single" or (together == "equal" and any(len(group) > 1 for group in lengths)):
+        raise ModelError(
+            f"The generator {type(base_model(generator.model)).__name__} cannot answer from several prompts at once: "
+            "they change each other's answers.",
+            "Set rag_system.inference: concat, or use another generator.",
+        )
 
 
 def _first_of_each(texts: Sequence[str], sizes: Sequence[int]) -> list[str]:
