@@ -258,9 +258,9 @@ class CausalLMGenerator:
     @torch.inference_mode()
     def _try_generation(self) -> Together:
         long = trial_ids(self.model)
-        if self.padding_rule.on_left and self._generates_as_it_reads([long[:3], long]):
+        if self.padding_rule.on_left and self._generates_as_it_reads([long[:11], long]):
             return "ragged"
-        if self._generates_as_it_reads([long[:4], long[4:]]):
+        if self._generates_as_it_reads([long[:8], long[8:]]):
             return "equal"
         if self._generates_as_it_reads([long]):
             return "single"

@@ -8,7 +8,7 @@ some models only, which is tried.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ class PaddingRule:
 
 @torch.no_grad()
 def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
-    """Find out how a model takes padding, from three or more forward passes of a few tokens.
+    """Find out how a model takes padding, from four or a few more forward passes of 16 tokens.
 
     Args:
         model: A causal language model of transformers, in eval mode.
@@ -54,8 +54,8 @@ def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
     name = type(base_model(model)).__name__
     config: Any = base_model(model).config
     long = trial_ids(model)
-    # Five tokens of padding shift the blocks that some models compress.
-    short = long[:3]
+    # Five tokens of padding shift the blocks that some models compress, which must be whole to be seen.
+    short = long[:11]
     try:
         alone = {len(row): _all_log_probs(model, torch.tensor([row]))[0] for row in (short, long)}
     except torch.OutOfMemoryError:
@@ -66,35 +66,53 @@ def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
             f"The generator {name} cannot read a text by itself: {reason}",
             "Use a causal language model that takes token ids alone.",
         ) from error
-    # These attend to blocks that they choose by the whole text, once it is longer than a few of them.
-    chooses_blocks = getattr(config, "attention_type", None) == "block_sparse" or "lsh" in getattr(
-        config, "attn_layers", []
-    )
-    if chooses_blocks or not alike(model, alone[len(long)][: len(short)], alone[len(short)], slack=5):
+    if _chooses_blocks(model) or not alike(model, alone[len(long)][: len(short)], alone[len(short)], slack=5):
         raise ModelError(
             f"The generator {name} is not causal: what it predicts depends on the tokens that come after, so the "
             "likelihood of an answer has no meaning.",
-            "Use a causal language model; where this one was trained as such, set is_decoder: true in its config.json.",
+            "Use a causal language model; where this one was trained as such, set is_decoder: true in its config.json, "
+            "and attention_type: original_full where it has blocks.",
         )
-    ids, mask, starts = padded([(short, []), (long, [])], pad_id, "left")
+    pairs: list[TokenPair] = [(short, []), (long, [])]
+    if not _pads_alike(model, pairs, pad_id, "right", None, alone):
+        raise ModelError(
+            f"The generator {name} predicts something else for texts of different lengths together than for each.",
+            "Use another causal language model.",
+        )
     # Positions begin at 0, or, in RoBERTa and its kin, after the one of the padding.
     firsts = [0, (getattr(config, "pad_token_id", None) or 0) + 1, None]
     for first in firsts if "position_ids" in accepted_arguments(model) else [None]:
-        rule = PaddingRule(True, first)
-        try:
-            rows = _all_log_probs(model, ids, attention_mask=mask, **rule.positions(mask))
-        except (RuntimeError, ValueError, IndexError):
-            continue
-        if all(alike(model, row[start:], alone[len(row[start:])]) for row, start in zip(rows, starts, strict=True)):
-            return rule
+        if _pads_alike(model, pairs, pad_id, "left", first, alone):
+            return PaddingRule(True, first)
     return PaddingRule(False, None)
+
+
+def _pads_alike(
+    model: nn.Module,
+    pairs: Sequence[TokenPair],
+    pad_id: int,
+    padding_side: Literal["left", "right"],
+    first_position: int | None,
+    alone: Mapping[int, Tensor],
+) -> bool:
+    """Return whether rows that are padded get what they get alone, by their length."""
+    ids, mask, starts = padded(pairs, pad_id, padding_side)
+    positions = PaddingRule(True, first_position).positions(mask)
+    try:
+        rows = _all_log_probs(model, ids, attention_mask=mask, **positions)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    spans = [row[start : start + len(prompt)] for row, start, (prompt, _) in zip(rows, starts, pairs, strict=True)]
+    return all(alike(model, span, alone[len(span)]) for span in spans)
 
 
 def trial_ids(model: nn.Module) -> list[int]:
     """Return some token ids for trials of a model, from a place in the vocabulary where no special tokens are."""
     config: Any = base_model(model).config
     start = config.get_text_config().vocab_size // 4
-    return [start + number for number in (0, 5, 2, 7, 1, 4, 6, 3)]
+    return [start + number for number in (0, 5, 12, 7, 1, 14, 6, 3, 9, 2, 15, 4, 11, 8, 13, 10)]
 
 
 def stretched_beyond(model: nn.Module) -> int | None:
@@ -109,6 +127,12 @@ def stretched_beyond(model: nn.Module) -> int | None:
     stretching = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
     known = [kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in stretching]
     return min(known) if known else None
+
+
+def _chooses_blocks(model: nn.Module) -> bool:
+    """Return whether a model attends to blocks that it chooses by a whole text of more than a few, as two do."""
+    sparse = any(getattr(module, "attention_type", None) == "block_sparse" for module in base_model(model).modules())
+    return sparse or "lsh" in getattr(base_model(model).config, "attn_layers", ())
 
 
 def alike(model: nn.Module, found: Tensor, expected: Tensor, slack: float = 1) -> bool:
