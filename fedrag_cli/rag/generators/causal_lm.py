@@ -233,7 +233,6 @@ class CausalLMGenerator:
         input_ids, mask, _ = padded(pairs, self.pad_id, "left")
         # Transformers counts positions from 0 where it is not given any, in RoBERTa and its kin too.
         positions = self.padding_rule.positions(mask) if self.padding_rule.first_position else {}
-        self._forget_length(input_ids.shape[1] + (config.max_new_tokens or 0))
         return self.model.generate(
             input_ids=input_ids.to(self.device),
             attention_mask=mask.to(self.device),
@@ -300,11 +299,6 @@ class CausalLMGenerator:
         """Return whether the rotary positions of a batch depend on its longest row."""
         limit = stretched_beyond(self.model)
         return limit is not None and longest > limit
-
-    def _forget_length(self, longest: int) -> None:
-        """Undo what longer rows left: dynamic scaling keeps the frequencies of the longest one until a short one."""
-        if self._stretches(longest):
-            self.model(input_ids=torch.tensor([trial_ids(self.model)[:1]], device=self.device), use_cache=False)
 
     def _generation_config(self, *, sampling: bool) -> GenerationConfig:
         options: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
@@ -401,7 +395,6 @@ class CausalLMGenerator:
         with self._evaluating(), self._autocast():
             if packing:
                 return packed_log_probs(self.model, pairs, self.padding_rule.first_position or 0)
-            self._forget_length(max(len(prompt) + len(target) for prompt, target in pairs))
             return token_log_probs(self.model, pairs, pad_id=self.pad_id)
 
     @torch.inference_mode()
