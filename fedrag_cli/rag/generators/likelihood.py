@@ -66,7 +66,7 @@ def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
             f"The generator {name} cannot read a text by itself: {reason}",
             "Use a causal language model that takes token ids alone.",
         ) from error
-    if _chooses_blocks(model) or not alike(model, alone[len(long)][: len(short)], alone[len(short)], slack=5):
+    if _chooses_blocks(model) or not alike(model, alone[len(long)][: len(short)], alone[len(short)], slack=3):
         raise ModelError(
             f"The generator {name} is not causal: what it predicts depends on the tokens that come after, so the "
             "likelihood of an answer has no meaning.",
@@ -74,7 +74,7 @@ def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
             "and attention_type: original_full where it has blocks.",
         )
     pairs: list[TokenPair] = [(short, []), (long, [])]
-    if not _pads_alike(model, pairs, pad_id, "right", None, alone):
+    if not _pads_alike(model, pairs, pad_id, "right", None, alone, slack=3):
         raise ModelError(
             f"The generator {name} predicts something else for texts of different lengths together than for each.",
             "Use another causal language model.",
@@ -94,6 +94,7 @@ def _pads_alike(
     padding_side: Literal["left", "right"],
     first_position: int | None,
     alone: Mapping[int, Tensor],
+    slack: float = 1,
 ) -> bool:
     """Return whether rows that are padded get what they get alone, by their length."""
     ids, mask, starts = padded(pairs, pad_id, padding_side)
@@ -105,13 +106,12 @@ def _pads_alike(
     except (RuntimeError, ValueError, IndexError):
         return False
     spans = [row[start : start + len(prompt)] for row, start, (prompt, _) in zip(rows, starts, pairs, strict=True)]
-    return all(alike(model, span, alone[len(span)]) for span in spans)
+    return all(alike(model, span, alone[len(span)], slack) for span in spans)
 
 
 def trial_ids(model: nn.Module) -> list[int]:
     """Return some token ids for trials of a model, from a place in the vocabulary where no special tokens are."""
-    config: Any = base_model(model).config
-    start = config.get_text_config().vocab_size // 4
+    start = text_config(model).vocab_size // 4
     return [start + number for number in (0, 5, 12, 7, 1, 14, 6, 3, 9, 2, 15, 4, 11, 8, 13, 10)]
 
 
@@ -120,7 +120,7 @@ def stretched_beyond(model: nn.Module) -> int | None:
 
     Dynamic NTK scaling and LongRoPE choose the frequencies of all rotary positions by the length of the input.
     """
-    config: Any = base_model(model).config.get_text_config()
+    config = text_config(model)
     parameters = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters, others one for each kind of layer.
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
@@ -144,7 +144,8 @@ def alike(model: nn.Module, found: Tensor, expected: Tensor, slack: float = 1) -
         expected: The same, computed in the plainest way.
         slack: Factor of the difference that is let through.
     """
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 3e-2
+    # In bfloat16 a model of 30 layers differs from itself by some hundredths; a wrong position or state by far more.
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-1
     difference = (found - expected).square().mean().sqrt()
     return bool(difference <= slack * tolerance * expected.std())
 
@@ -234,6 +235,12 @@ def padded(
 def base_model(model: nn.Module) -> nn.Module:
     """Return the language model itself, which is the one inside where it has an adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of a language model, that of its text part where it has others."""
+    config: Any = base_model(model).config
+    return config.get_text_config()
 
 
 def accepted_arguments(model: nn.Module) -> frozenset[str]:

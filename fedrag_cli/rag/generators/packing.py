@@ -20,6 +20,7 @@ from fedrag_cli.rag.generators.likelihood import (
     alike,
     base_model,
     stretched_beyond,
+    text_config,
     token_log_probs,
     trial_ids,
 )
@@ -103,7 +104,7 @@ def can_pack(model: nn.Module, longest: int, first_position: int | None = 0) -> 
         longest: Tokens of the longest sequence to come.
         first_position: Where the model's own positions begin; None where they cannot be given to it.
     """
-    config: Any = base_model(model).config.get_text_config()
+    config = text_config(model)
     if first_position is None or not {"position_ids", "logits_to_keep"} <= accepted_arguments(model):
         return False
     if getattr(config, "_attn_implementation", None) != "sdpa":
