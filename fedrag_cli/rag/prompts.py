@@ -407,7 +407,8 @@ def token_limit(config: Any, tokenizer: PreTrainedTokenizerBase, wanted: int | N
         ModelError: More is wanted than the model has positions for.
     """
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limits = [int(getattr(config, name)) for name in names if getattr(config, name, None)]
+    # XLNet, which has no limit, says -1.
+    limits = [int(getattr(config, name)) for name in names if (getattr(config, name, None) or 0) > 0]
     if tokenizer.model_max_length and tokenizer.model_max_length < 10**9:
         limits.append(int(tokenizer.model_max_length))
     limit = min(limits) if limits else None
