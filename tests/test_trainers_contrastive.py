@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import data_rows, write_rows
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config
@@ -80,6 +81,52 @@ def test_the_first_loss_is_the_formula_on_columns_chosen_by_hand(rag_system: RAG
             expected.append(-torch.log_softmax(5.0 * cosines, dim=0)[0].item())
     assert len(expected) == 3
     assert trainer.train().loss == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+@pytest.fixture
+def twins(write_config: Callable[..., Path]) -> RAGSystem:
+    """A system whose store has the cat's and the dog's passages under further ids."""
+    config = write_config()
+    copies = [
+        {"id": f"again-{animal}", "text": f"The colour of  the {animal} is {colour} .", "title": "copy"}
+        for animal, colour in (("cat", "red"), ("dog", "blue"))
+    ]
+    write_rows(config.parent / "corpus.jsonl", [*data_rows()["corpus"], *copies])
+    return build_rag_system(load_config(config), with_generator=False)
+
+
+def test_what_answers_a_query_under_another_id_or_in_another_row_is_no_negative(twins: RAGSystem) -> None:
+    """The cat's passage has a twin, and another row that asks the same has home-cat for its answer."""
+    config = ContrastiveConfig(batch_size=4, learning_rate=1e-3, scale=5.0, hard_negatives=26)
+    examples = [_example(CAT, "colour-cat", "again-cat"), _example(DOG, "again-dog")]
+    examples += [Example("same", CAT.upper().replace(" ?", "?"), (), ("home-cat",))]
+    trainer = HuggingFaceTrainerForContrastive(twins, examples, [], config)
+    pairs = trainer.pairs(examples)
+    nodes = twins.knowledge_store.nodes
+    ids = [nodes[pair.passage].id for pair in pairs]
+    assert ids == ["colour-cat", "again-dog", "home-cat"]
+    of_cat, of_dog = {"colour-cat", "again-cat", "home-cat"}, {"colour-dog", "again-dog"}
+    everything = {node.id for node in nodes}
+    for pair, own in zip(pairs, (of_cat, of_dog, of_cat), strict=True):
+        assert {nodes[place].id for place in pair.negatives} == everything - own
+    # In the batch: the columns of the other cat are none for it, nor are the dog's mined negatives that answer it.
+    embeddings = dict(zip((node.id for node in nodes), twins.knowledge_store.embeddings, strict=True))
+    columns = [*ids, *(nodes[place].id for pair in pairs for place in pair.negatives)]
+    expected = []
+    for example, own_id, own in zip(examples, ids, (of_cat, of_dog, of_cat), strict=True):
+        [query] = twins.retriever.encode_queries([example.query])
+        others = [query @ embeddings[name] for name in columns if name not in own]
+        expected.append(-torch.log_softmax(5.0 * torch.stack([query @ embeddings[own_id], *others]), dim=0)[0].item())
+    assert trainer.train().loss == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+def test_a_validation_row_that_asks_the_same_spares_its_passage(twins: RAGSystem) -> None:
+    config = ContrastiveConfig(hard_negatives=26)
+    trainer = HuggingFaceTrainerForContrastive(twins, [_example(CAT, "home-cat")], [_example(CAT, "again-cat")], config)
+    [pair] = trainer.pairs(trainer.train_examples)
+    nodes = twins.knowledge_store.nodes
+    spared = {node.id for node in nodes} - {nodes[place].id for place in pair.negatives}
+    assert spared == {"home-cat", "again-cat", "colour-cat"}
 
 
 def test_the_relevant_passage_ranks_first_after_training(rag_system: RAGSystem) -> None:

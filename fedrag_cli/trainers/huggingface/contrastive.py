@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedrag_cli.data.examples import Example
+from fedrag_cli.data.relevance import distinct_ids, first_ids, not_negatives
 from fedrag_cli.losses import contrastive_loss
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import ContrastiveConfig
@@ -29,7 +30,8 @@ class Pair:
     Args:
         query: The query.
         passage: The relevant passage.
-        relevant: All relevant passages of the query, which are never its negatives.
+        relevant: What is never a negative of the query: all its relevant passages, those of other examples that ask the
+            same, and further passages with the same text as one of these.
         negatives: The mined ones.
     """
 
@@ -42,9 +44,9 @@ class Pair:
 class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
     """Tunes the retriever by multiple negatives ranking; arguments as `HuggingFaceTrainer`.
 
-    The negatives of a query are the passages of its whole optimizer step, so accumulated batches learn what one large
-    batch learns; with `train: both` each of these batches therefore encodes all passages of the step. Examples without
-    relevant ids are left out and counted.
+    The negatives of a query are the passages of its whole optimizer step, but for those that answer it too (see
+    `Pair.relevant`), so accumulated batches learn what one large batch learns; with `train: both` each of these batches
+    therefore encodes all passages of the step. Examples without relevant ids are left out and counted.
     """
 
     config: ContrastiveConfig
@@ -69,16 +71,19 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
         if not examples:
             return []
         store, wanted = self.rag_system.knowledge_store, self.config.hard_negatives
-        places = {node.id: position for position, node in enumerate(store.nodes)}
-        relevant = [[places[relevant_id] for relevant_id in example.relevant_ids] for example in examples]
+        nodes = store.nodes
+        places, same = {node.id: position for position, node in enumerate(nodes)}, first_ids(nodes)
+        relevant = [[places[name] for name in distinct_ids(example.relevant_ids, same)] for example in examples]
+        known = (*self.train_examples, *self.validation_examples)
+        spared = [frozenset(places[name] for name in names) for names in not_negatives(examples, known, same)]
         found: list[list[int]] = [[] for _ in examples]
         if wanted:
             embeddings = self._retriever.encode_queries([example.query for example in examples])
-            depth = min(len(store), wanted + max(len(positions) for positions in relevant))
+            depth = min(len(store), wanted + max(len(positions) for positions in spared))
             found = store.search_positions(embeddings, depth)[1].tolist()
         return [
-            Pair(example.query, position, frozenset(own), tuple(p for p in row if p not in own)[:wanted])
-            for example, own, row in zip(examples, relevant, found, strict=True)
+            Pair(example.query, position, never, tuple(place for place in row if place not in never)[:wanted])
+            for example, own, never, row in zip(examples, relevant, spared, found, strict=True)
             for position in own
         ]
 
