@@ -71,8 +71,12 @@ class RunSummary(TypedDict):
     """The federation beside pooled data and single sites, where they were compared."""
     differences: NotRequired[Sequence[Mapping[str, Any]]]
     """The metrics before and after, as `MetricDifference.to_dict` gives them."""
+    overlaps: NotRequired[Sequence[Mapping[str, Any]]]
+    """Splits that share questions, as `Overlap.to_dict` gives them."""
     loss: NotRequired[float | None]
-    """The last training loss."""
+    """Mean training loss over all steps, of all phases; that of the last round in a federation."""
+    phases: NotRequired[Mapping[str, Mapping[str, float]]]
+    """Mean loss and steps of each phase, where there are several."""
     steps: NotRequired[int | None]
     """Optimizer steps that were taken."""
     seconds: NotRequired[float | None]
@@ -164,8 +168,9 @@ def _results(summary: Mapping[str, Any]) -> str:
         )
     split = f" on the {summary['split']} split" if summary.get("split") else ""
     compared = table(["Metric", "n", "Before", "After", "Difference", "Interval", "Verdict"], rows, numbers=range(1, 5))
+    warnings = "".join(f"**{overlap['message']}.**\n\n" for overlap in summary.get("overlaps") or ())
     return (
-        f"## Before and after{split}\n\n{compared}\n\n"
+        f"## Before and after{split}\n\n{compared}\n\n{warnings}"
         "Both were measured on the same n questions; the interval is that of a paired bootstrap over them. "
         "A verdict needs an interval without 0. It speaks for questions like these, and for this one run."
     )
@@ -285,6 +290,8 @@ def _training(summary: Mapping[str, Any]) -> str:
         lines.append(f"- Steps: {summary['steps']}")
     if summary.get("loss") is not None:
         lines.append(f"- Mean training loss: {summary['loss']:.4g}")
+    for name, part in (summary.get("phases") or {}).items():
+        lines.append(f"  - {name}: {part['loss']:.4g} over {part['steps']} steps")
     if summary.get("seconds") is not None:
         lines.append(f"- Time of the training: {summary['seconds']:.0f} s")
     text = "## Training\n\n" + "\n".join(lines) + f"\n\n```sh\n{command}\n```"

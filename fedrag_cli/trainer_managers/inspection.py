@@ -41,6 +41,7 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
     )
     report: dict[str, Any] = {
         "rows": data.counts(),
+        "overlaps": [overlap.to_dict() for overlap in data.overlaps()],
         "truncated": _truncation(rag_system, data.train or data.evaluation),
     }
     if data.evaluation:

@@ -146,6 +146,7 @@ def _see_through(
             rounds=rounds,
             evaluations=_evaluations(run),
             seconds=time.monotonic() - started,
+            overlaps=data.overlaps(),
         )
         write_results(run, summary)
     return summary

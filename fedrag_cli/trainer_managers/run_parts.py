@@ -20,7 +20,13 @@ from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.relevance import judged_examples, resolve_relevant_ids
+from fedrag_cli.data.relevance import (
+    Overlap,
+    find_overlaps,
+    judged_examples,
+    question_key,
+    resolve_relevant_ids,
+)
 from fedrag_cli.errors import EXIT_INTERRUPTED, FederationError, FedRAGError, RunInterruptedError
 from fedrag_cli.evaluation.difference import compare_metrics
 from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
@@ -54,6 +60,11 @@ class RunData:
         """Return the number of rows of each part."""
         counts = {"passages": len(self.nodes), "train": len(self.train), "validation": len(self.validation)}
         return {**counts, self.split: len(self.evaluation)} if self.split else counts
+
+    def overlaps(self) -> list[Overlap]:
+        """Return which splits share questions, so that what is measured flatters."""
+        splits = {"train": self.train, "validation": self.validation}
+        return find_overlaps(splits | ({self.split: self.evaluation} if self.split else {}), self.split)
 
 
 class RunReporter:
@@ -187,6 +198,10 @@ def evaluate_once(
     )
     memory = run.path / "evaluation" / f"{stage}-so-far.jsonl"
     evaluation = evaluate(rag_system, data.evaluation, metrics, config.evaluation, reporter=reporter, memory=memory)
+    trained_on = {question_key(example) for example in data.train}
+    for example, row in zip(data.evaluation, evaluation.predictions, strict=True):
+        if question_key(example) in trained_on:
+            row["in_train"] = True
     evaluation.write_predictions(run.path / "evaluation" / f"{stage}-predictions.jsonl")
     run.write_json(f"evaluation/{stage}.json", evaluation.to_dict())
     memory.unlink(missing_ok=True)

@@ -182,7 +182,9 @@ def _summary(
         "fingerprints": manifest["fingerprints"],
         "split": data.split,
         "differences": differences,
+        "overlaps": [overlap.to_dict() for overlap in data.overlaps()],
         "loss": result.loss,
+        "phases": _phases(result),
         "steps": result.steps,
         "metrics": result.metrics,
         "seconds": seconds,
@@ -190,6 +192,12 @@ def _summary(
         "truncated": _truncated(result, after),
         "versions": manifest["versions"],
     }
+
+
+def _phases(result: TrainResult) -> dict[str, dict[str, float]]:
+    """Return mean loss and steps of each phase of an alternating training; nothing for another."""
+    parts = {name: part for name, part in result.metrics.items() if isinstance(part, dict) and "steps" in part}
+    return {name: {"loss": part["loss"], "steps": part["steps"]} for name, part in parts.items()}
 
 
 def _truncated(result: TrainResult, after: Evaluation | None) -> dict[str, int]:
