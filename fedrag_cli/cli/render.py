@@ -89,18 +89,21 @@ class Renderer:
         for overlap in found:
             self.line(Text.assemble(("Warning: ", "bold yellow"), f"{overlap['message']}. {WITHOUT_OVERLAP}"))
 
-    def truncated(self, counts: Mapping[str, int]) -> None:
-        """Print how much was cut; nothing where nothing was."""
+    def truncated(self, counts: Mapping[str, int], lengths: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Print how much was cut and what to do about it; nothing where nothing was."""
         cut = {name: count for name, count in counts.items() if count}
         if cut:
             self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
+        for item in lengths:
+            if item["message"]:
+                self.line(item["message"])
         if any(name.endswith("contexts cut to nothing") for name in cut):
             self.line(NO_ROOM)
 
     def training_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a training run ended with."""
         self.differences(summary)
-        self.truncated(summary["truncated"])
+        self.truncated(summary["truncated"], summary.get("lengths") or ())
         phases = ", ".join(f"{name} {part['loss']:.4f}" for name, part in (summary.get("phases") or {}).items())
         loss = f"mean loss {summary['loss']:.4f}" + (f" ({phases})" if phases else "")
         self.line(f"{summary['steps']} steps, {loss}, {duration(summary['seconds'])}")
@@ -171,6 +174,7 @@ class Renderer:
             self.line(Text.assemble(("Warning: ", "bold yellow"), f"{place}: {item['path']}: {item['message']}"))
         loaded = dict(document.get("loaded", {}))
         self.overlaps(loaded.pop("overlaps", ()))
+        self.truncated({}, loaded.pop("lengths", ()))
         for name, values in loaded.items():
             self.line(f"  {name.removesuffix('_bytes').replace('_', ' ')}: {_loaded_value(name, values)}")
 
@@ -250,7 +254,7 @@ class Renderer:
             rows += [[f"  {summary['group_by']} {group}: {row[0]}", *row[1:]] for row in _evaluation_rows(metrics)]
         level = round(100 * summary["confidence"])
         self.table(["metric", "n", "mean", f"{level} % interval"], rows)
-        self.truncated(summary["truncated"])
+        self.truncated(summary["truncated"], summary.get("lengths") or ())
         self.line(f"Everything is in {summary['run_dir']}, the questions in {summary['predictions']}")
 
 

@@ -96,14 +96,18 @@ def evaluate(
     retrieved = {scored.node.id: scored.node for found in rankings for scored in found} if gold else {}
     same = first_ids((gold | retrieved).values())
     predictions = [_prediction(example, row, same, settings) for example, row in zip(examples, sources, strict=True)]
-    truncated = {"queries": rag_system.retriever.count_truncated(queries, queries=True) if rankings else 0}
+    lengths = [rag_system.retriever.measure(queries, "evaluation questions", queries=True)] if rankings else []
+    truncated = {"queries": sum(item.truncated for item in lengths)}
     values: dict[str, Values] = {}
     if ranking:
         values |= _ranking_values(examples, rankings, same, ranking, max(settings.depth, rag_system.top_k))
     answering = [name for name in metrics if name in ANSWER_METRICS]
     if answering:
-        found_values, cut = answer_values(rag_system, examples, sources, answering, predictions, known, reporter)
+        found_values, cut, of_prompts = answer_values(
+            rag_system, examples, sources, answering, predictions, known, reporter
+        )
         truncated |= cut
+        lengths.append(of_prompts)
         values |= found_values
     scoring = [name for name in generator_metrics_of(metrics) if name not in ANSWER_METRICS]
     if scoring:
@@ -112,7 +116,9 @@ def evaluate(
         for position, value in by_position.items():
             predictions[position]["metrics"][name] = value
     groups = [prediction.get("group") for prediction in predictions]
-    return Evaluation.of(len(examples), {name: values[name] for name in metrics}, groups, predictions, truncated)
+    return Evaluation.of(
+        len(examples), {name: values[name] for name in metrics}, groups, predictions, truncated, lengths
+    )
 
 
 def _rankings(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.config.metrics import ANSWER_METRICS
 from fedrag_cli.data.examples import Example
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.answers import exact_match, f1
@@ -22,11 +23,26 @@ from fedrag_cli.evaluation.memory import EvaluationMemory
 from fedrag_cli.evaluation.result import Values
 from fedrag_cli.evaluation.rouge import ROUGE_METRICS, rouge
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.system import RAGAnswer, RAGSystem, count_truncation
 from fedrag_cli.runs.reporting import Reporter
 
 ANSWERS = "answers"
 BARE_PROMPTS = "contexts cut to nothing"
+
+
+def require_prompts(rag_system: RAGSystem, example: Example, names: Sequence[str]) -> None:
+    """Write all prompts that metrics need for a question, without passages.
+
+    Raises:
+        DataError: The question, with its answer or choices, does not fit into the context window, or has no tokens.
+    """
+    if set(names) & set(ANSWER_METRICS):
+        rag_system.require_generator().encode_prompt(example.query, [])
+    if set(names) & {"negative_log_likelihood", "perplexity"} and any(text.strip() for text in example.responses[:1]):
+        answer_candidate(rag_system, example, [])
+    if "accuracy" in names:
+        choice_candidates(rag_system, example, [])
 
 
 def answer_values(
@@ -37,7 +53,7 @@ def answer_values(
     predictions: list[dict[str, Any]],
     memory: EvaluationMemory,
     reporter: Reporter,
-) -> tuple[dict[str, Values], dict[str, int]]:
+) -> tuple[dict[str, Values], dict[str, int], Lengths]:
     """Let the generator answer, and compare its answers with the accepted ones.
 
     Args:
@@ -50,7 +66,8 @@ def answer_values(
         reporter: Shows the progress.
 
     Returns:
-        The metrics, and how many prompts were cut, also how many of them to nothing where there are such.
+        The metrics; how many prompts were cut, also how many of them to nothing where there are such; and how much of
+        them was.
 
     Raises:
         DataError: No example has accepted answers.
@@ -59,7 +76,8 @@ def answer_values(
 
     def keep(positions: list[int], answers: list[RAGAnswer]) -> None:
         rows = zip(positions, answers, strict=True)
-        memory.put(ANSWERS, {examples[missing[n]].id: [row.text, row.dropped_tokens, row.is_bare] for n, row in rows})
+        kept = {n: [row.text, row.dropped_tokens, row.is_bare, row.prompt_tokens] for n, row in rows}
+        memory.put(ANSWERS, {examples[missing[n]].id: values for n, values in kept.items()})
 
     with reporter.task("Answering", len(missing), "question") as advance:
         queries = [examples[position].query for position in missing]
@@ -76,10 +94,13 @@ def answer_values(
             values[name][position] = _answer_metric(name, answer.text, example.responses)
     if not next(iter(values.values())):
         raise DataError(f"{', '.join(names)} need accepted answers, but no example has any.")
-    cut = {"prompts": count_truncation(answers).truncated}
+    truncation = count_truncation(answers)
+    cut = {"prompts": truncation.truncated}
     if bare_prompts := sum(answer.is_bare for answer in answers):
         cut[BARE_PROMPTS] = bare_prompts
-    return values, cut
+    tokens = sum(answer.prompt_tokens for answer in answers)
+    counts = {**truncation.to_dict(), "tokens": tokens}
+    return values, cut, rag_system.require_generator().measure("evaluation prompts", counts)
 
 
 def likelihood_values(

@@ -85,6 +85,8 @@ class RunSummary(TypedDict):
     """The trainer's part of the config."""
     truncated: NotRequired[Mapping[str, int]]
     """How many texts were cut to the models' lengths, by kind."""
+    lengths: NotRequired[Sequence[Mapping[str, Any]]]
+    """How much of the texts that was, as `Lengths.to_dict` gives it."""
     versions: NotRequired[Mapping[str, str]]
     """Versions of Python and of the libraries."""
     diagnostics: NotRequired[Mapping[str, Mapping[str, Any]]]
@@ -116,7 +118,7 @@ def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
         _loading(summary["tuned"]),
         _data(summary["data"], summary.get("fingerprints") or {}),
         _training(summary),
-        _truncation(summary.get("truncated") or {}),
+        _truncation(summary.get("truncated") or {}, summary.get("lengths") or ()),
         _versions(summary.get("versions") or {}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -302,11 +304,13 @@ def _training(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _truncation(truncated: Mapping[str, int]) -> str:
-    if not truncated:
-        return ""
-    rows = [[kind, str(count)] for kind, count in truncated.items()]
-    return "## Truncation\n\nTexts that were cut to a model's length:\n\n" + table(["Kind", "Cut"], rows, numbers=[1])
+def _truncation(truncated: Mapping[str, int], lengths: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    if truncated:
+        rows = [[kind, str(count)] for kind, count in truncated.items()]
+        parts.append("Texts that were cut to a model's length:\n\n" + table(["Kind", "Cut"], rows, numbers=[1]))
+    parts += [item["message"] for item in lengths if item["message"]]
+    return "\n\n".join(["## Truncation", *parts]) if parts else ""
 
 
 def _versions(versions: Mapping[str, str]) -> str:

@@ -123,9 +123,9 @@ def _see_through(
     with recorded_end(run), terminable():
         record_fingerprints(run, rag_system)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
+        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
-        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         task = manager.get_federated_task(settings, run.path / WORK)
         if done:
             task.load(load_weights(run.path / WORK / FINAL_WEIGHTS))

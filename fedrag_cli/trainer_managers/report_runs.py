@@ -95,6 +95,7 @@ def _facts(known: Mapping[str, Any], role: str | None, config: Mapping[str, Any]
         "Measured on": f"the {known['split']} split" if known.get("split") else None,
         "Shared questions": "; ".join(overlap["message"] for overlap in known.get("overlaps") or ()),
         "Cut to fit": _listed({name: count for name, count in (known.get("truncated") or {}).items() if count}),
+        "Cut off": " ".join(item["message"] for item in known.get("lengths") or ()).strip(),
         "Seed": known.get("seed"),
         "Steps": known.get("steps"),
         "Last loss" if known.get("rounds") else "Mean loss": _number(known.get("loss")),

@@ -13,6 +13,7 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
@@ -32,6 +33,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     evaluate_once,
     load_rag_system,
     load_run_data,
+    measured_lengths,
     model_fingerprints,
     nothing_computed_yet,
     record_fingerprints,
@@ -77,7 +79,17 @@ def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, pro
     with run.locked():
         with nothing_computed_yet(run):
             rag_system = load_rag_system(config, data, reporter)
-        return _see_through(run, config, data, rag_system, reporter, processes)
+            manager = _ready_manager(run, config, data, rag_system, reporter)
+        return _see_through(run, config, data, rag_system, manager, reporter, processes)
+
+
+def _ready_manager(
+    run: RunDirectory, config: Config, data: RunData, rag_system: RAGSystem, reporter: Reporter
+) -> HuggingFaceRAGTrainerManager:
+    """Note what the run starts from, and build its manager, so that what cannot be trained is told before all else."""
+    record_fingerprints(run, rag_system, data)
+    recording = RunReporter(run.open_log(), reporter)
+    return build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=recording)
 
 
 def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -104,7 +116,8 @@ def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Pr
         require_unchanged(run, "data", data_fingerprints(data))
         rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
-        return _see_through(run, config, data, rag_system, reporter, processes)
+        manager = _ready_manager(run, config, data, rag_system, reporter)
+        return _see_through(run, config, data, rag_system, manager, reporter, processes)
 
 
 def _require_shared_store(config: Config) -> None:
@@ -133,6 +146,7 @@ def _see_through(
     config: Config,
     data: RunData,
     rag_system: RAGSystem,
+    manager: HuggingFaceRAGTrainerManager,
     reporter: Reporter,
     processes: Processes,
 ) -> dict[str, Any]:
@@ -142,15 +156,13 @@ def _see_through(
     with recorded_end(run), processes.failures_told():
         run.update_manifest(status="running", error=None)
         processes.main_does(lambda: run.checkpoints)
-        record_fingerprints(run, rag_system, data)
         reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
-        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         result = manager.train(run.checkpoints)
         after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
         save_models(run, rag_system, config)
-        summary = _summary(run, config, data, manager, result, before, after, time.monotonic() - started)
+        summary = _summary(run, config, data, rag_system, manager, result, before, after, time.monotonic() - started)
         summary["processes"] = processes.count
         write_results(run, summary)
         return processes.main_does(lambda: summary)
@@ -160,6 +172,7 @@ def _summary(
     run: RunDirectory,
     config: Config,
     data: RunData,
+    rag_system: RAGSystem,
     manager: HuggingFaceRAGTrainerManager,
     result: TrainResult,
     before: Evaluation | None,
@@ -190,6 +203,7 @@ def _summary(
         "seconds": seconds,
         "settings": {side: stored["trainer"][side] for side in tuned_sides(config)},
         "truncated": _truncated(result, after),
+        "lengths": [item.to_dict() for item in _lengths(data, rag_system, result, after)],
         "versions": manifest["versions"],
     }
 
@@ -203,9 +217,23 @@ def _phases(result: TrainResult) -> dict[str, dict[str, float]]:
 def _truncated(result: TrainResult, after: Evaluation | None) -> dict[str, int]:
     """Return what was cut in training (in all phases) and in the evaluation after it."""
     truncated = {f"evaluation {name}": count for name, count in (after.truncated if after else {}).items()}
+    return truncated | {kind: counts["truncated"] for kind, counts in _prompt_counts(result).items()}
+
+
+def _lengths(data: RunData, rag_system: RAGSystem, result: TrainResult, after: Evaluation | None) -> list[Lengths]:
+    """Return how much of all texts and prompts the models' limits cut off."""
+    found = [*measured_lengths(rag_system, data), *(after.lengths if after else ())]
+    counted = _prompt_counts(result)
+    return [*found, *(rag_system.require_generator().measure(kind, counts) for kind, counts in counted.items())]
+
+
+def _prompt_counts(result: TrainResult) -> dict[str, dict[str, int]]:
+    """Return what was counted of the prompts of all phases, by their kind."""
+    counted: dict[str, dict[str, int]] = {}
     phases = [result.metrics, *(phase for phase in result.metrics.values() if isinstance(phase, dict))]
     for phase in phases:
-        for name, label in (("scoring", "scored prompts"), ("prompts", "training prompts")):
+        for name, kind in (("scoring", "scored prompts"), ("prompts", "training prompts")):
             if isinstance(phase.get(name), dict):
-                truncated[label] = truncated.get(label, 0) + int(phase[name]["truncated"])
-    return truncated
+                total = counted.setdefault(kind, dict.fromkeys(phase[name], 0))
+                counted[kind] = {key: total[key] + int(count) for key, count in phase[name].items()}
+    return counted

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.relevance import distinct_ids, first_ids, not_negatives
+from fedrag_cli.errors import DataError
 from fedrag_cli.losses import contrastive_loss
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import ContrastiveConfig
@@ -61,6 +62,16 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
 
     def _default_config(self) -> ContrastiveConfig:
         return ContrastiveConfig()
+
+    def require_ready(self) -> None:
+        """Check also that there is a passage to tell a relevant one from."""
+        super().require_ready()
+        relevant = {name for example in self.train_examples for name in example.relevant_ids}
+        if not self.config.hard_negatives and len(relevant) < 2:
+            raise DataError(
+                "All training examples have the same relevant passage, so that nothing is a negative.",
+                "Add examples with other relevant passages, or set hard_negatives to 1 or more.",
+            )
 
     def pairs(self, examples: Sequence[Example]) -> list[Pair]:
         """Return a pair for each example and relevant passage, with negatives by the retriever as it is now.
