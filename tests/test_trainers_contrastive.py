@@ -17,7 +17,7 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.errors import DataError
 from fedrag_cli.losses import contrastive_loss
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.trainers.config import ContrastiveConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForContrastive
 
@@ -169,6 +169,37 @@ def test_training_both_moves_passages_and_refreshes_the_store(rag_system: RAGSys
     assert rag_system.retriever.is_shared
     assert rag_system.retriever.fingerprint() != before
     rag_system.require_matching_store()
+
+
+def test_validation_compares_with_passages_as_they_are_encoded_now(rag_system: RAGSystem) -> None:
+    trainer = HuggingFaceTrainerForContrastive(rag_system, config=ContrastiveConfig(train="both", batch_size=4))
+    stale = trainer.validate()["loss"]
+    with torch.no_grad():
+        for parameter in rag_system.retriever.passage_encoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    found = trainer.validate()["loss"]
+    # Metrics of the whole system, which come with it, search the store.
+    rag_system.require_matching_store()
+    refresh_store(rag_system)
+    assert found == pytest.approx(trainer.validate()["loss"], rel=1e-5)
+    assert found != pytest.approx(stale, rel=1e-3)
+
+
+def test_scores_are_computed_in_float32_under_mixed_precision(
+    rag_system: RAGSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 has three digits, too few for cosines that are multiplied by 20."""
+    given: list[torch.Tensor] = []
+
+    def noted(scores: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        given.append(scores.detach().clone())
+        return contrastive_loss(scores, *arguments)
+
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.contrastive.contrastive_loss", noted)
+    config = ContrastiveConfig(precision="bfloat16", batch_size=4, learning_rate=1e-3, max_steps=1, validation=NEVER)
+    HuggingFaceTrainerForContrastive(rag_system, config=config).train()
+    assert given[0].dtype == torch.float32
+    assert not torch.equal(given[0], given[0].bfloat16().float())
 
 
 def test_examples_without_relevant_ids_are_left_out_and_counted(rag_system: RAGSystem) -> None:

@@ -237,6 +237,14 @@ REFUSED = {
         "has no field 'year', which rag_system.prompt.passage_template names",
     ),
     "empty": ("train", lambda _: [], [], 3, "train.jsonl"),
+    "group": ("test", None, ["evaluation.group_by=year"], 3, "test.jsonl:1: the example 'test-0001' has no 'year'"),
+    "oracle": (
+        "test",
+        lambda rows: [{"query": row["query"], "response": row["response"]} for row in rows],
+        ["evaluation.context=oracle", "evaluation.metrics=[f1]"],
+        3,
+        "evaluation.context is oracle, but no example has relevant ids",
+    ),
     "metric": (
         "validation",
         lambda rows: [{"query": row["query"], "response": row["response"]} for row in rows],
