@@ -12,7 +12,7 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import distinct_ids, first_ids
 from fedrag_cli.errors import DataError
-from fedrag_cli.evaluation.generator_metrics import answer_values, likelihood_values
+from fedrag_cli.evaluation.generator_metrics import answer_values, is_scored, likelihood_values
 from fedrag_cli.evaluation.memory import EvaluationMemory
 from fedrag_cli.evaluation.ranking import ranking_metrics
 from fedrag_cli.evaluation.result import Evaluation, Values
@@ -62,6 +62,36 @@ def choose_metrics(
     return list(wanted)
 
 
+def require_questions(examples: Sequence[Example], metrics: Sequence[str], settings: EvaluationConfig) -> None:
+    """Check that questions have what an evaluation of them looks at.
+
+    Args:
+        examples: The questions.
+        metrics: Names as in the config.
+        settings: Say what answers are given from, and by which column questions are grouped.
+
+    Raises:
+        DataError: A metric or the context has no question that it applies to, or a question has no group.
+    """
+    judged = any(example.relevant_ids for example in examples)
+    ranking, answers = ranking_metrics_of(metrics), [name for name in metrics if name in ANSWER_METRICS]
+    if ranking and not judged:
+        raise DataError(f"{', '.join(ranking)} need relevant ids, but no example has any.")
+    if settings.context == "oracle" and not judged:
+        raise DataError(
+            "evaluation.context is oracle, but no example has relevant ids.",
+            "Add a relevant_ids column (columns.relevant_ids names it), or take the context retrieved.",
+        )
+    if answers and not any(example.responses for example in examples):
+        raise DataError(f"{', '.join(answers)} need accepted answers, but no example has any.")
+    for name in generator_metrics_of(metrics):
+        if name not in answers and not any(is_scored(example, name) for example in examples):
+            needed = "choices and accepted answers" if name == "accuracy" else "an accepted answer with text"
+            raise DataError(f"{name} applies to no example: none has {needed}.")
+    for example in examples:
+        _group_of(example, settings.group_by)
+
+
 def evaluate(
     rag_system: RAGSystem,
     examples: Sequence[Example],
@@ -86,6 +116,7 @@ def evaluate(
         DataError: A metric has no question that it applies to, or a question lacks the column of its group.
     """
     settings = settings or EvaluationConfig()
+    require_questions(examples, metrics, settings)
     reporter = reporter or SilentReporter()
     known = EvaluationMemory(memory)
     queries = [example.query for example in examples]
@@ -111,7 +142,10 @@ def evaluate(
         values |= found_values
     scoring = [name for name in generator_metrics_of(metrics) if name not in ANSWER_METRICS]
     if scoring:
-        values |= likelihood_values(rag_system, examples, sources, scoring, settings, predictions, known, reporter)
+        found, measured = likelihood_values(
+            rag_system, examples, sources, scoring, settings, predictions, known, reporter
+        )
+        values, lengths = values | found, [*lengths, measured]
     for name, by_position in values.items():
         for position, value in by_position.items():
             predictions[position]["metrics"][name] = value
@@ -157,11 +191,6 @@ def _sources(
         return [[] for _ in examples]
     if settings.context == "retrieved":
         return [found[:top_k] for found in rankings]
-    if not any(example.relevant_ids for example in examples):
-        raise DataError(
-            "evaluation.context is oracle, but no example has relevant ids.",
-            "Add a relevant_ids column (columns.relevant_ids names it), or take the context retrieved.",
-        )
     same = first_ids(gold.values())
     return [[ScoredNode(gold[name], 1.0) for name in distinct_ids(example.relevant_ids, same)] for example in examples]
 
@@ -186,15 +215,23 @@ def _prediction(
         "relevant_ids": list(example.relevant_ids),
         "metrics": {},
     }
-    if settings.group_by is not None:
-        group = example.metadata.get(settings.group_by)
-        if group is None or group == "":
-            raise DataError(
-                f"The example '{example.id}' has no '{settings.group_by}', by which evaluation.group_by groups.",
-                f"Its further columns: {', '.join(example.metadata) or 'none'}.",
-            )
-        prediction["group"] = str(group)
+    group = _group_of(example, settings.group_by)
+    if group is not None:
+        prediction["group"] = group
     return prediction
+
+
+def _group_of(example: Example, column: str | None) -> str | None:
+    """Return the group of a question; None where they are not grouped."""
+    if column is None:
+        return None
+    group = example.metadata.get(column)
+    if group is None or group == "":
+        raise DataError(
+            f"{example.name} has no '{column}', by which evaluation.group_by groups.",
+            f"Its further columns: {', '.join(example.metadata) or 'none'}.",
+        )
+    return str(group)
 
 
 def _ranking_values(
@@ -205,8 +242,6 @@ def _ranking_values(
     depth: int,
 ) -> dict[str, Values]:
     judged = [position for position, example in enumerate(examples) if example.relevant_ids]
-    if not judged:
-        raise DataError(f"{', '.join(names)} need relevant ids, but no example has any.")
     rankings = [[scored.node.id for scored in found[position]] for position in judged]
     relevant = [examples[position].relevant_ids for position in judged]
     values = ranking_metrics(rankings, relevant, [name for name in names if name != "mrr"], same)

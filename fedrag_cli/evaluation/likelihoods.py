@@ -34,12 +34,14 @@ class Candidate:
         text: The answer.
         log_weights: Log-weights of the prompts it is scored under, of shape (prompts,).
         pairs: (prompt ids, answer ids), one a prompt.
+        dropped_tokens: Tokens of its prompts that did not fit.
     """
 
     key: str
     text: str
     log_weights: Tensor
     pairs: list[TokenPair] = field(default_factory=list)
+    dropped_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -135,11 +137,13 @@ def _candidate(
     rag_system: RAGSystem, key: str, query: str, found: Sequence[ScoredNode], text: str, answer: list[int]
 ) -> Candidate:
     generator = rag_system.require_generator()
-    pairs = [
-        (generator.encode_prompt(query, [scored.node for scored in context], answer_tokens=len(answer)).ids, answer)
+    prompts = [
+        generator.encode_prompt(query, [scored.node for scored in context], answer_tokens=len(answer))
         for context in rag_system.contexts(found)
     ]
-    return Candidate(key, text, rag_system.passage_log_weights(found), pairs)
+    pairs = [(prompt.ids, answer) for prompt in prompts]
+    dropped = sum(prompt.dropped_tokens for prompt in prompts)
+    return Candidate(key, text, rag_system.passage_log_weights(found), pairs, dropped)
 
 
 def _together(candidate: Candidate, memory: EvaluationMemory) -> float:

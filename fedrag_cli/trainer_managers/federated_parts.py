@@ -215,5 +215,6 @@ def federation_summary(
         "seconds": seconds,
         "settings": settings | {"federated": public_settings(federated)},
         "truncated": {f"evaluation {name}": count for name, count in (after.truncated if after else {}).items()},
+        "lengths": [item.to_dict() for item in (after.lengths if after else ())],
         "versions": manifest["versions"],
     }

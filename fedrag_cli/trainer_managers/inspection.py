@@ -10,21 +10,25 @@ from torch import nn
 
 from fedrag_cli.config import Config
 from fedrag_cli.config.checks import require_training
-from fedrag_cli.evaluation.evaluator import choose_metrics
 from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import RunData, load_rag_system, load_run_data, measured_lengths
+from fedrag_cli.trainer_managers.run_parts import (
+    RunData,
+    chosen_metrics,
+    load_rag_system,
+    load_run_data,
+    measured_lengths,
+)
 from fedrag_cli.trainers.huggingface.checks import trainable
 
 
-def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -> dict[str, Any]:
+def inspect_config(config: Config, reporter: Reporter) -> dict[str, Any]:
     """Load all that a config names, and report on it without a training step.
 
     Args:
         config: A loaded config.
-        sides: The sides that its mode tunes.
         reporter: Shows the progress.
 
     Returns:
@@ -38,6 +42,7 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
     if config.dataset.train is not None:
         require_training(config)
     data = load_run_data(config)
+    metrics = chosen_metrics(config, data)
     rag_system = load_rag_system(config, data, reporter)
     report: dict[str, Any] = {
         "rows": data.counts(),
@@ -45,7 +50,7 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
         **_truncation(rag_system, data),
     }
     if data.evaluation:
-        report["metrics"] = choose_metrics(config.evaluation.metrics, sides, data.evaluation, config.evaluation.context)
+        report["metrics"] = metrics
     if data.train:
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation)
         trained = {side: _count(trainable(trainer.model)) for side, trainer in manager.trainers.items() if trainer}

@@ -30,7 +30,7 @@ from fedrag_cli.data.relevance import (
 )
 from fedrag_cli.errors import EXIT_INTERRUPTED, DataError, FederationError, FedRAGError, RunInterruptedError
 from fedrag_cli.evaluation.difference import compare_metrics
-from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
+from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate, require_questions
 from fedrag_cli.evaluation.generator_metrics import require_prompts
 from fedrag_cli.evaluation.likelihoods import answer_candidate
 from fedrag_cli.evaluation.result import Evaluation
@@ -204,12 +204,13 @@ def chosen_metrics(config: Config, data: RunData) -> list[str]:
 
     Raises:
         ConfigError: A metric needs a generator that is not there.
-        DataError: A metric needs relevant ids that are not there.
+        DataError: A metric, the context or the groups need what the questions do not have.
     """
     if data.split is None:
         return []
     settings = config.evaluation
     metrics = choose_metrics(settings.metrics, tuned_sides(config), data.evaluation, settings.context)
+    require_questions(data.evaluation, metrics, settings)
     answering = generator_metrics_of(metrics)
     if answering:
         require_generator(config, f"computing {' and '.join(answering)}")

@@ -149,11 +149,12 @@ class CausalLMGenerator:
         most = token_limit(self.model.config, self.tokenizer, None)
         raising = (
             f"Raise rag_system.generator.context_window to at most {most}, or lower"
-            if (most > self.context_window)
+            if most > self.context_window
             else "Lower"
         )
         advice = f"{raising} top_k or rag_system.generator.max_new_tokens, or split the passages smaller."
-        numbers = (counts["prompts"], counts["truncated"], counts["tokens"], counts["dropped_tokens"])
+        # A run of an earlier version, which is resumed, has not counted its tokens.
+        numbers = (counts["prompts"], counts["truncated"], counts.get("tokens", 0), counts["dropped_tokens"])
         return Lengths(kind, *numbers, self.context_window, advice)
 
     def generate(self, prompt: str) -> str:
