@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedrag_cli.data.splitting import count_words, pack, sentence_spans
 
-HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(?P<title>.*?)(?:[ \t]+#+)?[ \t]*")
+HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(?P<title>.*)")
 FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})(?P<rest>.*)")
 
 
@@ -70,8 +70,15 @@ def _lines(text: str) -> Iterator[Line]:
             yield Line(start, end, "", count)
         else:
             heading = HEADING.fullmatch(line)
-            yield Line(start, end, heading["title"] if heading else "", 0)
+            yield Line(start, end, _without_closing_marks(heading["title"]) if heading else "", 0)
         start += len(line) + 1
+
+
+def _without_closing_marks(title: str) -> str:
+    """Return the title of `# Title #`; a pattern that matches the marks at the end takes quadratic time."""
+    title = title.strip(" \t")
+    bare = title.rstrip("#")
+    return bare.rstrip(" \t") if bare.endswith((" ", "\t")) else title
 
 
 def _sections(lines: list[Line]) -> Iterator[tuple[str, list[Line]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +153,10 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
     rag_system = build_rag_system(config, nodes=data.nodes, with_generator=with_generator, reporter=reporter)
     if with_generator and rag_system.generator is not None:
         _require_prompts(config, data, rag_system)
+    # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
+    # all live on, are most of what it would look through.
+    gc.collect()
+    gc.freeze()
     return rag_system
 
 
@@ -362,45 +367,47 @@ def differences_of(config: Config, before: Evaluation | None, after: Evaluation 
 
 
 @contextmanager
-def nothing_computed_yet(run: RunDirectory) -> Iterator[None]:
-    """Remove a new run where the enclosed code, which loads its models, fails or is interrupted.
+def life_cycle(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
+    """Hold a run while the enclosed code loads and works, and write into the manifest how it ended.
+
+    Until it writes its first event it loads: where it ends before, a new run is removed, and one that goes on is as it
+    was. Errors after which a run can go on say how.
+
+    Args:
+        run: The run directory.
+        is_new: Whether it was just made.
 
     Raises:
+        FedRAGError: Another process works in it.
         RunInterruptedError: The user or a signal interrupted the enclosed code.
     """
-    try:
-        yield
-    except FedRAGError:
-        run.remove()
-        raise
-    except KeyboardInterrupt as error:
-        run.remove()
-        raise RunInterruptedError(
-            f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed.",
-            "Give the command again.",
-        ) from error
-
-
-@contextmanager
-def recorded_end(run: RunDirectory) -> Iterator[None]:
-    """Write into the manifest how a run ended; errors after which it can go on say how.
-
-    Raises:
-        RunInterruptedError: The user or a signal interrupted the enclosed code.
-    """
-    try:
-        yield
-    except BaseException as error:
-        code = getattr(error, "exit_code", None)
-        interrupted = isinstance(error, KeyboardInterrupt) or code == EXIT_INTERRUPTED
-        run.update_manifest(status="interrupted" if interrupted else "failed", error=str(error))
-        run.open_log().append("stopped")
-        if interrupted:
-            own = error.message if isinstance(error, RunInterruptedError) else ""
-            raise RunInterruptedError(
-                own or "Interrupted; what was computed is saved.",
-                f"Go on with: {resume_command(run.path)}",
-            ) from error
-        if isinstance(error, FederationError):
-            error.hint = f"{error.hint} Then go on with: {resume_command(run.path)}".strip()
-        raise
+    former, logged, is_held = {"status": "running"}, 0, is_new
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(run.locked())
+            former, logged, is_held = run.manifest(), run.log_size(), True
+            run.update_manifest(status="running", error=None)
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == EXIT_INTERRUPTED
+            end = {"status": "interrupted" if interrupted else "failed", "error": str(error)}
+            said = error.message if isinstance(error, RunInterruptedError) else ""
+            hint = f"Go on with: {resume_command(run.path)}"
+            if run.log_size() > logged and is_held:
+                run.update_manifest(**end)
+                run.open_log().append("stopped")
+                said = said or "Interrupted; what was computed is saved."
+            elif is_new and (interrupted or isinstance(error, FedRAGError)):
+                run.remove()
+                said = f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed."
+                hint = "Give the command again."
+            else:
+                if is_held:
+                    was_running = is_new or former["status"] == "running"
+                    run.update_manifest(**(end if was_running else {key: former.get(key) for key in end}))
+                said = said or "Interrupted before the run went on; it is as it was."
+            if interrupted:
+                raise RunInterruptedError(said, hint) from error
+            if isinstance(error, FederationError):
+                error.hint = f"{error.hint} Then go on with: {resume_command(run.path)}".strip()
+            raise

@@ -31,13 +31,12 @@ from fedrag_cli.trainer_managers.run_parts import (
     data_fingerprints,
     differences_of,
     evaluate_once,
+    life_cycle,
     load_rag_system,
     load_run_data,
     measured_lengths,
     model_fingerprints,
-    nothing_computed_yet,
     record_fingerprints,
-    recorded_end,
     require_unchanged,
     save_models,
     tuned_models,
@@ -73,23 +72,17 @@ def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, pro
     data = load_run_data(config)
     chosen_metrics(config, data)
     run = RunDirectory.create(
-        config.run.output_dir, config.run.name, source.to_yaml(), command=command, seed=config.run.seed
+        config.run.output_dir,
+        config.run.name,
+        source.to_yaml(),
+        command=command,
+        seed=config.run.seed,
+        outside=source.outside_values(),
     )
-    reporter.note(f"Run directory: {run.path}")
-    with run.locked():
-        with nothing_computed_yet(run):
-            rag_system = load_rag_system(config, data, reporter)
-            manager = _ready_manager(run, config, data, rag_system, reporter)
-        return _see_through(run, config, data, rag_system, manager, reporter, processes)
-
-
-def _ready_manager(
-    run: RunDirectory, config: Config, data: RunData, rag_system: RAGSystem, reporter: Reporter
-) -> HuggingFaceRAGTrainerManager:
-    """Note what the run starts from, and build its manager, so that what cannot be trained is told before all else."""
-    record_fingerprints(run, rag_system, data)
-    recording = RunReporter(run.open_log(), reporter)
-    return build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=recording)
+    with life_cycle(run, is_new=True):
+        reporter.note(f"Run directory: {run.path}")
+        rag_system = load_rag_system(config, data, reporter)
+        return _see_through(run, config, data, rag_system, reporter, processes)
 
 
 def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -111,13 +104,12 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
 
 
 def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Processes) -> dict[str, Any]:
-    with run.locked():
+    with life_cycle(run):
         data = load_run_data(config)
         require_unchanged(run, "data", data_fingerprints(data))
         rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
-        manager = _ready_manager(run, config, data, rag_system, reporter)
-        return _see_through(run, config, data, rag_system, manager, reporter, processes)
+        return _see_through(run, config, data, rag_system, reporter, processes)
 
 
 def _require_shared_store(config: Config) -> None:
@@ -146,16 +138,17 @@ def _see_through(
     config: Config,
     data: RunData,
     rag_system: RAGSystem,
-    manager: HuggingFaceRAGTrainerManager,
     reporter: Reporter,
     processes: Processes,
 ) -> dict[str, Any]:
     reporter = RunReporter(run.open_log(), reporter)
     # A run that goes on counts what its earlier parts have taken.
     started = time.monotonic() - seconds_spent(run.events())
-    with recorded_end(run), processes.failures_told():
-        run.update_manifest(status="running", error=None)
+    with processes.failures_told():
         processes.main_does(lambda: run.checkpoints)
+        record_fingerprints(run, rag_system, data)
+        # Before the first evaluation, so that what cannot be trained is told before anything is computed.
+        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from dataclasses import dataclass
 
 import httpx
 
 from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.endpoint import distrust, parse_address
 
 MEANINGS = {
     400: "it runs another version",
@@ -77,9 +79,10 @@ def raise_if_hopeless(error: httpx.TransportError, server: ServerAddress, *, was
         was_connected: Whether this client has spoken with the server before, so that protocol errors are passing ones.
     """
     text = str(error)
-    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+    if refusal := _verification(error):
         raise ConnectionFailedError(
-            f"The certificate of the server at {server.address} is not trusted: {_verification(text)}.",
+            f"The certificate of the server at {server.address} is not trusted: "
+            f"{distrust(parse_address(server.address), refusal)}.",
             "Set federated.ca_certificate to the authority that signed it, and use a host name it is made for.",
         ) from error
     if was_connected:
@@ -111,6 +114,8 @@ def in_words(error: httpx.TransportError) -> str:
     return "the connection broke"
 
 
-def _verification(text: str) -> str:
-    reason = text.partition("certificate verify failed:")[2] or text
-    return reason.partition("(_ssl")[0].strip(" :.]")
+def _verification(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    return cause

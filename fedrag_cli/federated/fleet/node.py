@@ -53,6 +53,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
+from fedrag_cli.federated.endpoint import trusting
 from fedrag_cli.federated.fleet.failures import (
     AnsweredError,
     ForgottenError,
@@ -204,7 +205,10 @@ class FleetNode:
             self._session,
         ]
         try:
-            return FleetHttpClient.from_server_address(address, not self._server.tls, authority, interceptors)
+            scheme = "https" if self._server.tls else "http"
+            # Flower's own way trusts the authorities of certifi, where none is named, and not the system's.
+            verify = trusting(authority) if self._server.tls else False
+            return FleetHttpClient(f"{scheme}://{address}", interceptors=interceptors, verify=verify)
         except (ssl.SSLError, ValueError, OSError, httpx.InvalidURL) as error:
             raise ConnectionFailedError(
                 f"No connection to '{address}' can be made: {error}",

@@ -97,7 +97,7 @@ class CausalLMGenerator:
             require_bfloat16(target, "rag_system.generator.precision")
         placement = placement_options(config, location, target)
         with model_errors(location, "generator"):
-            options = _location_options(location, config.revision)
+            options = _location_options(location, config)
             tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **options)
             require_vocabulary(tokenizer)
             model = AutoModelForCausalLM.from_pretrained(location.name_or_path, dtype=dtype, **options, **placement)
@@ -354,12 +354,16 @@ class CausalLMGenerator:
         return ids[:-1] if len(ids) > 1 and ids[-1] in end and not prompt.endswith(self.tokenizer.eos_token) else ids
 
 
-def _location_options(location: ModelLocation, revision: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"local_files_only": location.is_local}
+def _location_options(location: ModelLocation, config: CausalLMConfig) -> dict[str, Any]:
+    # Left out, transformers would ask on stdin whether to run a model's own code.
+    options: dict[str, Any] = {
+        "local_files_only": location.is_local,
+        "trust_remote_code": config.trust_remote_code,
+    }
     if location.gguf_file is not None:
         options["gguf_file"] = location.gguf_file
-    if revision is not None:
-        options["revision"] = revision
+    if config.revision is not None:
+        options["revision"] = config.revision
     return options
 
 

@@ -270,6 +270,7 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
             device=str(target),
             revision=config.revision,
             local_files_only=location.is_local,
+            trust_remote_code=config.trust_remote_code,
             model_kwargs={
                 "dtype": choose_dtype(config.dtype, target, small=True, setting="rag_system.retriever.dtype")
             },
