@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from itertools import accumulate
 
-LONGEST = 200
+LONGEST, LONGEST_NOTE = 200, 4000
 # Letters and marks that Unicode calls printable, but that show as nothing.
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 # What Persian, Indic scripts and emoji join and vary their characters with; texts of people keep it.
@@ -37,14 +37,17 @@ def printable(text: object, limit: int = LONGEST) -> str:
     return "".join(piece for piece, end in zip(pieces, ends, strict=True) if end <= limit - 3) + "..."
 
 
-def readable(text: str) -> str:
-    """Return a text of any length as it may go to a terminal: line ends and tabs stay, what steers terminals does not.
+def readable(text: str, limit: int | None = None) -> str:
+    """Return a text as it may go to a terminal: line ends and tabs stay, what steers terminals does not.
 
-    For questions, answers and messages of several lines, which are shown whole.
+    For questions, answers and messages of several lines.
 
     Args:
         text: The text.
+        limit: Most characters of it that are shown; all by default.
     """
+    if limit is not None and len(text) > limit:
+        return f"{readable(text[:limit])}..."
     if text.isascii() and text.isprintable():
         return text
     lines = text.replace("\r\n", "\n")

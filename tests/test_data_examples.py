@@ -40,12 +40,15 @@ def test_file_examples(tmp_path):
     assert examples[1].response == "four"
 
 
-def test_own_ids_are_taken_where_all_rows_have_one_of_their_own(tmp_path):
+def test_own_ids_are_taken_where_all_rows_have_one_of_their_own(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="fedrag_cli")
     rows = [{"id": 5, "query": "a", "response": "b"}, {"id": "x", "query": "c", "response": "d"}]
     assert [item.id for item in load(write_jsonl(tmp_path / "t.jsonl", *rows))] == ["5", "x"]
+    assert caplog.messages == []
     rows[1]["id"] = 5
     numbered = load(write_jsonl(tmp_path / "t.jsonl", *rows))
     assert [(item.id, item.metadata) for item in numbered] == [("t-0001", {"id": 5}), ("t-0002", {"id": 5})]
+    assert caplog.messages == ["t.jsonl: not every row has an id of its own, so the rows are numbered instead"]
 
 
 def test_every_bad_row_is_listed(tmp_path):

@@ -236,3 +236,16 @@ def test_short_floats_of_parquet_stay_what_was_written(tmp_path):
     columns = {"a": pyarrow.array([84.1, None], pyarrow.float32()), "b": pyarrow.array([0.1, 84.0], pyarrow.float64())}
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     assert rows_of(path) == [(1, {"a": 84.1, "b": 0.1}, ""), (2, {"a": None, "b": 84.0}, "")]
+
+
+def test_cells_of_csv_that_hold_what_looks_like_rows_are_noted(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="fedrag_cli")
+    path = write(tmp_path / "a.csv", 'a,b\n1,"six\n2,seven"\n3,"x\ny"\n4,z\n')
+    assert [number for number, _, _ in rows_of(path)] == [2, 4, 6]
+    assert caplog.messages == [
+        f"{path}: quoted cells of these lines hold what looks like further rows, check their quotation marks: 2"
+    ]
+    caplog.clear()
+    rows_of(write(tmp_path / "b.csv", 'a\n"x\ny"\n'))
+    rows_of(write(tmp_path / "c.csv", 'a,b\n"1\n3",x\n'))
+    assert caplog.messages == []

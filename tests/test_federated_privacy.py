@@ -334,7 +334,11 @@ def test_a_client_keeps_its_own_account_of_its_noise(write_config: Callable[...,
     assert client.task.rounds.noises == [{"round": 1, "noise_multiplier": 1.5}]
     assert stat.S_IMODE((folder / "noisy.safetensors").stat().st_mode) == 0o600
     # Its own noise has 3 / sqrt(4) of the clipping norm, whatever the others add.
-    assert client.task.rounds.spent() == {"own_epsilon": pytest.approx(spent_epsilon(1.5, 1, 1e-5)), "delta": 1e-5}
+    assert client.task.rounds.spent() == {
+        "own_epsilon": pytest.approx(spent_epsilon(1.5, 1, 1e-5)),
+        "own_epsilon_replaced": pytest.approx(spent_epsilon(0.75, 1, 1e-5)),
+        "delta": 1e-5,
+    }
     with pytest.raises(ServerRefusedError, match="asks for round 1 again, but this client has trained round 1"):
         ask(client, 1, moved_on)
     second = ask(restarted(), 2, moved_on)

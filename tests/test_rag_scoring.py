@@ -60,8 +60,8 @@ def test_totals_and_lengths_equal_those_of_the_generator(models: dict[str, Path]
     generator = counted.generator
     encoded = []
     for example, nodes in pairs:
-        target = generator.prompts.answer_tokens(example.response)
-        encoded.append((generator.encode_prompt(example.query, nodes, len(target)).ids, target))
+        pair = generator.prompts.encode_pair(example.query, nodes, example.response, with_end=False)
+        encoded.append((pair.ids, pair.answer))
     assert torch.allclose(totals, generator.log_probs_of_ids(encoded), atol=1e-5)
     assert lengths.tolist() == [len(target) for _, target in encoded]
     assert (totals.dtype, lengths.dtype) == (torch.float32, torch.int64)
@@ -234,8 +234,8 @@ def test_several_passages_make_one_prompt_and_their_order_counts(models: dict[st
     scorer = LikelihoodScorer(counted.generator)
     totals, lengths = scorer.score([(example, [first, second]), (example, [second, first]), (example, [first])])
     generator = counted.generator
-    prompt = generator.encode_prompt("where ?", [first, second]).ids
-    expected = generator.log_probs_of_ids([(prompt, generator.prompts.answer_tokens("red"))])
+    pair = generator.prompts.encode_pair("where ?", [first, second], "red", with_end=False)
+    expected = generator.log_probs_of_ids([(pair.ids, pair.answer)])
     assert totals[0].item() == pytest.approx(expected.item(), abs=1e-5)
     assert len({round(value, 5) for value in totals.tolist()}) == 3
     assert len(set(lengths.tolist())) == 1

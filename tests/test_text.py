@@ -63,6 +63,7 @@ def test_long_texts_are_cut() -> None:
 def test_people_keep_their_lines_and_their_scripts() -> None:
     assert readable("one\r\ntwo\tthree") == "one\ntwo\tthree"
     assert readable("می\u200cخواهم 👨\u200d👩") == "می\u200cخواهم 👨\u200d👩"
+    assert readable("ab" * 10**6, 3) == "aba..."
     assert readable("\x1b[31m\u202e\r\ud800") == r"\x1b[31m\u202e\r\ud800"
 
 

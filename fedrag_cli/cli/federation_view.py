@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedrag_cli.runs.reporting import epsilon_text
-from fedrag_cli.text import printable, readable
+from fedrag_cli.text import LONGEST_NOTE, printable, readable
 
 if TYPE_CHECKING:
     from fedrag_cli.runs.reporting import Advance
@@ -126,7 +126,7 @@ class Board:
 
     def render(self) -> RenderableType:
         """Return headline, rounds and clients."""
-        parts: list[RenderableType] = [Text(printable(self.headline), style="bold")]
+        parts: list[RenderableType] = [Text(printable(self.headline, 1000), style="bold")]
         if self.finished or self.measured:
             parts.append(self._rounds_table())
         if self.clients:
@@ -254,7 +254,7 @@ class LiveFederationReporter:
 
     def note(self, message: str) -> None:
         """Print a line above the table."""
-        self._live.console.print(readable(message), markup=False)
+        self._live.console.print(readable(message, LONGEST_NOTE), markup=False)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from fedrag_cli.text import printable, readable
+from fedrag_cli.text import LONGEST_NOTE, printable, readable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -53,7 +53,9 @@ class TerminalReporter:
 
     def note(self, message: str) -> None:
         """Print a line above the bars."""
-        (self._live.console if self._live is not None else self._console).print(readable(message), markup=False)
+        (self._live.console if self._live is not None else self._console).print(
+            readable(message, LONGEST_NOTE), markup=False
+        )
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
@@ -146,7 +148,7 @@ class PlainReporter:
 
     def note(self, message: str) -> None:
         """Print a line."""
-        self._console.print(readable(message), markup=False, soft_wrap=True)
+        self._console.print(readable(message, LONGEST_NOTE), markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:

@@ -182,6 +182,9 @@ class Renderer:
     def installation(self, report: Mapping[str, Any]) -> None:
         """Print what is installed and what the machine can compute on."""
         self.text(f"Python {report['python']} on {report['platform']}")
+        self.text(
+            f"Tested on {', '.join(report['tested_on'])}; other systems, such as Windows and macOS, are not tested."
+        )
         rows = [
             [package["name"], str(package["version"] or "-"), package["bounds"], package["problem"] or "ok"]
             for package in report["packages"]

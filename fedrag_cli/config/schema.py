@@ -56,18 +56,27 @@ class RunConfig:
 
 @config_class
 class PromptConfig:
-    """How passages and the query become the generator's prompt."""
+    """How passages and the query become the generator's prompt.
+
+    Control tokens are recognised in the templates and separators alone. In passages, questions, answers and the system
+    message they are text.
+    """
 
     template: PromptTemplate = DEFAULT_PROMPT
     """The prompt, with {context} and {query}; the user's turn where a chat template is used."""
     passage_template: PassageTemplate = "{text}"
-    """One passage in the context, with {text} and any metadata field of the corpus, such as {title}."""
+    """One passage in the context, with {text} and any metadata field of the corpus, such as {title} or, in an object,
+    {meta[author]}. Lists are joined by commas. A field that is null, NaN, blank or not there leaves no trace: a line
+    whose fields are all empty is left out with its heading, and in a line an empty field goes with its label, the
+    brackets or quotes around it, and what joins it to the field before it (after it, where it is the first):
+    "{title}: {text}" is the text alone where there is no title. A field that no passage has is an error."""
     separator: str = "\n"
     """What stands between two passages."""
     system: str | None = None
     """System message, for chat templates."""
     chat_template: Literal["auto", "always", "never"] = "auto"
-    """auto uses the tokenizer's chat template where it has one."""
+    """auto uses the tokenizer's chat template where it has one. Models that think are asked for the answer alone, after
+    an empty block of thoughts, and templates that name today's date get 26 July 2024 on all days."""
 
 
 @config_class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from fedrag_cli.data.problems import BadValueError, Place, Problems
 from fedrag_cli.data.readers import Row, Table, read_table, table_of_mappings
 from fedrag_cli.data.squad import UNANSWERABLE_HINT, read_questions
 from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.text import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -254,6 +256,10 @@ def _examples_of_table(
         if column not in ("", getattr(ExampleColumns(), name)):
             require_column(table, rows, column, f"columns.{name}")
     own_ids = _own_ids(rows)
+    if not own_ids and any(has_value(row.values, ID_COLUMN) for row in rows):
+        logging.getLogger(__name__).warning(
+            "%s: not every row has an id of its own, so the rows are numbered instead", printable(table.name)
+        )
     answers = answers_value if needs_responses else optional_answers_value
     used = [columns.query, columns.response, columns.relevant_ids, columns.choices, *([ID_COLUMN] if own_ids else [])]
     lists = (columns.response, columns.relevant_ids, columns.choices)

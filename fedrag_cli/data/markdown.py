@@ -50,6 +50,11 @@ def split_markdown(text: str, size: int, overlap: int, title: str = "") -> list[
     passages = []
     for heading, lines in _sections(list(_lines(text))):
         spans = list(_spans(text, lines, size))
+        body = max((line.end for line in lines if line.title), default=0)
+        headings = sum(start < body for start, _ in spans)
+        if 0 < headings < len(spans) and count_words(text[slice(*spans[headings])]) > size:
+            # A sentence that is cut takes its headings into its first part.
+            spans[: headings + 1] = [(spans[0][0], spans[headings][1])]
         passages += [(heading or title, passage) for passage in pack(text, spans, size, overlap)]
     return passages
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from fedrag_cli.data.files import check_file, decoded_lines, unreadable
 from fedrag_cli.data.problems import Place, Problems
 from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.text import printable
 
 FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
@@ -24,6 +26,7 @@ FORMAT_OF_SUFFIX = {
     ".parquet": "parquet",
 }
 LARGEST_CELL = 2**31 - 1
+MOST_NAMED = 5
 # What pandas, numpy and databases write into texts for a value that is missing.
 MISSING_CELLS = frozenset(("None", "nan", "NaN", "NaT", "<NA>", "null", "NULL"))
 HEADER_HINT = "Each column needs a name of its own (pandas writes its index without one unless index=False)."
@@ -205,8 +208,9 @@ def _read_tsv(path: Path) -> Iterator[Row]:
 def _read_delimited(path: Path, delimiter: str, others: str = "") -> Iterator[Row]:
     # The standard limit of 131072 characters a cell is below the length of ordinary documents.
     earlier_limit = csv.field_size_limit(LARGEST_CELL)
-    # The lines of the row that is being read.
+    # The lines of the row that is being read, and the numbers of rows whose lines could be rows themselves.
     taken: list[str] = []
+    doubtful: list[str] = []
     try:
         first = next((line for line in decoded_lines(path) if line.strip()), "")
         if delimiter not in first:
@@ -223,15 +227,25 @@ def _read_delimited(path: Path, delimiter: str, others: str = "") -> Iterator[Ro
             except csv.Error as error:
                 yield Row(number, {}, _quote_problem(error))
                 continue
+            alike = sum(line.count(delimiter) == len(cells) - 1 for line in taken)
+            if alike == len(taken) > 1 and delimiter in taken[0]:
+                doubtful.append(str(number))
             if len(cells) not in (0, len(header)):
                 yield Row(number, {}, f"has {len(cells)} cells, but the header has {len(header)}")
-            elif delimiter == "\t" and sum(line.count("\t") == len(cells) - 1 for line in taken) > 1:
+            elif delimiter == "\t" and alike > 1:
                 yield Row(number, {}, _open_quote(number, reader.line_num))
             elif cells:
                 values = (None if cell.strip() in MISSING_CELLS else cell for cell in cells)
                 yield Row(number, dict(zip(header, values, strict=True)))
     finally:
         csv.field_size_limit(earlier_limit)
+        if doubtful and delimiter != "\t":
+            logging.getLogger(__name__).warning(
+                "%s: quoted cells of these lines hold what looks like further rows, check their quotation marks: %s%s",
+                printable(str(path)),
+                ", ".join(doubtful[:MOST_NAMED]),
+                f" and {len(doubtful) - MOST_NAMED} more" if len(doubtful) > MOST_NAMED else "",
+            )
 
 
 def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:

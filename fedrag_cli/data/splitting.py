@@ -51,9 +51,7 @@ SENTENCE_END = regex.compile(
     regex.V1,
 )
 WORD = regex.compile(
-    rf"(?={WITHOUT_BLANKS})\X[\p{{Po}}\p{{Pe}}\p{{Pf}}{ZERO_WIDTH_SPACE}]{{0,{LONGEST_WORD}}}|"
-    rf"(?:(?!{WITHOUT_BLANKS})(?!\s)\X){{1,{LONGEST_WORD}}}",
-    regex.V1,
+    rf"(?={WITHOUT_BLANKS})\X{ZERO_WIDTH_SPACE}?|(?:(?!{WITHOUT_BLANKS})(?!\s)\X){{1,{LONGEST_WORD}}}", regex.V1
 )
 # Where a sentence that is too long is cut first: at white space and after the marks of clauses.
 CLAUSE = re.compile(r"[^\s、，；：\u200b]*+[、，；：\u200b]++|[^\s、，；：\u200b]++")
@@ -221,16 +219,13 @@ def _cut(text: str, start: int, end: int, size: int) -> Iterator[Piece]:
 
 
 def _parts(text: str, start: int, end: int, size: int) -> Iterator[Piece]:
-    """Yield the clauses of a sentence, or the words between white space; those too long in parts between words."""
+    """Yield the clauses of a sentence, or what stands between white space; the words of those that are too long."""
     for clause in CLAUSE.finditer(text, start, end):
         count = count_words(clause.group())
         if count <= size:
             yield Piece(*clause.span(), count, whole=False)
-            continue
-        words = list(WORD.finditer(text, *clause.span()))
-        for first in range(0, len(words), size):
-            part = words[first : first + size]
-            yield Piece(part[0].start(), part[-1].end(), len(part), whole=False)
+        else:
+            yield from (Piece(word.start(), word.end(), 1, whole=False) for word in WORD.finditer(text, *clause.span()))
 
 
 def _start_of_next(pieces: list[Piece], last: int, room: int) -> int:

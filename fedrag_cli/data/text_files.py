@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 
 from fedrag_cli.data.files import check_file, check_folder, reaching, unreadable
 from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.text import printable
 
 MOST_NAMED = 5
 
@@ -49,7 +50,7 @@ def find_text_files(path: Path, patterns: Sequence[str]) -> dict[str, Path]:
             found[name] = file
     if left_out:
         reasons = (f"{len(names)} {reason} ({_listed(names)})" for reason, names in sorted(left_out.items()))
-        logging.getLogger(__name__).warning("Left out of %s: %s", path, "; ".join(reasons))
+        logging.getLogger(__name__).warning("Left out of %s: %s", printable(str(path)), "; ".join(reasons))
     if not found:
         raise DataError(
             f"The folder {path} has no files that fit {', '.join(patterns) or 'no patterns at all'}.",

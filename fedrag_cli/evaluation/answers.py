@@ -1,9 +1,9 @@
 """Exact match and token F1 of an answer, after the normalisation of SQuAD.
 
 Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", arXiv 1606.05250, and the
-evaluation script of version 1.1 that came with it. For accepted answers with letters other than Latin ones, all of
-Unicode's punctuation is removed and each character of a script without blanks (such as Chinese) is a token, after the
-script of MLQA: Lewis et al., "MLQA: Evaluating Cross-lingual Extractive Question Answering", arXiv 1910.07475.
+evaluation script of version 1.1 that came with it. For accepted answers in other scripts than Latin, all of Unicode's
+punctuation is removed and each character of a script without blanks (such as Chinese) is a token, after the script of
+MLQA: Lewis et al., "MLQA: Evaluating Cross-lingual Extractive Question Answering", arXiv 1910.07475.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 # The full-width forms of ASCII, and the blank of their width.
 _FULL_WIDTH = {0x3000: " ", **{code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)}}
+_LETTER = regex.compile(r"\p{L}")
 _OTHER_LETTER = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
 _PUNCTUATION = regex.compile(r"\p{P}")
 _UNSPACED_CHARACTER = regex.compile(rf"(?={WITHOUT_BLANKS})\X", regex.V1)
@@ -91,7 +92,9 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
 
 
 def _normalized(prediction: str, gold: str) -> tuple[str, str]:
-    beyond_latin = _OTHER_LETTER.search(gold) is not None
+    others = len(_OTHER_LETTER.findall(gold))
+    # A Greek letter in a Latin word does not make another script of it.
+    beyond_latin = 2 * others > len(_LETTER.findall(gold)) or _UNSPACED_CHARACTER.search(gold) is not None
     return (
         normalize_answer(prediction, beyond_latin=beyond_latin),
         normalize_answer(gold, beyond_latin=beyond_latin),

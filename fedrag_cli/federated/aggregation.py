@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +25,10 @@ from fedrag_cli.federated.lora import Factors, adapter_pairs, best_of_rank, norm
 from fedrag_cli.federated.privacy import gaussian_noise, noise_on_mean
 from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS, strategy_state
-from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, move_to_wire, to_arrays
+from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, move_to_wire
 from fedrag_cli.text import printable
+
+SAVED = "The round before is saved. Lower federated.max_update_norm, or the strategy's learning rate."
 
 
 def aggregate(
@@ -59,14 +60,17 @@ def aggregate(
     ordered = [updates[name] for name in sorted(updates)]
     if type(strategy) in MEANS:
         weights = _mean(ordered, manifest, settings)
+    elif type(strategy) in STEPS_FROM_MEANS:
+        mean = mean_content(ordered, manifest, settings)
+        weights = _in_order(number, _by_strategy(strategy, number, [mean], reply), manifest)
     else:
-        if type(strategy) in STEPS_FROM_MEANS:
-            contents = [mean_content(ordered, manifest, settings)]
-        else:
-            contents = [update.content() for update in ordered]
+        contents = [update.content() for update in ordered]
         weights = _in_order(number, _by_strategy(strategy, number, contents, reply), manifest)
-        _check_finite(number, f"state of {type(strategy).__name__}", strategy_state(strategy))
     check_weights(number, weights, settings.transport_dtype)
+    # Beside finite weights, such as the squares of large steps.
+    for name, array in strategy_state(strategy).items():
+        if not bool(np.isfinite(array).all()):
+            raise FederationError(f"The strategy's state after round {number} is not finite: {name}.", SAVED)
     return weights
 
 
@@ -81,24 +85,20 @@ def check_weights(number: int, weights: Mapping[str, Tensor], dtype: TransportDt
     Raises:
         FederationError: One is not finite, or too large for the number format.
     """
-    _check_finite(number, "global model", to_arrays(weights))
-    if dtype == "float16":
-        for name, tensor in weights.items():
-            if tensor.numel() and float(tensor.abs().max()) > LARGEST_FLOAT16:
-                raise FederationError(
-                    f"Round {number} would leave values above {LARGEST_FLOAT16:g} in {name}, too large for float16.",
-                    "The round before is saved. Set federated.transport_dtype to float32 on the server and on all "
-                    "clients.",
-                )
-
-
-def _check_finite(number: int, what: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    for name, array in arrays.items():
-        if not bool(np.isfinite(array).all()):
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _bad_weights(number, name)
+        if dtype == "float16" and tensor.numel() and float(tensor.abs().max()) > LARGEST_FLOAT16:
             raise FederationError(
-                f"Round {number} would leave values in the {what} that are not finite: {name}.",
-                "The round before is saved. Lower federated.max_update_norm, or the strategy's learning rate.",
+                f"Round {number} would leave values above {LARGEST_FLOAT16:g} in {name}, too large for float16.",
+                "The round before is saved. Set federated.transport_dtype to float32 on the server and on all clients.",
             )
+
+
+def _bad_weights(number: int, name: str) -> FederationError:
+    return FederationError(
+        f"The strategy made weights in round {number} that are not finite or of another shape: {name}.", SAVED
+    )
 
 
 def require_mean(strategy: Strategy, settings: FederatedConfig) -> None:
@@ -215,5 +215,5 @@ def _in_order(number: int, arrays: ArrayRecord, manifest: Manifest) -> Weights:
         with np.errstate(over="ignore"):
             weights[name] = torch.from_numpy(arrays[name].numpy().astype(np.float32))
         if list(weights[name].shape) != shape:
-            raise FederationError(f"The strategy made weights of another shape in round {number}: {name}.")
+            raise _bad_weights(number, name)
     return weights

@@ -16,7 +16,7 @@ from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
 from fedrag_cli.federated.task import EvaluateResult, FLTask, round_number
 from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.runs.reporting import Reporter, SilentReporter, epsilon_text
 from fedrag_cli.text import printable
 
 ACTION, AGREEMENT, NAME, FINAL, EVALUATE_FIRST, ROUNDS = (
@@ -129,11 +129,7 @@ class ClientHandler:
         beside = f"{EXAMPLES} {result.examples}" + "".join(f", {name}" for name in metrics if name != EXAMPLES)
         self.reporter.note(
             f"Round {number}{of}: sending {len(arrays)} tensors, {_megabytes(arrays)}, with {beside}; then waiting"
-            + (
-                f". This client's own noise has spent epsilon {spent['own_epsilon']:.4g} at delta {spent['delta']:g}"
-                if spent
-                else ""
-            )
+            + (f". This client's own noise has spent {epsilon_text(spent, prefix='own_', long=True)}" if spent else "")
         )
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 

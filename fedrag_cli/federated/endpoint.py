@@ -14,6 +14,7 @@ from cryptography import x509
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.federated.keys import read_small_file
+from fedrag_cli.text import printable
 
 DEFAULT_ADDRESS = "127.0.0.1:8080"
 LOOK_SECONDS = 10.0
@@ -142,10 +143,10 @@ def distrust(address: Address, error: ssl.SSLCertVerificationError) -> str:
         fault = _fault_of_time(certificate)
         return f"the server's certificate {fault}" if fault else f"{error.verify_message} (an authority of its chain)"
     if error.verify_code in _OF_HOST:
-        hosts = ", ".join(_hosts_of(certificate)) or "no host"
+        hosts = printable(", ".join(_hosts_of(certificate))) or "no host"
         return f"the server's certificate is made for {hosts}, and not for {address.host}"
-    issuer = certificate.issuer.rfc4514_string()
-    return f"the server's certificate is signed by {issuer!r}, which is trusted here in no way ({error.verify_message})"
+    issuer = printable(certificate.issuer.rfc4514_string())
+    return f"the server's certificate is signed by '{issuer}', which is trusted here in no way ({error.verify_message})"
 
 
 def _shown_by(address: Address) -> x509.Certificate:

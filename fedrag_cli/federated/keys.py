@@ -153,6 +153,9 @@ def load_private_key(path: Path) -> PrivateKey:
 
 def load_or_make_key(path: Path) -> PrivateKey:
     """Read a key that this program keeps for itself, or make it where it is not there yet."""
+    if path.is_file() and not path.stat().st_size:
+        # A kill has left it before anything was in it.
+        path.unlink()
     if not path.exists():
         _write(path, _private_pem(ec.generate_private_key(CURVE())), secret=True)
     return load_private_key(path)

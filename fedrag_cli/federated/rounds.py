@@ -20,7 +20,7 @@ from safetensors.torch import save_file as save_tensors
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ModelError, ServerRefusedError
-from fedrag_cli.federated.privacy import spent_epsilon
+from fedrag_cli.federated.privacy import epsilon_of_ledger
 from fedrag_cli.federated.strategies import State
 from fedrag_cli.federated.weights import Weights, load_weights, save_weights
 from fedrag_cli.runs.atomic import (
@@ -280,15 +280,14 @@ class ClientRounds:
     def spent(self) -> dict[str, float]:
         """Return the epsilon that this client's own noise has spent so far; empty where it adds none.
 
-        It is that of its own updates, which the server sees one by one; other clients' noise is not counted.
+        It is that of its own updates, which the server sees one by one; other clients' noise is not counted. As in the
+        records of the server's rounds, it is told against zeroing these updates, and against replacing them.
         """
         privacy = self._settings.privacy
         if privacy is None or privacy.at != "client":
             return {}
-        # Gaussian mechanisms compose to one whose mu is the root of the sum of squares (arXiv 1905.02383, cor. 3.3).
-        squares = sum(float(entry["noise_multiplier"]) ** -2 for entry in self.noises)
-        own = spent_epsilon(squares**-0.5, 1, privacy.delta) if squares else 0.0
-        return {"own_epsilon": own, "delta": privacy.delta}
+        epsilons = (epsilon_of_ledger(self.noises, privacy.delta, replaced) for replaced in (False, True))
+        return dict(zip(("own_epsilon", "own_epsilon_replaced"), epsilons, strict=True)) | {"delta": privacy.delta}
 
     def _read_given(self, asked: str) -> FitResult | None:
         if self._directory is None or not (path := self._directory / NOISY).exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from fedrag_cli.runs.atomic import (
     write_text_atomically,
 )
 from fedrag_cli.runs.metrics_log import MetricsLog, read_events
+from fedrag_cli.runs.temporary import lock
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "accelerate", "flwr", "fedrag-cli")
@@ -248,9 +248,9 @@ class RunDirectory:
         Raises:
             FedRAGError: Another process works in it.
         """
-        with os_errors(self.path), (self.path / ".lock").open("w") as file:
+        with os_errors(self.path), (self.path / ".lock").open("wb") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
             except BlockingIOError as error:
                 raise FedRAGError(f"Another process is working in '{self.path}'.", "Wait for it or stop it.") from error
             remove_leftovers(self.path)

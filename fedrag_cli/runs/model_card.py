@@ -203,11 +203,8 @@ def _federation(summary: Mapping[str, Any]) -> str:
             "the mean of a round was its noise multiplier times the clipping norm over the number of its updates. "
             "What clients reported beside them has none."
         )
-    if "own_epsilon" in rounds[-1]:
-        listed += (
-            f"\n\nThis client's own noise, by its own account: epsilon {rounds[-1]['own_epsilon']:.4g} at delta "
-            f"{rounds[-1]['delta']:g}, for the updates that it sent."
-        )
+    if own := epsilon_text(rounds[-1], prefix="own_", long=True):
+        listed += f"\n\nThis client's own noise on the updates that it sent, by its own account: {own}."
     parts = {
         "server": "This is the global model, as the server of a federation keeps it.",
         "client": "This is the global model, as a client of a federation keeps it; the loss is its own.",

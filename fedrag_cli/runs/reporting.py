@@ -56,18 +56,20 @@ class SilentReporter:
         """Do nothing."""
 
 
-def epsilon_text(record: Mapping[str, Any], *, long: bool = False) -> str:
+def epsilon_text(record: Mapping[str, Any], *, prefix: str = "", long: bool = False) -> str:
     """Return what rounds have spent of privacy, from a round's record; an empty text where there is no privacy.
 
     Args:
         record: `epsilon`, `epsilon_replaced` and `delta`; an epsilon of None is without bound.
+        prefix: What stands before the names of the first two; `own_` for what a client's own noise has spent.
         long: Whether to say all of it, with its meaning, instead of the first epsilon alone.
     """
-    if "epsilon" not in record:
+    if f"{prefix}epsilon" not in record:
         return ""
 
     def number(name: str) -> str:
-        return "unbounded" if record[name] is None else f"{record[name]:.4g}"
+        epsilon = record[prefix + name]
+        return "unbounded" if epsilon is None else f"{epsilon:.4g}"
 
     if not long:
         return number("epsilon")

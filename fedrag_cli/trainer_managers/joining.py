@@ -190,7 +190,7 @@ def _note_earlier_noise(run: RunDirectory, settings: FederatedConfig, reporter: 
 def _rounds(run: RunDirectory) -> list[dict[str, Any]]:
     """Return what this client did in each round, once where a round was repeated."""
     events = [event for event in run.events() if event["event"] == "client_round"]
-    spent = ("own_epsilon", "delta")
+    spent = ("own_epsilon", "own_epsilon_replaced", "delta")
     by_round = {
         event["round"]: {"examples": event["examples"], **event["metrics"]}
         | {key: event[key] for key in spent if key in event}

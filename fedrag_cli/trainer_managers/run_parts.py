@@ -34,6 +34,7 @@ from fedrag_cli.runs.diagnostics import summarise
 from fedrag_cli.runs.diagnostics_plot import plot_diagnostics, plot_movement
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.federation_plot import plot_federation
+from fedrag_cli.runs.interrupt import deferred_interrupts
 from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.metrics_log import MetricsLog
 from fedrag_cli.runs.model_card import model_card
@@ -150,8 +151,7 @@ def uses_generator(config: Config, data: RunData) -> bool:
 
 def _require_room(generator: CausalLMGenerator, examples: Sequence[Example]) -> None:
     for example in examples:
-        answer = generator.prompts.encode_answer(example.response)
-        generator.encode_prompt(example.query, [], answer_tokens=len(answer))
+        generator.prompts.encode_pair(example.query, [], example.response)
 
 
 def chosen_metrics(config: Config, data: RunData) -> list[str]:
@@ -335,24 +335,29 @@ def life_cycle(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == EXIT_INTERRUPTED
-            end = {"status": "interrupted" if interrupted else "failed", "error": str(error)}
-            said = error.message if isinstance(error, RunInterruptedError) else ""
+            with deferred_interrupts() as guard:
+                # An impatient second signal does not keep the end from being written down.
+                guard.ignores_repeats = True
+                worked = is_held and run.log_size() > logged
+                is_left = is_new and not worked and (interrupted or isinstance(error, FedRAGError))
+                if is_left:
+                    run.remove()
+                elif is_held:
+                    end = {"status": "interrupted" if interrupted else "failed", "error": str(error)}
+                    is_as_before = not worked and not is_new and former["status"] != "running"
+                    run.update_manifest(**({key: former.get(key) for key in end} if is_as_before else end))
+                    if worked:
+                        run.open_log().append("stopped")
+            if is_left and interrupted:
+                raise RunInterruptedError(
+                    f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed.",
+                    "Give the command again.",
+                ) from error
             hint = f"Go on with: {resume_command(run.path)}"
-            if run.log_size() > logged and is_held:
-                run.update_manifest(**end)
-                run.open_log().append("stopped")
-                said = said or "Interrupted; what was computed is saved."
-            elif is_new and (interrupted or isinstance(error, FedRAGError)):
-                run.remove()
-                said = f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed."
-                hint = "Give the command again."
-            else:
-                if is_held:
-                    was_running = is_new or former["status"] == "running"
-                    run.update_manifest(**(end if was_running else {key: former.get(key) for key in end}))
-                said = said or "Interrupted before the run went on; it is as it was."
             if interrupted:
-                raise RunInterruptedError(said, hint) from error
+                own = error.message if isinstance(error, RunInterruptedError) else ""
+                done = "what was computed is saved" if worked else "before the run went on; it is as it was"
+                raise RunInterruptedError(own or f"Interrupted{';' if worked else ''} {done}.", hint) from error
             if isinstance(error, FederationError):
-                error.hint = f"{error.hint} Then go on with: {resume_command(run.path)}".strip()
+                error.hint = f"{error.hint} Then {hint[0].lower()}{hint[1:]}".strip()
             raise

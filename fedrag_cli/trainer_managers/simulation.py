@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training
@@ -128,6 +130,11 @@ def resume_simulation(run: RunDirectory, source: ConfigSource, reporter: Reporte
         return _see_through(run, config, data, sites, rag_system, reporter)
 
 
+def site_name(column: str, owner: str) -> str:
+    """Return the name of an owner's site, which names folders too: what paths are made of is quoted as in URLs."""
+    return re.sub(r"[^\w .,+=@()-]", lambda found: quote(found[0], safe="", errors="replace"), f"{column}-{owner}")
+
+
 def split_sites(config: Config, data: RunData, clients: int | None) -> dict[str, Site]:
     """Split a run's data over clients, the same for the same seed.
 
@@ -156,7 +163,7 @@ def split_sites(config: Config, data: RunData, clients: int | None) -> dict[str,
                 "Give the passages the same owners, or leave the column out of the corpus to share it.",
             )
         return {
-            f"{settings.column}-{owner}": Site(corpus[owner], train[owner], validation.get(owner, []))
+            site_name(settings.column, owner): Site(corpus[owner], train[owner], validation.get(owner, []))
             for owner in train
         }
     if clients is None:

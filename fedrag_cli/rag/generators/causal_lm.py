@@ -147,12 +147,9 @@ class CausalLMGenerator:
         """Return a hash of the weights as they are now, adapters included."""
         return self._fingerprint_memory.fingerprint(self.model)
 
-    def encode_prompt(
-        self, query: str, passages: Sequence[KnowledgeNode], answer_tokens: int | None = None
-    ) -> EncodedPrompt:
-        """Write a prompt that leaves room for an answer (of `max_new_tokens` where no length is given)."""
-        reserved = self.config.max_new_tokens if answer_tokens is None else answer_tokens
-        return self.prompts.encode_prompt(query, passages, reserved_tokens=reserved)
+    def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode]) -> EncodedPrompt:
+        """Write a prompt that leaves room for an answer of `max_new_tokens`."""
+        return self.prompts.encode_prompt(query, passages, reserved_tokens=self.config.max_new_tokens)
 
     def generate(self, prompt: str) -> str:
         """Continue one prompt; see `batch_generate`."""
@@ -162,7 +159,7 @@ class CausalLMGenerator:
         """Continue prompts that are used as they are, without template.
 
         Args:
-            prompts: Texts of any lengths.
+            prompts: Texts of any lengths. They are the caller's own: a control token in them is a control token.
 
         Returns:
             The answers, in the order of the prompts.
@@ -313,10 +310,10 @@ class CausalLMGenerator:
     def target_log_probs(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """Return log p(target | prompt), summed over the target's tokens, for each row.
 
-        Prompt and target are tokenised apart, so the target's tokens do not depend on the prompt.
+        Prompt and target are tokenised together; see `TextTokens.pair` for where the target begins.
 
         Args:
-            prompts: Texts used as they are, without template.
+            prompts: Texts used as they are, without template; a control token in them is a control token.
             targets: Texts to score, used as they are.
 
         Returns:
@@ -327,9 +324,9 @@ class CausalLMGenerator:
         """
         if len(prompts) != len(targets):
             raise DataError(f"There are {len(prompts)} prompts but {len(targets)} targets.")
-        ids = [self.tokenizer(target, add_special_tokens=False)["input_ids"] for target in targets]
-        pairs = [(self._prompt_ids(prompt), target) for prompt, target in zip(prompts, ids, strict=True)]
-        return self.log_probs_of_ids(pairs)
+        tokens = self.prompts.tokens
+        pairs = [tokens.pair(prompt, "", target) for prompt, target in zip(prompts, targets, strict=True)]
+        return self.log_probs_of_ids([(tokens.with_start(prompt), target) for prompt, target in pairs])
 
     def log_probs_of_ids(
         self, pairs: Sequence[TokenPair], on_batch: Callable[[list[int], Tensor], None] | None = None
@@ -420,9 +417,7 @@ class CausalLMGenerator:
         self.tokenizer.save_pretrained(directory)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        end = _as_list(self.tokenizer.eos_token_id)
-        return ids[:-1] if len(ids) > 1 and ids[-1] in end and not prompt.endswith(self.tokenizer.eos_token) else ids
+        return self.prompts.tokens.with_start(self.prompts.tokens.ids(prompt))
 
 
 def _location_options(location: ModelLocation, config: CausalLMConfig) -> dict[str, Any]:

@@ -138,11 +138,11 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         return {"loss": loss, **(self.extra_validation() if self.extra_validation else {})}
 
     def _instance(self, context: Context, truncation: TruncationCount | None) -> AnswerInstance:
-        answer = self._generator.prompts.encode_answer(context.example.response)
-        prompt = self._generator.encode_prompt(context.example.query, context.nodes, answer_tokens=len(answer))
+        example = context.example
+        prompt = self._generator.prompts.encode_pair(example.query, context.nodes, example.response)
         if truncation is not None:
             truncation.add(prompt)
-        return AnswerInstance(prompt.ids, answer, context.weight)
+        return AnswerInstance(prompt.ids, prompt.answer, context.weight)
 
     def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[AnswerInstance]:
         self._truncation = TruncationCount()
