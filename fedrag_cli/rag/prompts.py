@@ -13,7 +13,6 @@ from datetime import date
 from typing import Any
 
 import regex
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.config import PromptConfig
@@ -224,7 +223,10 @@ class PromptEncoder:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except TemplateError as error:
+        except MemoryError:
+            raise
+        except Exception as error:
+            # A template is a program, which can fail in any way.
             raise ModelError(
                 f"The tokenizer's chat template refuses the prompt: {error}",
                 "Remove rag_system.prompt.system, or set rag_system.prompt.chat_template: never.",
