@@ -107,7 +107,13 @@ class RunDirectory:
             raise ConfigError(
                 f"'{path}' does not exist.", "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID."
             )
-        if not run.config_file.is_file() or not (path / "manifest.json").is_file():
+        try:
+            is_run = run.config_file.is_file() and (path / "manifest.json").is_file()
+        except OSError as error:
+            raise DataError(
+                f"The run in '{path}' cannot be read: {error.strerror}.", "Check who may read there."
+            ) from error
+        if not is_run:
             raise ConfigError(
                 f"'{path}' is no run directory (config.yaml or manifest.json is missing).",
                 "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID.",
