@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -530,3 +531,15 @@ def test_streams_that_are_closed(config: Path, monkeypatch: pytest.MonkeyPatch) 
     assert main(["validate", str(config), "--json"]) == 0
     assert main(["validate", str(config), "run.seed=x"]) == EXIT_USAGE
     assert main(["components"]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--json"], ["schema"]])
+def test_an_output_that_is_full_is_told_in_words(config: Path, arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "fedrag_cli", *arguments], stdout=full, stderr=subprocess.PIPE, cwd=config.parent
+        )
+    assert ended.returncode in (EXIT_FAILED, EXIT_USAGE)
+    assert ended.stderr.startswith(b"Error: ")
+    assert b"Traceback" not in ended.stderr

@@ -14,8 +14,8 @@ from pathlib import Path
 import typer
 import typer.core
 
-from fedrag_cli.cli.session import NO_BARS, session
-from fedrag_cli.errors import EXIT_INTERRUPTED, ConfigError
+from fedrag_cli.cli.session import NO_BARS, abandon_stdout, session
+from fedrag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError
 from fedrag_cli.runs.interrupt import terminable
 
 # Each is a module of this package, with `command`, or with `app` where it has commands below it.
@@ -106,6 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return leave.exit_code
     except SystemExit as leave:
         return int(leave.code or 0) if isinstance(leave.code, int | None) else 1
+    except OSError as error:
+        # Help and versions are written outside of what surrounds the commands.
+        abandon_stdout()
+        typer.echo(f"Error: The output cannot be written: {error.strerror}.", err=True)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         # A command says so itself; here it was being imported.
         typer.echo("Error: Interrupted.", err=True)
