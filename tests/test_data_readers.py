@@ -197,6 +197,14 @@ def test_csv_of_other_delimiters(tmp_path, content):
     assert [values for _, values, _ in rows_of(write(tmp_path / "a.CSV", content))] == [{"a": "1", "b": "x, y"}]
 
 
+@pytest.mark.parametrize(("first", "cells"), [("sep=;", "1;x, y"), ('"sep=|"', "1|x, y"), ("SEP=,", '1,"x, y"')])
+def test_the_separator_that_a_spreadsheet_is_told_is_no_header(tmp_path, first, cells):
+    header = "a" + cells[1] + "b"
+    assert rows_of(write(tmp_path / "a.csv", f"{first}\r\n{header}\r\n{cells}\r\n")) == [
+        (3, {"a": "1", "b": "x, y"}, "")
+    ]
+
+
 def test_missing_cells_are_null(tmp_path):
     cells = ["None", "nan", " NaN ", "NaT", "<NA>", "null", "NULL", "none", "NA", "Nan", "007", "84.0"]
     path = write(tmp_path / "a.csv", "a,b\n" + "".join(f"{cell},x\n" for cell in cells))

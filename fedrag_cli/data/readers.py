@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ FORMAT_OF_SUFFIX = {
 }
 LARGEST_CELL = 2**31 - 1
 MOST_NAMED = 5
+# The first line by which spreadsheets are told what separates cells.
+EXCEL_SEPARATOR = re.compile(r""""?sep=([^\w\s"]|\t)"?""", re.IGNORECASE)
 # What pandas, numpy and databases write into texts for a value that is missing.
 MISSING_CELLS = frozenset(("None", "nan", "NaN", "NaT", "<NA>", "null", "NULL"))
 HEADER_HINT = "Each column needs a name of its own (pandas writes its index without one unless index=False)."
@@ -213,9 +216,14 @@ def _read_delimited(path: Path, delimiter: str, others: str = "") -> Iterator[Ro
     doubtful: list[str] = []
     try:
         first = next((line for line in decoded_lines(path) if line.strip()), "")
-        if delimiter not in first:
+        told = EXCEL_SEPARATOR.fullmatch(first.strip(" \r\n"))
+        if told:
+            delimiter = told[1]
+        elif delimiter not in first:
             delimiter = next((other for other in others if other in first), delimiter)
         reader = csv.reader(_noted(decoded_lines(path), taken), delimiter=delimiter, strict=True)
+        if told:
+            next(cells for cells in reader if any(map(str.strip, cells)))
         header = _read_header(path, reader)
         while True:
             number = reader.line_num + 1
