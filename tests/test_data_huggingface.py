@@ -116,6 +116,11 @@ def test_short_floats_stay_what_was_written():
     features = datasets.Features({"query": datasets.Value("string"), "response": datasets.Value("float32")})
     rows = Dataset.from_dict({"query": ["q"], "response": [84.1]}, features=features)
     assert examples_from_dataset(rows)[0].responses == ("84.1",)
+    features["response"] = datasets.List(datasets.Value("float32"))
+    features["meta"] = {"years": datasets.List({"share": datasets.Value("float32")}, length=1)}
+    columns = {"query": ["q"], "response": [[84.1, 0.1]], "meta": [{"years": [{"share": 0.1}]}]}
+    [example] = examples_from_dataset(Dataset.from_dict(columns, features=features))
+    assert (example.responses, example.metadata) == (("84.1", "0.1"), {"meta": {"years": [{"share": 0.1}]}})
 
 
 def test_dataset_that_the_hub_cannot_give():

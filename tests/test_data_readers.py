@@ -244,6 +244,16 @@ def test_short_floats_of_parquet_stay_what_was_written(tmp_path):
     columns = {"a": pyarrow.array([84.1, None], pyarrow.float32()), "b": pyarrow.array([0.1, 84.0], pyarrow.float64())}
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     assert rows_of(path) == [(1, {"a": 84.1, "b": 0.1}, ""), (2, {"a": None, "b": 84.0}, "")]
+    short = pyarrow.float32()
+    kinds = {
+        "a": pyarrow.list_(short),
+        "b": pyarrow.struct([("text", pyarrow.large_list(short)), ("n", pyarrow.int64())]),
+        "c": pyarrow.list_(short, 2),
+    }
+    row = {"a": [84.1, None], "b": {"text": [0.1], "n": 3}, "c": [0.1, 84.0]}
+    columns = {name: pyarrow.array([value, None], kinds[name]) for name, value in row.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert rows_of(path) == [(1, row, ""), (2, dict.fromkeys(row), "")]
 
 
 def test_cells_of_csv_that_hold_what_looks_like_rows_are_noted(tmp_path, caplog):
