@@ -13,14 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fedrag_cli.federated.fleet.failures import ServerAddress, in_words, raise_if_hopeless
+from fedrag_cli.federated.fleet.node import FleetNode
 from flwr.app import ConfigRecord, Message, RecordDict
 from toy_federation import Notes, ToyClient, new_key, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.client import ACTION, HANDSHAKE, STOP
 from fedrag_cli.federated.fleet import node as node_module
-from fedrag_cli.federated.fleet.failures import ServerAddress, in_words, raise_if_hopeless
-from fedrag_cli.federated.fleet.node import FleetNode
 
 pytestmark = pytest.mark.fl
 

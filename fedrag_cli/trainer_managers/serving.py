@@ -230,7 +230,7 @@ def _note_missing_keys(protection: Protection, settings: FederatedConfig, report
 
 def _server(where: Address, protection: Protection, task: FLTask, pieces: Path, reporter: Reporter) -> FleetServer:
     width = BYTES_OF[task.settings.transport_dtype]
-    max_bytes, max_objects = limits_of([width * math.prod(shape) for shape in task.agreement.manifest.values()])
+    most_bytes = limits_of([width * math.prod(shape) for shape in task.agreement.manifest.values()])
     return FleetServer(
         where.host,
         where.port,
@@ -238,7 +238,6 @@ def _server(where: Address, protection: Protection, task: FLTask, pieces: Path, 
         allowed=protection.allowed,
         read_allowed=protection.read_allowed if protection.folder is not None else None,
         reporter=reporter,
-        max_message_bytes=max_bytes,
-        max_message_objects=max_objects,
+        max_message_bytes=most_bytes,
         pieces=pieces,
     )

@@ -125,10 +125,10 @@ def seconds_of_fedrag() -> list[float]:
 
 def run_client(address: str, keys: Path, name: str) -> None:
     """Be one client process."""
-    from toy_federation import ToyClient
-
     from fedrag_cli.federated.fleet.failures import ServerAddress
     from fedrag_cli.federated.fleet.node import FleetNode
+    from toy_federation import ToyClient
+
     from fedrag_cli.federated.keys import load_private_key
     from fedrag_cli.runs.reporting import SilentReporter
 
