@@ -51,6 +51,12 @@ class Line:
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
+    def cut(self) -> None:
+        """End the connections that are open."""
+        for connection in self._sockets:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def _accept(self) -> None:
         with suppress(OSError):
             while True:

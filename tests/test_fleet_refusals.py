@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +26,9 @@ from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet import auth, http
 from fedrag_cli.federated.fleet.auth import Claim, Counts, Refusals, Signer
+from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.http import ACTIVATE, HEARTBEAT
-from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate
+from fedrag_cli.federated.fleet.server import ServerCertificate
 from fedrag_cli.federated.keys import (
     fingerprint,
     load_allowed_keys,
@@ -108,8 +109,7 @@ def test_a_names_new_key_takes_the_place_of_its_former_one(keys: Path, clients: 
             node(server, load_private_key(keys / "north.key")).check()
 
 
-def test_strangers_do_not_have_the_folder_read_over_and_over(clients: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "SECONDS_BETWEEN_READS", 3600.0)
+def test_strangers_do_not_have_the_folder_read_over_and_over(clients: Path) -> None:
     reads = 0
 
     def read() -> dict[str, bytes]:
@@ -117,13 +117,22 @@ def test_strangers_do_not_have_the_folder_read_over_and_over(clients: Path, monk
         reads += 1
         return load_allowed_keys(clients)
 
+    def ask(end: FleetNode) -> None:
+        with pytest.raises(ConnectionFailedError, match="does not know this client's key"):
+            end.check()
+
     with serving(allowed=load_allowed_keys(clients), read_allowed=read) as server:
-        with pytest.raises(ConnectionFailedError):
-            node(server, new_key()).check()
         # Unsigned requests are refused at once, and never have it read.
         base = f"http://127.0.0.1:{server.address[1]}/v1/fleet/"
         assert httpx.post(base + "activate-node", content=b"").status_code == 401
-        assert reads == 1
+        assert reads == 0
+        threads = [threading.Thread(target=ask, args=(node(server, new_key()),)) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        # Those that come at once share a look, also where each of them asks twice.
+        assert 1 <= reads <= 6
 
 
 def test_who_fails_at_the_handshake_is_told_once(keys: Path, tmp_path: Path) -> None:
@@ -302,13 +311,21 @@ def plain_or_tls(keys: Path, tls: bool) -> tuple[dict[str, Any], dict[str, Any]]
     return {"certificate": certificate(keys)}, {"tls": True, "ca": (keys / "ca.crt").read_bytes()}
 
 
-def dial(server: FleetServer, keys: Path | None = None, count: int = 1) -> list[socket.socket]:
-    """Open connections that ask nothing; with keys, such that TLS is set up."""
-    opened = [socket.create_connection(("127.0.0.1", server.address[1]), 20) for _ in range(count)]
-    if keys is None:
-        return opened
-    context = ssl.create_default_context(cafile=keys / "ca.crt")
-    return [context.wrap_socket(connection, server_hostname="localhost") for connection in opened]
+@pytest.fixture
+def dial(keys: Path) -> Iterator[Callable[..., list[socket.socket]]]:
+    """Return a function that opens connections that ask nothing, after a handshake where TLS is wanted."""
+    with ExitStack() as stack:
+
+        def opened(port: int, count: int = 1, *, tls: bool = False) -> list[socket.socket]:
+            found = [socket.create_connection(("127.0.0.1", port), 20) for _ in range(count)]
+            if tls:
+                context = ssl.create_default_context(cafile=keys / "ca.crt")
+                found = [context.wrap_socket(connection, server_hostname="localhost") for connection in found]
+            for connection in found:
+                stack.callback(connection.close)
+            return found
+
+        yield opened
 
 
 def ended(connection: socket.socket) -> bool:
@@ -325,12 +342,14 @@ def ended(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_connections_that_ask_nothing_are_ended(keys: Path, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
+def test_connections_that_ask_nothing_are_ended(
+    keys: Path, dial: Callable[..., list[socket.socket]], monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
     monkeypatch.setattr(http, "SILENT_SECONDS", 1.0)
     notes = Notes()
     served, known = plain_or_tls(keys, tls)
     with serving(**served, reporter=notes) as server:
-        silent, half, second, unread = dial(server, keys if tls else None, count=4)
+        silent, half, second, unread = dial(server.address[1], 4, tls=tls)
         half.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n")
         # A whole request, and then a half one on the same connection.
         raw, body = Signer(new_key()), b""
@@ -354,22 +373,22 @@ def request_bytes(signer: Signer, path: str, body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_endless_headers_are_cut_off(keys: Path, tls: bool) -> None:
+def test_endless_headers_are_cut_off(keys: Path, dial: Callable[..., list[socket.socket]], tls: bool) -> None:
     served, known = plain_or_tls(keys, tls)
     with serving(**served) as server:
-        (connection,) = dial(server, keys if tls else None)
+        (connection,) = dial(server.address[1], tls=tls)
         connection.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n")
         sent = 0
-        with pytest.raises(ConnectionError):
+        with suppress(OSError):
             while sent < 20 * 2**20:
                 sent += connection.send(b"x-more: " + b"y" * 1000 + b"\r\n")
-                if sent > 4 * 2**20 and ended(connection):
-                    raise ConnectionResetError
+        # What lies in the system's buffers on the way counts as sent.
+        assert sent < 16 * 2**20
         assert node(server, **known).check()
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_silent_connections_push_nobody_out(keys: Path, tmp_path: Path, tls: bool) -> None:
+def test_silent_connections_push_nobody_out(keys: Path, dial: Callable[..., list[socket.socket]], tls: bool) -> None:
     """With 1,024 descriptors, 1,100 connections from the same address that say nothing, before and after TLS."""
     code = (
         "import resource, sys\n"
@@ -390,13 +409,9 @@ def test_silent_connections_push_nobody_out(keys: Path, tmp_path: Path, tls: boo
             key = load_private_key(keys / "north.key")
             client = ToyClient("north", [1.0, 2.0, 3.0])
             (thread,) = start({node(server, key, **dict(options)): client})  # type: ignore[arg-type]
-            strangers = []
             for number in range(1100):
                 with suppress(OSError):
-                    strangers.append(socket.create_connection(("127.0.0.1", port), 20))
-                    if tls and number % 10 == 0:
-                        context = ssl.create_default_context(cafile=keys / "ca.crt")
-                        strangers[-1] = context.wrap_socket(strangers[-1], server_hostname="localhost")
+                    dial(port, tls=tls and number % 10 == 0)
             # Also one that comes only now gets in.
             late = ToyClient("south", [3.0, 2.0, 1.0])
             threads = [thread, *start({node(server, load_private_key(keys / "south.key"), **dict(options)): late})]  # type: ignore[arg-type]
@@ -405,8 +420,6 @@ def test_silent_connections_push_nobody_out(keys: Path, tmp_path: Path, tls: boo
                 thread.join(20)
         finally:
             process.kill()
-            for stranger in strangers:
-                stranger.close()
     assert json.loads(out) == {"clients": [["north", "south"]] * 3, "w": [6.0, 6.0, 6.0]}
     assert "Traceback" not in errors
 
@@ -436,21 +449,20 @@ def test_too_few_open_files_are_said_at_the_start() -> None:
 
 
 def test_new_keys_of_strangers_lock_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedrag_cli.federated.fleet.state.MOST_CLIENTS", 20)
+    monkeypatch.setattr("fedrag_cli.federated.fleet.state.MOST_CLIENTS", 100)
     with serving() as server:
         state = server.state
-        claims = [Claim(f"key {number}".encode(), "session", 1, "", 0.0) for number in range(100)]
+        claims = [Claim(f"key {number}".encode(), "session", 1, "", 0.0) for number in range(500)]
         for claim in claims:
             state.activate(claim)
         known = ToyClient("known", [1.0, 2.0, 3.0])
         (thread,) = start({node(server): known})
-        eventually(lambda: len(state.members()) == 20)
+        eventually(lambda: len(state.members()) == 100)
 
         def flood() -> None:
             while thread.is_alive():
-                for number in range(100):
-                    state.activate(Claim(os.urandom(8), "session", 1, "", float(number)))
-                time.sleep(0.01)
+                state.activate(Claim(os.urandom(8), "session", 1, "", 0.0))
+                time.sleep(0.02)
 
         threading.Thread(target=flood, daemon=True).start()
         found = rounds_of(server, 3, min_clients=1)
@@ -458,14 +470,14 @@ def test_new_keys_of_strangers_lock_nobody_out(monkeypatch: pytest.MonkeyPatch) 
     assert found.weights["w"].tolist() == [3.0, 6.0, 9.0]
 
 
-def test_a_known_client_may_not_take_all_places(keys: Path) -> None:
+def test_a_known_client_may_not_take_all_places(keys: Path, dial: Callable[..., list[socket.socket]]) -> None:
     signer = Signer(load_private_key(keys / "north.key"))
     with serving(allowed=load_allowed_keys(keys)) as server:
-        connections = dial(server, count=30)
+        connections = dial(server.address[1], 30)
         body = flower.ActivateNodeRequest(public_key=signer.public_key).SerializeToString()
         for connection in connections:
             connection.sendall(request_bytes(signer, ACTIVATE, body))
-            assert connection.recv(12) == b"HTTP/1.1 200"
+            assert b"HTTP/1.1 200" in connection.recv(4096)
         assert all(ended(connection) for connection in connections[: -http.MOST_OF_A_CLIENT])
         connections[-1].sendall(request_bytes(signer, HEARTBEAT, b""))
         assert b"HTTP/1.1 200" in connections[-1].recv(4096)

@@ -183,7 +183,8 @@ class FleetNode:
                         self._introduce()
             finally:
                 self._ended.set()
-                self._leave()
+                if self._was_connected:
+                    self._leave()
 
     def check(self) -> bool:
         """Try to connect once, so that a wrong certificate or key is found before models are loaded.
@@ -258,7 +259,7 @@ class FleetNode:
                 return answer.FromString(content)
             except flower.DecodeError as error:
                 raise UnreachableError("it answered something else than Flower's protocol") from error
-        self._raise_refusal(response.status_code, content)
+        raise self._refusal(response.status_code, content)
 
     def _call(self, path: str, request: Any, answer: Any, **options: Any) -> Any:
         """Send a request until it is answered, or the server was silent for too long; see `_post`."""
@@ -299,42 +300,40 @@ class FleetNode:
             self._noted, self._has_noted = now, True
         self._reporter.note(f"The server at {self._where} {what}; trying again")
 
-    def _raise_refusal(self, code: int, content: bytes) -> None:
-        """Raise what an answer other than 200 means; its words are compared, and never shown."""
+    def _refusal(self, code: int, content: bytes) -> Exception:
+        """Return what an answer other than 200 means; its words are compared, and never shown."""
         try:
             detail = dict(json.loads(content))
         except (ValueError, TypeError):
             detail = {}
         reason, seconds = detail.get("detail"), detail.get("seconds")
         if reason == SUPERSEDED:
-            raise ConnectionFailedError(
+            return ConnectionFailedError(
                 "Another process has joined with this client's key.",
                 "Run one process a key, and make a key for each client with 'fedrag keys node'.",
             )
         if reason == UNKNOWN_CLIENT:
-            raise ForgottenError
+            return ForgottenError()
         if reason == UNKNOWN_KEY and not self._is_doubted:
             # A bit that was flipped on the way makes another key; it takes two answers to be sure.
             self._is_doubted = True
-            raise AnsweredError("it does not know this client's key")
+            return AnsweredError("it does not know this client's key")
         if reason == UNKNOWN_KEY:
-            raise ConnectionFailedError(
+            return ConnectionFailedError(
                 f"The server at {self._where} does not know this client's key (fingerprint "
                 f"{fingerprint(self._signer.public_key)}).",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
             )
         if reason == CLOCK and isinstance(seconds, int | float):
             words = f"the clocks of this machine and the server's differ by {abs(seconds):.0f} s"
-            if not self._was_connected:
-                raise ConnectionFailedError(
-                    f"The server at {self._where} does not let this client in: {words}.",
-                    "Set both clocks, such as by NTP.",
-                )
-            raise AnsweredError(words)
-        meaning = MEANINGS.get(code) or (
-            "it sends clients elsewhere, which is not followed" if code // 100 == 3 else ""
-        )
-        raise AnsweredError(f"it answered {code}" + (f": {meaning}" if meaning else ""))
+            if self._was_connected:
+                return AnsweredError(words)
+            return ConnectionFailedError(
+                f"The server at {self._where} does not let this client in: {words}.", "Set both clocks, such as by NTP."
+            )
+        elsewhere = "it sends clients elsewhere, which is not followed" if code // 100 == 3 else ""
+        meaning = MEANINGS.get(code, elsewhere)
+        return AnsweredError(f"it answered {code}" + (f": {meaning}" if meaning else ""))
 
     def _raise_if_hopeless(self, error: httpx.TransportError) -> None:
         """Raise ConnectionFailedError where trying again cannot help: no trust, or no TLS."""
@@ -502,7 +501,8 @@ class FleetNode:
             self._each(push, list(answer.objects_to_push), lost)
             if not lost.is_set():
                 return
-        self._reporter.note("The server did not take this update")
+        if outgoing.tree.children:
+            self._reporter.note("The server did not take this update")
 
     def _each(self, work: Callable[[str], None], object_ids: Sequence[str], stop: threading.Event) -> None:
         """Do something for several pieces, a few at once, until one of them says to stop or fails."""
