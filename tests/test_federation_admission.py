@@ -14,9 +14,8 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from toy_federation import Raw, new_key, serving
 
 from fedrag_cli.federated.fleet import http
-from fedrag_cli.federated.fleet._flower import PIECE_BYTES
+from fedrag_cli.federated.fleet._flower import PIECE_BYTES, PUSH_MESSAGES, PUSH_OBJECT
 from fedrag_cli.federated.fleet.auth import SESSION_HEADER, Signer
-from fedrag_cli.federated.fleet.http import PUSH_MESSAGES, PUSH_OBJECT
 from fedrag_cli.federated.keys import write_authority, write_node_key, write_server_certificate
 
 pytestmark = pytest.mark.fl
@@ -103,7 +102,7 @@ def test_a_large_body_of_an_unknown_key_is_refused_before_it_is_read(path: str) 
 
 def test_bodies_that_never_end_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one client nor all of them together hold more of the server's memory than its bounds."""
-    monkeypatch.setattr(http, "MOST_BODY_BYTES", 8 * PIECE_BYTES)
+    monkeypatch.setattr(http, "MOST_BODIES", 8)
     clients = [Raw(Signer(new_key())) for _ in range(4)]
     connections = []
     with serving() as server, ExitStack() as stack:

@@ -23,12 +23,11 @@ from flwr.app import Message
 from toy_federation import Notes, Raw, ToyClient, federate, new_key, node, rounds_of, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
-from fedrag_cli.federated.fleet import _flower as flower
+from fedrag_cli.federated.endpoint import ServerCertificate
 from fedrag_cli.federated.fleet import auth, http
+from fedrag_cli.federated.fleet._flower import ACTIVATE, HEARTBEAT, TYPES
 from fedrag_cli.federated.fleet.auth import Claim, Counts, Refusals, Signer
 from fedrag_cli.federated.fleet.client import FleetNode
-from fedrag_cli.federated.fleet.http import ACTIVATE, HEARTBEAT
-from fedrag_cli.federated.fleet.server import ServerCertificate
 from fedrag_cli.federated.keys import (
     fingerprint,
     load_allowed_keys,
@@ -243,7 +242,7 @@ def test_a_dead_client_is_found_by_a_clock_that_nobody_sets(monkeypatch: pytest.
         assert len(server.state.members()) == 1
         monkeypatch.setattr(time, "time", lambda: real() - 3600.0)
         eventually(lambda: server.state.members() == [])
-        raw.post(HEARTBEAT, flower.SendNodeHeartbeatRequest(heartbeat_interval=1800), flower.SendNodeHeartbeatResponse)
+        raw.post(HEARTBEAT, heartbeat_interval=1800)
         assert len(server.state.members()) == 1
         eventually(lambda: server.state.members() == [])
 
@@ -253,7 +252,7 @@ def test_a_request_that_was_taken_is_not_taken_again_whatever_comes_between() ->
     with serving() as server:
         raw.connect(server)
         base = f"http://127.0.0.1:{server.address[1]}"
-        body = flower.SendNodeHeartbeatRequest().SerializeToString()
+        body = TYPES[HEARTBEAT][0]().SerializeToString()
         for _ in range(40):
             headers = raw.signer.headers(HEARTBEAT, body)
             assert httpx.post(base + HEARTBEAT, content=body, headers=headers).status_code == 200
@@ -261,12 +260,12 @@ def test_a_request_that_was_taken_is_not_taken_again_whatever_comes_between() ->
         for headers in again:
             assert httpx.post(base + HEARTBEAT, content=body, headers=headers).json()["detail"] == "used"
         # Another process takes over; what the first had signed opens nothing, not even an introduction.
-        hello = flower.ActivateNodeRequest(public_key=raw.signer.public_key).SerializeToString()
+        hello = TYPES[ACTIVATE][0](public_key=raw.signer.public_key).SerializeToString()
         kept = raw.signer.headers(ACTIVATE, hello)
         newer = Raw(Signer(raw.signer._key))
         newer.connect(server)
         assert httpx.post(base + ACTIVATE, content=hello, headers=kept).json()["detail"] == "superseded"
-        newer.post(HEARTBEAT, flower.SendNodeHeartbeatRequest(), flower.SendNodeHeartbeatResponse)
+        newer.post(HEARTBEAT)
 
 
 def test_numbers_may_come_out_of_order_but_once() -> None:
@@ -474,7 +473,7 @@ def test_a_known_client_may_not_take_all_places(keys: Path, dial: Callable[..., 
     signer = Signer(load_private_key(keys / "north.key"))
     with serving(allowed=load_allowed_keys(keys)) as server:
         connections = dial(server.address[1], 30)
-        body = flower.ActivateNodeRequest(public_key=signer.public_key).SerializeToString()
+        body = TYPES[ACTIVATE][0](public_key=signer.public_key).SerializeToString()
         for connection in connections:
             connection.sendall(request_bytes(signer, ACTIVATE, body))
             assert b"HTTP/1.1 200" in connection.recv(4096)
@@ -487,15 +486,15 @@ def test_a_known_client_may_not_take_all_places(keys: Path, dial: Callable[..., 
 def test_answers_are_sent_at_once(keys: Path, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
     served, known = plain_or_tls(keys, tls)
     seen: list[int] = []
-    find = http.Door.find
+    expect = http.Door.expect
 
-    def found(door: http.Door, scope: Any) -> Any:
-        connection = find(door, scope)
+    def found(door: http.Door, scope: Any, seconds: float) -> Any:
+        connection = expect(door, scope, seconds)
         assert connection is not None
         seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         return connection
 
-    monkeypatch.setattr(http.Door, "find", found)
+    monkeypatch.setattr(http.Door, "expect", found)
     with serving(**served) as server:
         assert node(server, **known).check()
     assert seen

@@ -23,12 +23,11 @@ from flwr.common.serde import message_from_proto
 from toy_federation import Raw, ToyClient, common, federate, new_key, node, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
-from fedrag_cli.federated.fleet import _flower as flower
+from fedrag_cli.federated.endpoint import ServerCertificate
 from fedrag_cli.federated.fleet import http
-from fedrag_cli.federated.fleet._flower import Incoming, Outgoing, Packer
+from fedrag_cli.federated.fleet._flower import ACTIVATE, PULL_MESSAGES, PUSH_OBJECT, TYPES, Incoming, Outgoing, Packer
 from fedrag_cli.federated.fleet.auth import COUNT_HEADER, Signer
-from fedrag_cli.federated.fleet.http import ACTIVATE, PULL_MESSAGES, PUSH_OBJECT
-from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate
+from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import (
     load_allowed_keys,
@@ -146,7 +145,7 @@ def test_requests_are_bounded_and_signed() -> None:
             answer = httpx.post(base + path, content=body, headers=headers)
             return answer.status_code, answer.json()["detail"]
 
-        hello = flower.ActivateNodeRequest(public_key=signer.public_key).SerializeToString()
+        hello = TYPES[ACTIVATE][0](public_key=signer.public_key).SerializeToString()
         assert post(ACTIVATE, hello, {}) == (401, "unsigned")
         signed = signer.headers(ACTIVATE, hello)
         # Neither another route, nor another body, nor the same once more.

@@ -24,10 +24,11 @@ from toy_federation import Notes, ToyClient, common, new_key, node, rounds_of, s
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.client import ACTION, HANDSHAKE, STOP
+from fedrag_cli.federated.endpoint import ServerAddress
 from fedrag_cli.federated.fleet import client as client_module
 from fedrag_cli.federated.fleet import http as routes
 from fedrag_cli.federated.fleet.auth import DIGEST_HEADER
-from fedrag_cli.federated.fleet.client import FleetNode, ServerAddress
+from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.rounds import RoundState
@@ -91,7 +92,7 @@ def answering(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> I
 def with_code(code: int, **headers: str) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
-        for name, value in {"content-length": "0", **headers}.items():
+        for name, value in {"content_length": "0", **headers}.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
 
@@ -123,10 +124,11 @@ def test_the_timeout_is_kept_and_the_reason_said(monkeypatch: pytest.MonkeyPatch
 )
 def test_an_answer_is_not_called_silence(monkeypatch: pytest.MonkeyPatch, code: int, words: str) -> None:
     notes = Notes()
-    with answering(with_code(code)) as address, pytest.raises(ConnectionFailedError) as error:
+    with answering(with_code(code)) as address:
         end = a_node(address, notes, timeout=2.0)
         monkeypatch.setattr(end._ended, "wait", Clock(monkeypatch).wait)
-        end.run(ToyClient("a", [1.0]))
+        with pytest.raises(ConnectionFailedError) as error:
+            end.run(ToyClient("a", [1.0]))
     reason = f"(it answered {code}: {words})"
     assert error.value.message == f"The server at {address} refused this client's requests for 2 s {reason}."
     assert notes.lines == [f"The server at {address} refuses this client's requests {reason}; trying again"]
@@ -277,7 +279,6 @@ def damaged(handler: http.server.BaseHTTPRequestHandler) -> None:
 )
 def test_answers_have_bounds(monkeypatch: pytest.MonkeyPatch, answer: Any, words: str) -> None:
     monkeypatch.setattr(client_module, "ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(FleetNode._post, "__kwdefaults__", {"most_bytes": 2**16, "seconds": 1.0})
     tracemalloc.start()
     try:
         with answering(answer) as address, pytest.raises(ConnectionFailedError) as error:

@@ -21,11 +21,19 @@ from fedrag_cli.config.schema import FederatedConfig, TransportDtype
 from fedrag_cli.federated.agreement import Agreement
 from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
 from fedrag_cli.federated.config import FedAvgConfig
+from fedrag_cli.federated.endpoint import ServerAddress
 from fedrag_cli.federated.federation import Federation
-from fedrag_cli.federated.fleet import _flower as flower
+from fedrag_cli.federated.fleet._flower import (
+    ACTIVATE,
+    PULL_MESSAGES,
+    PULL_OBJECT,
+    PUSH_MESSAGES,
+    PUSH_OBJECT,
+    TYPES,
+    Outgoing,
+)
 from fedrag_cli.federated.fleet.auth import Signer
-from fedrag_cli.federated.fleet.client import FleetNode, ServerAddress
-from fedrag_cli.federated.fleet.http import ACTIVATE, PULL_MESSAGES, PULL_OBJECT, PUSH_MESSAGES, PUSH_OBJECT
+from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.rounds import RoundState
@@ -128,36 +136,34 @@ class Raw:
     def connect(self, server: FleetServer) -> None:
         """Introduce itself."""
         self._base = f"http://127.0.0.1:{server.address[1]}"
-        request = flower.ActivateNodeRequest(public_key=self.signer.public_key, heartbeat_interval=1800)
-        self.node_id = self.post(ACTIVATE, request, flower.ActivateNodeResponse).node_id
+        self.node_id = self.post(ACTIVATE, public_key=self.signer.public_key, heartbeat_interval=1800).node_id
 
-    def post(self, path: str, request: Any, answer: Any) -> Any:
+    def post(self, path: str, **fields: Any) -> Any:
         """Send a signed request."""
-        body = request.SerializeToString()
+        asked, answered = TYPES[path]
+        body = asked(**fields).SerializeToString()
         response = httpx.post(self._base + path, content=body, headers=self.signer.headers(path, body), timeout=30)
         response.raise_for_status()
-        return answer.FromString(response.content)
+        return answered.FromString(response.content)
 
     def pull(self) -> tuple[list[Any], list[Any]]:
         """Ask for a message."""
-        answer = self.post(PULL_MESSAGES, flower.PullMessagesRequest(), flower.PullMessagesResponse)
+        answer = self.post(PULL_MESSAGES)
         return list(answer.messages_list), list(answer.message_object_trees)
 
     def piece(self, object_id: str) -> bytes | None:
         """Ask for a piece of a message."""
-        answer = self.post(PULL_OBJECT, flower.PullObjectRequest(object_id=object_id), flower.PullObjectResponse)
+        answer = self.post(PULL_OBJECT, object_id=object_id)
         return answer.object_content if answer.object_found else None
 
-    def announce(self, reply: flower.Outgoing) -> list[str] | None:
+    def announce(self, reply: Outgoing) -> list[str] | None:
         """Send a bare reply, and return what is missing; None where it is not wanted."""
-        request = flower.PushMessagesRequest(messages_list=[reply.head], message_object_trees=[reply.tree])
-        answer = self.post(PUSH_MESSAGES, request, flower.PushMessagesResponse)
+        answer = self.post(PUSH_MESSAGES, messages_list=[reply.head], message_object_trees=[reply.tree])
         return None if any(answer.results.values()) else list(answer.objects_to_push)
 
     def push(self, object_id: str, content: bytes) -> bool:
         """Send a piece of a reply."""
-        request = flower.PushObjectRequest(object_id=object_id, object_content=content)
-        return bool(self.post(PUSH_OBJECT, request, flower.PushObjectResponse).stored)
+        return bool(self.post(PUSH_OBJECT, object_id=object_id, object_content=content).stored)
 
 
 def start(nodes: dict[FleetNode, ToyClient]) -> list[threading.Thread]:

@@ -14,8 +14,8 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError
 from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.endpoint import client_authority, parse_address
-from fedrag_cli.federated.fleet.client import FleetNode, ServerAddress
+from fedrag_cli.federated.endpoint import ServerAddress, client_authority, parse_address
+from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_or_make_key, load_private_key
 from fedrag_cli.federated.task import FLTask

@@ -13,8 +13,8 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import trains_with_generator
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, FedRAGError
-from fedrag_cli.federated.endpoint import Address, check_server_settings, parse_address
-from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate, listen
+from fedrag_cli.federated.endpoint import Address, ServerCertificate, check_server_settings, parse_address
+from fedrag_cli.federated.fleet.server import FleetServer, listen
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_allowed_keys
 from fedrag_cli.federated.rounds import load_newest_round

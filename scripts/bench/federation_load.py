@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +179,19 @@ def over_a_line(*, latency: float, rate: float, size: int, rounds: int, tensors:
     from fedrag_cli.errors import FederationError
 
     manifest = {f"layer.{number}.weight": [size // tensors] for number in range(tensors)}
-    with serving() as server, Line(server.address[1], latency=latency, rate=rate) as line:
-        with clients_at(f"127.0.0.1:{line.port}", 1, manifest):
-            while not server.state.members():
-                time.sleep(0.1)
-            started = time.perf_counter()
-            try:
-                federate(server, 1, manifest, rounds)
-            except FederationError:
-                return 0.0, line.passed / 1e6
-            return time.perf_counter() - started, line.passed / 1e6
+    with (
+        serving() as server,
+        Line(server.address[1], latency=latency, rate=rate) as line,
+        clients_at(f"127.0.0.1:{line.port}", 1, manifest),
+    ):
+        while not server.state.members():
+            time.sleep(0.1)
+        started = time.perf_counter()
+        try:
+            federate(server, 1, manifest, rounds)
+        except FederationError:
+            return 0.0, line.passed / 1e6
+        return time.perf_counter() - started, line.passed / 1e6
 
 
 def memory_of_half_sent_bodies(count: int) -> float:
@@ -211,18 +214,25 @@ def memory_of_half_sent_bodies(count: int) -> float:
 
 
 def half_sent(port: int, count: int) -> list[socket.socket]:
-    """Send bodies of the largest size that the server reads, but for the last byte."""
-    from half_sent import LARGEST, requests
+    """Send bodies of the largest size that the server reads, but for the last byte, as one client."""
+    from types import SimpleNamespace
 
+    from toy_federation import Raw, new_key
+
+    from fedrag_cli.federated.fleet._flower import PUSH_OBJECT
+    from fedrag_cli.federated.fleet.auth import Signer
+
+    raw, size = Raw(Signer(new_key())), 512 * 2**10
+    raw.connect(SimpleNamespace(address=("127.0.0.1", port)))
     connections = []
-    for head in requests(port, count):
+    for _ in range(count):
         connection = socket.create_connection(("127.0.0.1", port))
         connections.append(connection)
         connection.settimeout(1.0)
-        try:
-            connection.sendall(head + bytes(LARGEST - 1))
-        except OSError:
-            continue
+        headers = {"Host": "x", "Content-Length": str(size), **raw.signer.headers(PUSH_OBJECT, b"")}
+        head = f"POST {PUSH_OBJECT} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        with suppress(OSError):
+            connection.sendall(head.encode() + b"\r\n" + bytes(size - 1))
     return connections
 
 

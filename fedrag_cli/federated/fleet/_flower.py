@@ -10,55 +10,43 @@ from __future__ import annotations
 import hashlib
 import weakref
 from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    ActivateNodeResponse,
-    DeactivateNodeRequest,
-    DeactivateNodeResponse,
-    PullMessagesRequest,
-    PullMessagesResponse,
-    PushMessagesRequest,
-    PushMessagesResponse,
-)
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.proto.message_pb2 import (
-    ObjectTree,
-    PullObjectRequest,
-    PullObjectResponse,
-    PushObjectRequest,
-    PushObjectResponse,
-)
-from flwr.proto.node_pb2 import Node
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.primitives.asymmetric import (
-    bytes_to_public_key,
-    public_key_to_bytes,
-    sign_message,
-    verify_signature,
-)
+from flwr.supercore.primitives import asymmetric
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedrag_cli.federated.arrays import FileArray, ScratchFile
 
-__all__ = [
-    "FLEET_HTTP_PUBLIC_KEY_HEADER", "FLEET_HTTP_SIGNATURE_HEADER", "TIMESTAMP_HEADER", "ActivateNodeRequest",
-    "ActivateNodeResponse", "DeactivateNodeRequest", "DeactivateNodeResponse", "DecodeError", "Incoming",
-    "MessageProto", "Node", "ObjectTree", "Outgoing", "Packer", "PullMessagesRequest", "PullMessagesResponse",
-    "PullObjectRequest", "PullObjectResponse", "PushMessagesRequest", "PushMessagesResponse", "PushObjectRequest",
-    "PushObjectResponse", "SendNodeHeartbeatRequest", "SendNodeHeartbeatResponse", "bytes_to_public_key", "failed",
-    "identify", "public_key_to_bytes", "sign_message", "verify_signature",
-]  # fmt: skip
-
+KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = (
+    name.lower() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
+)
+ROUTES = ("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "pull-object")
+ACTIVATE, DEACTIVATE, HEARTBEAT, PULL_MESSAGES, PUSH_MESSAGES, PULL_OBJECT = (f"/v1/fleet/{name}" for name in ROUTES)
+PUSH_OBJECT = "/v1/fleet/push-object"
+TYPES: dict[str, tuple[Any, Any]] = {
+    ACTIVATE: (fleet_pb2.ActivateNodeRequest, fleet_pb2.ActivateNodeResponse),
+    DEACTIVATE: (fleet_pb2.DeactivateNodeRequest, fleet_pb2.DeactivateNodeResponse),
+    HEARTBEAT: (heartbeat_pb2.SendNodeHeartbeatRequest, heartbeat_pb2.SendNodeHeartbeatResponse),
+    PULL_MESSAGES: (fleet_pb2.PullMessagesRequest, fleet_pb2.PullMessagesResponse),
+    PUSH_MESSAGES: (fleet_pb2.PushMessagesRequest, fleet_pb2.PushMessagesResponse),
+    PULL_OBJECT: (message_pb2.PullObjectRequest, message_pb2.PullObjectResponse),
+    PUSH_OBJECT: (message_pb2.PushObjectRequest, message_pb2.PushObjectResponse),
+}
+"""What is asked and answered on each route."""
 PIECE_BYTES = 512 * 2**10
 _SIZE_BYTES = 8
 
@@ -82,14 +70,11 @@ class _Tensors:
         self._data = [memoryview(array.data) for record in records for array in record.values()]
         self._ends = list(accumulate(len(data) for data in self._data))
         size = self._ends[-1] if self._ends else 0
-        self.ids = [hashlib.sha256(self._cut(start)).hexdigest() for start in range(0, size, PIECE_BYTES)]
-        self._starts = {object_id: place * PIECE_BYTES for place, object_id in enumerate(self.ids)}
+        self.ids = [hashlib.sha256(self.cut(start)).hexdigest() for start in range(0, size, PIECE_BYTES)]
+        self.starts = {object_id: place * PIECE_BYTES for place, object_id in enumerate(self.ids)}
 
-    def piece(self, object_id: str) -> bytes | None:
-        start = self._starts.get(object_id)
-        return self._cut(start) if start is not None else None
-
-    def _cut(self, start: int) -> bytes:
+    def cut(self, start: int) -> bytes:
+        """Return the piece that begins there."""
         parts, left, number = [], PIECE_BYTES, bisect_right(self._ends, start)
         while left and number < len(self._data):
             data = self._data[number]
@@ -99,23 +84,23 @@ class _Tensors:
         return b"".join(parts)
 
 
+@dataclass(frozen=True)
 class Outgoing:
     """A message that can be fetched: the bare message, and its tensors' pieces."""
 
-    def __init__(self, head: MessageProto, tensors: _Tensors) -> None:
-        """Keep both."""
-        self.head = head
-        self._tensors = tensors
+    head: MessageProto
+    tensors: _Tensors
 
     @property
     def tree(self) -> ObjectTree:
         """The pieces in their order; one that occurs repeatedly is named as often."""
-        children = [ObjectTree(object_id=object_id) for object_id in self._tensors.ids]
+        children = [ObjectTree(object_id=object_id) for object_id in self.tensors.ids]
         return ObjectTree(object_id=self.head.metadata.message_id, children=children)
 
     def piece(self, object_id: str) -> bytes | None:
         """Return a piece; None where there is none of this name."""
-        return self._tensors.piece(object_id)
+        start = self.tensors.starts.get(object_id)
+        return self.tensors.cut(start) if start is not None else None
 
 
 class Packer:
@@ -135,7 +120,7 @@ class Packer:
         if tensors is None or [id(record) for record in tensors.records] != [id(record) for record in records]:
             tensors = _Tensors(records)
             self._last = weakref.ref(tensors)
-        bare = make_message(message.metadata, _without_bytes(message.content), None)
+        bare = make_message(message.metadata, _with_arrays(message.content, _sized), None)
         return Outgoing(message_to_proto(bare), tensors)
 
 
@@ -195,30 +180,31 @@ class Incoming:
 
     def content(self) -> RecordDict:
         """Return what has come, once nothing is missing; raises ValueError where it is no content."""
-        content, offset = RecordDict(), 0
-        for name, record in self.message.content.items():
-            content[name] = record
-            if isinstance(record, ArrayRecord):
-                assert self._file is not None or not record
-                content[name] = filled = ArrayRecord()
-                for key, array in record.items():
-                    size = int.from_bytes(array.data, "big")
-                    filled[key] = FileArray(array.dtype, array.shape, array.stype, self._file, offset, size)  # type: ignore[arg-type]
-                    offset += size
-        return content
+        offset = 0
+
+        def lying_in_file(array: Array) -> Array:
+            nonlocal offset
+            assert self._file is not None
+            size, start = int.from_bytes(array.data, "big"), offset
+            offset += size
+            return FileArray(array.dtype, array.shape, array.stype, self._file, start, size)
+
+        return _with_arrays(self.message.content, lying_in_file)
 
     def _records(self) -> list[ArrayRecord]:
         return list(self.message.content.array_records.values()) if self.message.has_content() else []
 
 
-def _without_bytes(content: RecordDict) -> RecordDict:
-    """Return a content with the number of its bytes in the place of each tensor's bytes."""
-    bare = RecordDict()
+def _with_arrays(content: RecordDict, change: Callable[[Array], Array]) -> RecordDict:
+    """Return a content with other arrays, in the same order."""
+    changed = RecordDict()
     for name, record in content.items():
-        bare[name] = record
+        changed[name] = record
         if isinstance(record, ArrayRecord):
-            bare[name] = sized = ArrayRecord()
-            for key, array in record.items():
-                size = len(array.data).to_bytes(_SIZE_BYTES, "big")
-                sized[key] = Array(array.dtype, tuple(array.shape), array.stype, size)
-    return bare
+            changed[name] = ArrayRecord({key: change(array) for key, array in record.items()})
+    return changed
+
+
+def _sized(array: Array) -> Array:
+    """Return an array with the number of its bytes in their place."""
+    return Array(array.dtype, tuple(array.shape), array.stype, len(array.data).to_bytes(_SIZE_BYTES, "big"))

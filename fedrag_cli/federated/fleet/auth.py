@@ -18,26 +18,20 @@ import uuid
 from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.federated.fleet._flower import (
-    FLEET_HTTP_PUBLIC_KEY_HEADER,
-    FLEET_HTTP_SIGNATURE_HEADER,
-    TIMESTAMP_HEADER,
-    bytes_to_public_key,
-    public_key_to_bytes,
-    sign_message,
-    verify_signature,
-)
+from fedrag_cli.federated.fleet._flower import KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER, asymmetric
 from fedrag_cli.federated.keys import fingerprint
 
 Scope = MutableMapping[str, Any]
 SESSION_HEADER, COUNT_HEADER, DIGEST_HEADER = "x-fedrag-session", "x-fedrag-count", "x-fedrag-digest"
+_loaded = functools.lru_cache(maxsize=1024)(asymmetric.bytes_to_public_key)
+_SIGNED = (TIME_HEADER, SESSION_HEADER, COUNT_HEADER, DIGEST_HEADER)
 CLOCK_SECONDS = 300.0
 SECONDS_BETWEEN_READS = 1.0
 # Why a request is not taken, as the answer says it.
@@ -50,6 +44,7 @@ def clock() -> float:
     return time.time()
 
 
+@dataclass(eq=False)
 class RefusedError(Exception):
     """A request that is not taken.
 
@@ -59,12 +54,9 @@ class RefusedError(Exception):
         seconds: How far the clocks differ, where that is the reason.
     """
 
-    def __init__(self, code: int, reason: str, seconds: float | None = None) -> None:
-        """Keep all three."""
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-        self.seconds = seconds
+    code: int
+    reason: str
+    seconds: float | None = None
 
 
 class Signer:
@@ -77,33 +69,42 @@ class Signer:
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
         """Begin a session: two processes with the same key are told apart by it."""
         self._key = key
-        self.public_key = public_key_to_bytes(key.public_key())
+        self.public_key = asymmetric.public_key_to_bytes(key.public_key())
         self._session = uuid.uuid4().hex
         self._counts = itertools.count(1)
 
     def headers(self, path: str, body: bytes) -> dict[str, str]:
         """Return the headers of one request."""
         stamp, count, digest = f"{clock():.3f}", str(next(self._counts)), hashlib.sha256(body).hexdigest()
-        signature = sign_message(self._key, _statement(path, stamp, self._session, count, digest))
+        signature = asymmetric.sign_message(self._key, _statement(path, stamp, self._session, count, digest))
         return {
-            FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.public_key).decode(),
-            FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
-            TIMESTAMP_HEADER: stamp,
-            SESSION_HEADER: self._session,
-            COUNT_HEADER: count,
-            DIGEST_HEADER: digest,
+            KEY_HEADER: b64encode(self.public_key).decode(),
+            SIGNATURE_HEADER: b64encode(signature).decode(),
+            **dict(zip(_SIGNED, (stamp, self._session, count, digest), strict=True)),
         }
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the headers of a request say, once the signature was found to be right."""
+    """What the headers of a request say."""
 
     public_key: bytes
     session: str
     count: int
     digest: str
     time: float
+    signature: bytes = b""
+    statement: bytes = b""
+
+    def is_right(self) -> bool:
+        """Return whether the key has signed all this."""
+        try:
+            key: Any = _loaded(self.public_key)
+        except (ValueError, UnsupportedAlgorithm):
+            return False
+        # What it says it is, a stranger's key need not be.
+        is_fitting = isinstance(key, ec.EllipticCurvePublicKey)
+        return is_fitting and asymmetric.verify_signature(key, self.statement, self.signature)
 
 
 @dataclass
@@ -161,12 +162,11 @@ class Admission:
             RefusedError: It is not signed, or not by a key that may speak.
         """
         address = address_of(scope)
-        found = _signed(scope)
-        if found is None:
+        claim = _signed(scope)
+        if claim is None:
             self.turn_away_stranger(scope)
             raise RefusedError(401, UNSIGNED)
-        claim, signature, statement = found
-        if not _is_right(claim.public_key, signature, statement):
+        if not claim.is_right():
             line = f"Refused a client at {address}: its signature does not fit its key"
             self._refusals.tell(address, SIGNATURE, line)
             raise RefusedError(401, SIGNATURE)
@@ -230,44 +230,18 @@ def _statement(path: str, *parts: str) -> bytes:
     return "\n".join(["fedrag", path, *parts]).encode("latin-1")
 
 
-def _signed(scope: Scope) -> tuple[Claim, bytes, bytes] | None:
-    """Return what is claimed, the signature, and what was signed; None where a header is missing or is nonsense."""
+def _signed(scope: Scope) -> Claim | None:
+    """Return what is claimed; None where a header is missing or is nonsense."""
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
     try:
-        parts = [headers[name] for name in (TIMESTAMP_HEADER, SESSION_HEADER, COUNT_HEADER, DIGEST_HEADER)]
-        stamp, session, count, digest = parts
+        stamp, session, count, digest = parts = [headers[name] for name in _SIGNED]
+        key, signature = (b64decode(headers[name], validate=True) for name in (KEY_HEADER, SIGNATURE_HEADER))
         claim = Claim(
-            b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower()], validate=True),
-            session[:64],
-            int(count[:15]),
-            digest,
-            float(stamp),
+            key, session[:64], int(count[:15]), digest, float(stamp), signature, _statement(scope["path"], *parts)
         )
-        signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.lower()], validate=True)
-        statement = _statement(scope["path"], *parts)
     except (KeyError, ValueError):
         return None
-    return (claim, signature, statement) if claim.session and math.isfinite(claim.time) else None
-
-
-def _is_right(public_key: bytes, signature: bytes, statement: bytes) -> bool:
-    try:
-        key = _loaded(public_key)
-    except (ValueError, UnsupportedAlgorithm):
-        return False
-    # What it says it is, a stranger's key need not be.
-    return isinstance(key, ec.EllipticCurvePublicKey) and verify_signature(key, statement, signature)
-
-
-@functools.lru_cache(maxsize=1024)
-def _loaded(public_key: bytes) -> Any:
-    return bytes_to_public_key(public_key)
-
-
-@dataclass
-class _Lines:
-    since: float
-    told: int = field(default=0)
+    return claim if claim.session and math.isfinite(claim.time) else None
 
 
 class Refusals:
@@ -290,7 +264,7 @@ class Refusals:
         self._note = note
         self._now = now
         self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._lines: dict[str, _Lines] = {}
+        self._minutes: dict[str, tuple[float, int]] = {}
         self._lock = threading.Lock()
 
     def tell(self, who: str, reason: str, line: str) -> None:
@@ -306,13 +280,13 @@ class Refusals:
                 self._told.move_to_end((who, reason))
                 return
             now = self._now()
-            lines = self._lines.setdefault(reason, _Lines(now))
-            if now - lines.since >= self.SECONDS:
-                lines.since, lines.told = now, 0
-            lines.told += 1
-            if lines.told > self.MOST_LINES + 1:
+            since, told = self._minutes.get(reason, (now, 0))
+            if now - since >= self.SECONDS:
+                since, told = now, 0
+            self._minutes[reason] = (since, told + 1)
+            if told > self.MOST_LINES:
                 return
-            if lines.told > self.MOST_LINES:
+            if told == self.MOST_LINES:
                 line = "More of the same were turned away; those of this minute are not listed"
             else:
                 self._told[who, reason] = None

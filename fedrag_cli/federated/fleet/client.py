@@ -7,39 +7,28 @@ it; this one does not.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import socket
 import ssl
 import tempfile
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
+from fedrag_cli.federated.endpoint import ServerAddress
 from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet.auth import CLOCK, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
-from fedrag_cli.federated.fleet.http import (
-    ACTIVATE,
-    DEACTIVATE,
-    HEARTBEAT,
-    POLL_SECONDS,
-    PULL_MESSAGES,
-    PULL_OBJECT,
-    PUSH_MESSAGES,
-    PUSH_OBJECT,
-)
+from fedrag_cli.federated.fleet.http import POLL_SECONDS
 from fedrag_cli.federated.fleet.state import head_bytes
 from fedrag_cli.federated.grid import quiet_flower
 from fedrag_cli.federated.keys import fingerprint
@@ -49,38 +38,22 @@ from fedrag_cli.runs.reporting import Reporter
 HEARTBEAT_SECONDS = 10.0
 SECONDS_BETWEEN_NOTES = 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.3, 1.0
-ANSWER_SECONDS, LARGE_ANSWER_SECONDS = 30.0, 150.0
+ANSWER_SECONDS = 30.0
+# A slow line may take long for what is large.
+SECONDS = {flower.DEACTIVATE: 5.0, flower.HEARTBEAT: 10.0, flower.PULL_MESSAGES: POLL_SECONDS + ANSWER_SECONDS}
+SECONDS |= dict.fromkeys((flower.PUSH_MESSAGES, flower.PULL_OBJECT, flower.PUSH_OBJECT), 150.0)
 MOST_ANSWER_BYTES = 64 * 2**10
 AT_ONCE = 4
 PUSH_ATTEMPTS = 3
 
 MEANINGS = {
     400: "it runs another version",
-    401: "it does not take this client's signature",
     403: "a proxy before it, or it runs another version",
     404: "no server of fedrag, or of another version",
     413: "what was sent is too large for it",
     429: "a proxy before it limits requests",
     500: "an error within it",
-    502: "a proxy before it does not reach it",
-    503: "it is busy",
-    504: "a proxy before it does not reach it",
 }
-
-
-@dataclass(frozen=True)
-class ServerAddress:
-    """Where the server is and how to trust it.
-
-    Args:
-        address: `HOST:PORT`.
-        tls: Whether to speak TLS.
-        ca_certificate: The authority to trust, as PEM; the system's authorities where it is None.
-    """
-
-    address: str
-    tls: bool
-    ca_certificate: bytes | None = None
 
 
 class UnreachableError(Exception):
@@ -145,10 +118,9 @@ class FleetNode:
         self._connect_timeout = connect_timeout
         self._directory = directory or Path(tempfile.gettempdir())
         self._most_bytes = 2**40
-        self._proxy = _proxy(server)
-        self._where = server.address + (f" (through the proxy {_shown(self._proxy)})" if self._proxy else "")
+        self._most_of_answer = {flower.PULL_OBJECT: flower.PIECE_BYTES + 1024}
+        self._where = server.in_words
         self._packer = flower.Packer()
-        self._node = flower.Node()
         self._http: httpx.Client
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -168,19 +140,22 @@ class FleetNode:
             RunInterruptedError: A signal came while a message was answered.
         """
         self._most_bytes = most_bytes
+        self._most_of_answer[flower.PULL_MESSAGES] = self._most_of_answer[flower.PUSH_MESSAGES] = head_bytes(most_bytes)
         self._silent_since = time.monotonic()
         with self._dial() as self._http:
             self._ended.clear()
             beats = threading.Thread(target=self._beat, daemon=True)
             try:
-                self._introduce()
+                self._introduce(self._call)
+                self._was_connected, self._has_noted = True, False
+                self._reporter.note(f"Connected to {self._where}")
                 beats.start()
                 while not handler.ended:
                     try:
                         self._serve(handler)
                     except ForgottenError:
                         self._note("does not know this client any more (it may have been started again)")
-                        self._introduce()
+                        self._introduce(self._call)
             finally:
                 self._ended.set()
                 if self._was_connected:
@@ -198,7 +173,7 @@ class FleetNode:
         with self._dial() as self._http:
             for _ in range(2):
                 try:
-                    self._activate(self._post)
+                    self._introduce(self._post)
                 except UnreachableError:
                     continue
                 self._leave()
@@ -207,13 +182,12 @@ class FleetNode:
 
     def _dial(self) -> httpx.Client:
         try:
-            context = _context(self._server) if self._server.tls else False
             return httpx.Client(
                 base_url=f"{'https' if self._server.tls else 'http'}://{self._server.address}",
-                verify=context,
-                # Environment variables name proxies also for this machine itself; see `_proxy`.
+                verify=self._server.context() if self._server.tls else False,
+                # Environment variables name proxies also for this machine itself.
                 trust_env=False,
-                proxy=self._proxy,
+                proxy=self._server.proxy,
                 headers={"accept-encoding": "identity", "content-type": "application/x-protobuf"},
                 limits=httpx.Limits(keepalive_expiry=50.0),
             )
@@ -225,15 +199,7 @@ class FleetNode:
 
     # Requests.
 
-    def _post(
-        self,
-        path: str,
-        request: Any,
-        answer: Any,
-        *,
-        most_bytes: int = MOST_ANSWER_BYTES,
-        seconds: float = ANSWER_SECONDS,
-    ) -> Any:
+    def _post(self, path: str, **fields: Any) -> Any:
         """Send a request once.
 
         Raises:
@@ -241,32 +207,32 @@ class FleetNode:
             ForgottenError: The server does not know this client.
             ConnectionFailedError: Asking again cannot help.
         """
-        body = request.SerializeToString()
-        headers = self._signer.headers(path, body)
+        asked, answered = flower.TYPES[path]
+        body, seconds = asked(**fields).SerializeToString(), SECONDS.get(path, ANSWER_SECONDS)
+        headers, most = self._signer.headers(path, body), self._most_of_answer.get(path, MOST_ANSWER_BYTES)
         timeout = httpx.Timeout(seconds, connect=min(self._connect_timeout, ANSWER_SECONDS))
         try:
             with self._http.stream("POST", path, content=body, headers=headers, timeout=timeout) as response:
-                content = _bounded(response, most_bytes, 2 * seconds)
+                content = _bounded(response, most, 2 * seconds)
         except httpx.TransportError as error:
             self._raise_if_hopeless(error)
             raise UnreachableError(self._in_words(error)) from error
-        if response.headers.get(DIGEST_HEADER) != hashlib.sha256(content).hexdigest():
-            if response.status_code == 200:
-                raise UnreachableError("its answer was damaged on the way, or is none of fedrag")
-            content = b"{}"
-        if response.status_code == 200:
-            try:
-                return answer.FromString(content)
-            except flower.DecodeError as error:
-                raise UnreachableError("it answered something else than Flower's protocol") from error
-        raise self._refusal(response.status_code, content)
+        is_whole = response.headers.get(DIGEST_HEADER) == hashlib.sha256(content).hexdigest()
+        if response.status_code != 200:
+            raise self._refusal(response.status_code, content if is_whole else b"{}")
+        if not is_whole:
+            raise UnreachableError("its answer was damaged on the way, or is none of fedrag")
+        try:
+            return answered.FromString(content)
+        except flower.DecodeError as error:
+            raise UnreachableError("it answered something else than Flower's protocol") from error
 
-    def _call(self, path: str, request: Any, answer: Any, **options: Any) -> Any:
+    def _call(self, path: str, **fields: Any) -> Any:
         """Send a request until it is answered, or the server was silent for too long; see `_post`."""
         pause = FIRST_PAUSE
         while True:
             try:
-                found = self._post(path, request, answer, **options)
+                found = self._post(path, **fields)
             except UnreachableError as error:
                 self._wait(error, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -353,8 +319,6 @@ class FleetNode:
         """Return what went wrong below HTTP, such as `connection refused`."""
         if isinstance(error, httpx.ProxyError):
             return "the proxy does not connect"
-        if isinstance(error, _AnswerError):
-            return str(error)
         broke = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.LocalProtocolError)
         if broke and not self._was_connected and not self._server.tls:
             return "it does not answer plain requests: it may use TLS, or not be up yet"
@@ -371,52 +335,30 @@ class FleetNode:
 
     # What is asked and answered.
 
-    def _introduce(self) -> None:
-        self._activate(self._call)
-        if not self._was_connected:
-            self._was_connected, self._has_noted = True, False
-            self._reporter.note(f"Connected to {self._where}")
-
-    def _activate(self, send: Callable[..., Any]) -> None:
-        request = flower.ActivateNodeRequest(public_key=self._signer.public_key, heartbeat_interval=HEARTBEAT_SECONDS)
-        self._node = flower.Node(node_id=send(ACTIVATE, request, flower.ActivateNodeResponse).node_id)
+    def _introduce(self, send: Callable[..., Any]) -> None:
+        send(flower.ACTIVATE, public_key=self._signer.public_key, heartbeat_interval=HEARTBEAT_SECONDS)
 
     def _beat(self) -> None:
         """Tell the server now and then that this client lives."""
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            request = flower.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_SECONDS)
-            try:
-                self._post(HEARTBEAT, request, flower.SendNodeHeartbeatResponse, seconds=HEARTBEAT_SECONDS)
-            except (UnreachableError, ForgottenError, ConnectionFailedError, RuntimeError):
-                # The next request finds out whether the connection is really lost.
-                continue
+            # The next request finds out whether the connection is really lost.
+            with suppress(UnreachableError, ForgottenError, ConnectionFailedError, RuntimeError):
+                self._post(flower.HEARTBEAT, heartbeat_interval=HEARTBEAT_SECONDS)
 
     def _leave(self) -> None:
         """Say goodbye, so that the server need not wait for missing signs of life."""
-        request = flower.DeactivateNodeRequest(node_id=self._node.node_id)
-        try:
-            self._post(DEACTIVATE, request, flower.DeactivateNodeResponse, seconds=5.0)
-        except (UnreachableError, ForgottenError, ConnectionFailedError):
-            # The server is gone, or finds out by itself.
-            return
+        # A server that is gone needs none, and any other finds out by itself.
+        with suppress(UnreachableError, ForgottenError, ConnectionFailedError):
+            self._post(flower.DEACTIVATE)
 
     def _serve(self, handler: Handler) -> None:
-        request = flower.PullMessagesRequest(node=self._node)
         while not handler.ended:
             asked = time.monotonic()
-            answer = self._call(
-                PULL_MESSAGES,
-                request,
-                flower.PullMessagesResponse,
-                most_bytes=head_bytes(self._most_bytes),
-                seconds=POLL_SECONDS + ANSWER_SECONDS,
-            )
+            answer = self._call(flower.PULL_MESSAGES)
             if not answer.messages_list:
                 # A server that is about to end answers at once.
                 self._ended.wait(max(0.0, asked + LONGEST_PAUSE - time.monotonic()))
-                continue
-            message = self._fetch(answer)
-            if message is not None:
+            elif (message := self._fetch(answer)) is not None:
                 self._send(self._answer(handler, message))
 
     def _fetch(self, answer: Any) -> Message | None:
@@ -437,14 +379,7 @@ class FleetNode:
                 raise self._nonsense(str(error) if type(error) is ValueError else "it is no message") from error
 
             def pull(object_id: str) -> None:
-                wanted = flower.PullObjectRequest(node=self._node, object_id=object_id)
-                found = self._call(
-                    PULL_OBJECT,
-                    wanted,
-                    flower.PullObjectResponse,
-                    most_bytes=flower.PIECE_BYTES + 1024,
-                    seconds=LARGE_ANSWER_SECONDS,
-                )
+                found = self._call(flower.PULL_OBJECT, object_id=object_id)
                 if not found.object_found:
                     withdrawn.set()
                 elif not incoming.put(object_id, found.object_content):
@@ -473,28 +408,19 @@ class FleetNode:
 
     def _send(self, reply: Message) -> None:
         outgoing = self._packer.pack(reply, uuid.uuid4().hex)
-        request = flower.PushMessagesRequest(
-            node=self._node, messages_list=[outgoing.head], message_object_trees=[outgoing.tree]
-        )
         lost = threading.Event()
 
         def push(object_id: str) -> None:
             content = outgoing.piece(object_id)
             if content is None:
                 raise self._nonsense("it asks for tensors that this client never had")
-            part = flower.PushObjectRequest(node=self._node, object_id=object_id, object_content=content)
-            stored = self._call(PUSH_OBJECT, part, flower.PushObjectResponse, seconds=LARGE_ANSWER_SECONDS)
-            if not stored.stored:
+            if not self._call(flower.PUSH_OBJECT, object_id=object_id, object_content=content).stored:
                 lost.set()
 
         for _ in range(PUSH_ATTEMPTS):
             lost.clear()
             answer = self._call(
-                PUSH_MESSAGES,
-                request,
-                flower.PushMessagesResponse,
-                most_bytes=head_bytes(self._most_bytes),
-                seconds=LARGE_ANSWER_SECONDS,
+                flower.PUSH_MESSAGES, messages_list=[outgoing.head], message_object_trees=[outgoing.tree]
             )
             if any(answer.results.values()):
                 break
@@ -509,71 +435,31 @@ class FleetNode:
 
         def unless_stopped(object_id: str) -> None:
             if not stop.is_set():
-                try:
-                    work(object_id)
-                except BaseException:
-                    stop.set()
-                    raise
+                work(object_id)
 
-        if not object_ids:
-            return
-        pool = ThreadPoolExecutor(min(AT_ONCE, len(object_ids)))
-        try:
-            for _ in pool.map(unless_stopped, object_ids):
-                pass
-        except BaseException as error:
-            stop.set()
-            if not isinstance(error, ForgottenError):
-                # Also those threads that wait for a silent server end now.
-                self._ended.set()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-class _AnswerError(httpx.TransportError):
-    """An answer that breaks a bound."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                list(pool.map(unless_stopped, object_ids))
+            except BaseException as error:
+                stop.set()
+                if not isinstance(error, ForgottenError):
+                    # Also those threads that wait for a silent server end now.
+                    self._ended.set()
+                raise
 
 
 def _bounded(response: httpx.Response, most_bytes: int, seconds: float) -> bytes:
-    """Return an answer's bytes, as they are; raises httpx.TransportError where they are too many or take too long."""
+    """Return an answer's bytes, as they are; raises UnreachableError where they are too many or take too long."""
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise _AnswerError("its answer is compressed, which nobody asked for")
+        raise UnreachableError("its answer is compressed, which nobody asked for")
     content, end = bytearray(), time.monotonic() + seconds
     for part in response.iter_raw():
         content += part
         if len(content) > most_bytes:
-            raise _AnswerError("its answer is larger than agreed")
+            raise UnreachableError("its answer is larger than agreed")
         if time.monotonic() > end:
-            raise _AnswerError("its answer does not end")
+            raise UnreachableError("its answer does not end")
     return bytes(content)
-
-
-def _context(server: ServerAddress) -> ssl.SSLContext:
-    if server.ca_certificate is None:
-        return ssl.create_default_context()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cadata=server.ca_certificate.decode("ascii"))
-    return context
-
-
-def _proxy(server: ServerAddress) -> str | None:
-    """Return the proxy that the environment names for a server; none for this machine itself."""
-    host = urlsplit(f"//{server.address}").hostname or ""
-    try:
-        is_here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_here = host == "localhost"
-    if is_here or urllib.request.proxy_bypass(host):
-        return None
-    proxies = urllib.request.getproxies()
-    return proxies.get("https" if server.tls else "http") or proxies.get("all")
-
-
-def _shown(proxy: str) -> str:
-    """Return a proxy's address without name and password."""
-    parts = urlsplit(proxy)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _verification(text: str) -> str:

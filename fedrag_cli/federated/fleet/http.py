@@ -12,10 +12,8 @@ import re
 import socket
 import ssl
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from fedrag_cli.federated.fleet import _flower as flower
@@ -35,27 +33,14 @@ from fedrag_cli.federated.fleet.state import Client, FleetState, head_bytes
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-PREFIX = "/v1/fleet/"
-ACTIVATE, DEACTIVATE, HEARTBEAT, PULL_MESSAGES, PUSH_MESSAGES, PULL_OBJECT, PUSH_OBJECT = (
-    PREFIX + name
-    for name in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "pull-object",
-        "push-object",
-    )
-)
 # A request for messages waits that long for one.
 POLL_SECONDS = 20.0
 READ_SECONDS = 120.0
 REQUEST_SECONDS = 240.0
 SILENT_SECONDS = 60.0
 MOST_BYTES = 64 * 2**10
-# Larger bodies are read and worked on for so many bytes at once, of all clients together, and for so many of each.
-MOST_BODY_BYTES = 64 * 2**20
+# So many larger bodies, pieces most of them, are read and worked on at once, and so many of one client.
+MOST_BODIES = 128
 MOST_BODIES_OF_A_CLIENT = 5
 MOST_OF_A_CLIENT = 8
 MOST_STRANGERS = 512
@@ -104,22 +89,19 @@ class Door(socket.socket):
     """
 
     _refusals: Refusals
-    _tls = False
     _most = 0
     handshaking = "an unknown address"
 
-    def open(self, refusals: Refusals, most: int, *, tls: bool) -> Door:
+    def open(self, refusals: Refusals, most: int) -> Door:
         """Begin with nobody in.
 
         Args:
             refusals: Told of connections that come to nothing.
             most: Most connections at once.
-            tls: Whether connections begin with a handshake.
         """
-        self._refusals, self._tls, self._most = refusals, tls, most
+        self._refusals, self._most = refusals, most
         self._all: dict[tuple[Any, ...], _Connection] = {}
         self._strangers: dict[_Connection, None] = {}
-        self._of_address: Counter[str] = Counter()
         self._most_strangers = min(MOST_STRANGERS, most // 4)
         return self
 
@@ -130,27 +112,30 @@ class Door(socket.socket):
         connection = _Connection(fileno=plain.detach())
         connection.door, connection.peer, connection.address = self, tuple(peer[:2]), str(peer[0])
         connection.deadline = time.monotonic() + SILENT_SECONDS
-        if self._of_address[connection.address] >= max(1, self._most_strangers // 2):
-            self._end_oldest(connection.address)
-        elif len(self._strangers) >= self._most_strangers or len(self._all) >= self._most:
-            self._end_oldest(None)
+        neighbours = [stranger for stranger in self._strangers if stranger.address == connection.address]
+        if 2 * len(neighbours) >= self._most_strangers:
+            self._turn_out(neighbours[0])
+        elif self._strangers and max(len(self._strangers) / self._most_strangers, len(self._all) / self._most) >= 1:
+            self._turn_out(next(iter(self._strangers)))
         self._all[connection.peer] = connection
         self._strangers[connection] = None
-        self._of_address[connection.address] += 1
         if len(self._all) > self._most + self._most_strangers:
             connection.close()
             raise ConnectionAbortedError
         return connection, peer
 
-    def find(self, scope: Scope) -> _Connection | None:
-        """Return the connection of a request."""
-        return self._all.get(tuple(scope["client"])) if scope.get("client") else None
+    def expect(self, scope: Scope, seconds: float) -> _Connection | None:
+        """Return the connection of a request, after giving it so much time."""
+        connection = self._all.get(tuple(scope.get("client") or ()))
+        if connection is not None:
+            connection.deadline = time.monotonic() + seconds
+        return connection
 
     def let_in(self, connection: _Connection | None, public_key: bytes) -> None:
         """Note that a connection is a known client's, which may have a few; the oldest goes where there are more."""
         if connection is None or connection.owner is not None:
             return
-        self._forget_stranger(connection)
+        self._strangers.pop(connection, None)
         connection.owner = public_key
         own = [other for other in self._all.values() if other.owner == public_key]
         if len(own) > MOST_OF_A_CLIENT:
@@ -158,7 +143,7 @@ class Door(socket.socket):
 
     def forget(self, connection: _Connection) -> None:
         """Give a connection's place back."""
-        self._forget_stranger(connection)
+        self._strangers.pop(connection, None)
         if self._all.get(connection.peer) is connection:
             del self._all[connection.peer]
 
@@ -175,11 +160,11 @@ class Door(socket.socket):
 
     def look_at(self, connection: _Connection, data: bytes) -> None:
         """Say what a connection sends that is no request."""
+        who = connection.address
         if data[:2] == b"\x16\x03":
-            line = f"A client at {connection.address} speaks TLS, but this server does without"
-            self._refusals.tell(connection.address, "tls", line)
+            self._refusals.tell(who, "tls", f"A client at {who} speaks TLS, but this server does without")
         elif not _METHOD.match(data[:8]):
-            self._refusals.tell(connection.address, "http", f"A connection from {connection.address} sent no HTTP")
+            self._refusals.tell(who, "http", f"A connection from {who} sent no HTTP")
 
     def watch(self, context: ssl.SSLContext) -> ssl.SSLContext:
         """Return a context whose handshakes say why they fail, which the web server never hears of."""
@@ -198,20 +183,10 @@ class Door(socket.socket):
         context.sslobject_class = Handshake
         return context
 
-    def _end_oldest(self, address: str | None) -> None:
-        for stranger in self._strangers:
-            if address is None or stranger.address == address:
-                # It is no stranger any more, and waits for the web server to close it.
-                self._forget_stranger(stranger)
-                stranger.end()
-                return
-
-    def _forget_stranger(self, connection: _Connection) -> None:
-        if connection in self._strangers:
-            del self._strangers[connection]
-            self._of_address[connection.address] -= 1
-            if not self._of_address[connection.address]:
-                del self._of_address[connection.address]
+    def _turn_out(self, stranger: _Connection) -> None:
+        # It takes no stranger's place any more while it waits for the web server to close it.
+        del self._strangers[stranger]
+        stranger.end()
 
 
 def _handshake_failure(address: str, code: str) -> tuple[str, str]:
@@ -225,13 +200,6 @@ def _handshake_failure(address: str, code: str) -> tuple[str, str]:
     if code == "HTTP_REQUEST":
         return "plain", f"A connection from {address} was no TLS client: it sent plain HTTP"
     return "handshake", f"A connection from {address} was no TLS client{f' ({words})' if words else ''}"
-
-
-@dataclass(frozen=True)
-class _Route:
-    request: Any
-    answer: Callable[[Client, Claim, Any], Awaitable[Any]]
-    most_bytes: int = MOST_BYTES
 
 
 class FleetApp:
@@ -250,29 +218,26 @@ class FleetApp:
     ) -> None:
         """Begin with no request."""
         self._state, self._admission, self._door, self._refusals = state, admission, door, refusals
-        self._bytes = 0
-        self._bodies_of: Counter[bytes] = Counter()
-        self._freed = asyncio.Condition()
+        self._places = asyncio.Semaphore(MOST_BODIES)
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         state.wake = self._wake
-        self._routes = {
-            DEACTIVATE: _Route(flower.DeactivateNodeRequest, self._leave),
-            HEARTBEAT: _Route(flower.SendNodeHeartbeatRequest, self._live),
-            PULL_MESSAGES: _Route(flower.PullMessagesRequest, self._pull_messages),
-            PUSH_MESSAGES: _Route(flower.PushMessagesRequest, self._push_messages, head_bytes(most_bytes)),
-            PULL_OBJECT: _Route(flower.PullObjectRequest, self._pull_object),
-            PUSH_OBJECT: _Route(flower.PushObjectRequest, self._push_object, flower.PIECE_BYTES + 1024),
+        self._routes: dict[str, Callable[[Client, Any], Awaitable[dict[str, Any]]]] = {
+            flower.DEACTIVATE: self._leave,
+            flower.HEARTBEAT: self._live,
+            flower.PULL_MESSAGES: self._pull_messages,
+            flower.PUSH_MESSAGES: self._push_messages,
+            flower.PULL_OBJECT: self._pull_object,
+            flower.PUSH_OBJECT: self._push_object,
         }
+        self._most = {flower.PUSH_MESSAGES: head_bytes(most_bytes), flower.PUSH_OBJECT: flower.PIECE_BYTES + 1024}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return
         self._loop = asyncio.get_running_loop()
-        connection = self._door.find(scope)
-        if connection is not None:
-            connection.deadline = time.monotonic() + REQUEST_SECONDS
+        connection = self._door.expect(scope, REQUEST_SECONDS)
         try:
             code, content = 200, (await self._answer(scope, receive, connection)).SerializeToString()
         except RefusedError as refusal:
@@ -289,8 +254,7 @@ class FleetApp:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": code, "headers": headers})
         await send({"type": "http.response.body", "body": content})
-        if connection is not None:
-            connection.deadline = time.monotonic() + SILENT_SECONDS
+        self._door.expect(scope, SILENT_SECONDS)
 
     def close(self) -> None:
         """Answer those that wait for messages, from any thread."""
@@ -304,107 +268,81 @@ class FleetApp:
 
     async def _answer(self, scope: Scope, receive: Receive, connection: _Connection | None) -> Any:
         path = scope["path"]
-        if scope["method"] != "POST" or not (path == ACTIVATE or path in self._routes):
+        if scope["method"] != "POST" or path not in flower.TYPES:
             self._admission.turn_away_stranger(scope)
             raise RefusedError(404, "not found")
         claim = await self._admission.admit(scope)
-        if path == ACTIVATE:
+        asked, answered = flower.TYPES[path]
+        if path == flower.ACTIVATE:
             self._admission.check_clock(scope, claim)
-            await self._read(scope, receive, claim, MOST_BYTES)
+            await _body(receive, claim, _announced(scope, MOST_BYTES))
             client = self._state.activate(claim)
             self._door.let_in(connection, claim.public_key)
-            return flower.ActivateNodeResponse(node_id=client.member.node_id)
-        route, client = self._routes[path], self._state.speaker(claim)
+            return answered(node_id=client.member.node_id)
+        client, size = self._state.speaker(claim), _announced(scope, self._most.get(path, MOST_BYTES))
         self._door.let_in(connection, claim.public_key)
-        async with self._room(_announced(scope, route.most_bytes), claim.public_key):
-            body = await self._read(scope, receive, claim, route.most_bytes)
+        async with self._room(client, size):
             try:
-                request = route.request.FromString(body)
+                request = asked.FromString(await _body(receive, claim, size))
             except flower.DecodeError:
                 raise RefusedError(400, "protobuf") from None
-            del body
-            return await route.answer(client, claim, request)
+            return answered(**await self._routes[path](client, request))
 
     @asynccontextmanager
-    async def _room(self, size: int, public_key: bytes) -> AsyncIterator[None]:
-        """Wait until a large body has room beside the others, and keep it for as long as the body is worked on.
+    async def _room(self, client: Client, size: int) -> AsyncIterator[None]:
+        """Wait until a large body has a place beside the others, and keep it for as long as the body is worked on.
 
         Raises:
-            RefusedError: Its client has too many on the way, or there is no room for too long.
+            RefusedError: Its client has too many on the way.
         """
         if size <= MOST_BYTES:
             yield
             return
-        if self._bodies_of[public_key] >= MOST_BODIES_OF_A_CLIENT:
+        if client.bodies >= MOST_BODIES_OF_A_CLIENT:
             raise RefusedError(503, BUSY)
-        self._bodies_of[public_key] += 1
-        taken = 0
+        client.bodies += 1
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(READ_SECONDS), self._freed:
-                    await self._freed.wait_for(lambda: self._bytes + size <= MOST_BODY_BYTES)
-                    self._bytes += size
-                    taken = size
-            if not taken:
-                raise RefusedError(503, BUSY)
-            yield
+            async with self._places:
+                yield
         finally:
-            self._bytes -= taken
-            self._bodies_of[public_key] -= 1
-            if not self._bodies_of[public_key]:
-                del self._bodies_of[public_key]
-            async with self._freed:
-                self._freed.notify_all()
+            client.bodies -= 1
 
-    async def _read(self, scope: Scope, receive: Receive, claim: Claim, most: int) -> bytes:
-        """Return a body; raises RefusedError where it is too large, too slow, cut off, or not what was signed."""
-        _announced(scope, most)
-        try:
-            body = await asyncio.wait_for(_whole(receive, most), READ_SECONDS)
-        except TimeoutError:
-            raise RefusedError(408, BUSY) from None
-        if hashlib.sha256(body).hexdigest() != claim.digest:
-            raise RefusedError(400, DAMAGED)
-        return body
-
-    async def _leave(self, client: Client, claim: Claim, request: Any) -> Any:
+    async def _leave(self, client: Client, request: Any) -> dict[str, Any]:
         self._state.leave(client)
-        return flower.DeactivateNodeResponse()
+        return {}
 
-    async def _live(self, client: Client, claim: Claim, request: Any) -> Any:
-        return flower.SendNodeHeartbeatResponse(success=True)
+    async def _live(self, client: Client, request: Any) -> dict[str, Any]:
+        return {"success": True}
 
-    async def _pull_messages(self, client: Client, claim: Claim, request: Any) -> Any:
+    async def _pull_messages(self, client: Client, request: Any) -> dict[str, Any]:
+        session = client.session
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_SECONDS):
                 while not self._is_closing:
-                    if client.session != claim.session:
+                    if client.session != session:
                         raise RefusedError(409, SUPERSEDED)
                     if (found := self._state.next_message(client)) is not None:
-                        return flower.PullMessagesResponse(
-                            messages_list=[found.head], message_object_trees=[found.tree]
-                        )
+                        return {"messages_list": [found.head], "message_object_trees": [found.tree]}
                     client.arrived.clear()
                     await client.arrived.wait()
-        return flower.PullMessagesResponse()
+        return {}
 
-    async def _push_messages(self, client: Client, claim: Claim, request: Any) -> Any:
+    async def _push_messages(self, client: Client, request: Any) -> dict[str, Any]:
         if not len(request.messages_list) == len(request.message_object_trees) == 1:
             raise RefusedError(400, "protobuf")
-        (head,), (tree,) = request.messages_list, request.message_object_trees
-        missing = await asyncio.to_thread(self._state.announce, client, head, tree)
+        announced = request.messages_list[0], request.message_object_trees[0]
+        missing = await asyncio.to_thread(self._state.announce, client, *announced)
         # Flower knows no way to say that a reply is not wanted; a result other than 0 is what comes nearest.
-        results = {"reply": int(missing is None)}
-        return flower.PushMessagesResponse(results=results, objects_to_push=missing or [])
+        return {"results": {"reply": int(missing is None)}, "objects_to_push": missing or []}
 
-    async def _pull_object(self, client: Client, claim: Claim, request: Any) -> Any:
+    async def _pull_object(self, client: Client, request: Any) -> dict[str, Any]:
         content = self._state.piece(client, request.object_id)
         found = content is not None
-        return flower.PullObjectResponse(object_found=found, object_available=found, object_content=content or b"")
+        return {"object_found": found, "object_available": found, "object_content": content or b""}
 
-    async def _push_object(self, client: Client, claim: Claim, request: Any) -> Any:
+    async def _push_object(self, client: Client, request: Any) -> dict[str, Any]:
         stored = await asyncio.to_thread(self._state.store, client, request.object_id, request.object_content)
-        return flower.PushObjectResponse(stored=stored)
+        return {"stored": stored}
 
 
 def _announced(scope: Scope, most: int) -> int:
@@ -414,16 +352,20 @@ def _announced(scope: Scope, most: int) -> int:
     return int(announced)
 
 
-async def _whole(receive: Receive, most: int) -> bytes:
+async def _body(receive: Receive, claim: Claim, most: int) -> bytes:
+    """Return a body; raises RefusedError where it is too large, too slow, cut off, or not what was signed."""
     parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise RefusedError(400, DAMAGED)
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            raise RefusedError(413, "size")
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            while more and size <= most:
+                message = await receive()
+                parts.append(message.get("body", b""))
+                # A connection that breaks off has no more, and not what was signed.
+                size, more = size + len(parts[-1]), message.get("more_body", False)
+    except TimeoutError:
+        raise RefusedError(408, BUSY) from None
+    body = b"".join(parts)
+    if hashlib.sha256(body).hexdigest() != claim.digest:
+        raise RefusedError(400, DAMAGED)
+    return body

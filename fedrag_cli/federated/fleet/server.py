@@ -7,13 +7,11 @@ only the routes that clients need exist.
 from __future__ import annotations
 
 import socket
-import ssl
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +19,7 @@ import uvicorn
 from flwr.app import Message
 
 from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.federated.endpoint import ServerCertificate
 from fedrag_cli.federated.fleet._flower import identify
 from fedrag_cli.federated.fleet.auth import Admission, Refusals
 from fedrag_cli.federated.fleet.http import MOST_OF_A_CLIENT, SILENT_SECONDS, Door, FleetApp
@@ -32,30 +31,6 @@ from fedrag_cli.runs.reporting import Reporter, SilentReporter
 START_SECONDS = 30.0
 MOST_DESCRIPTORS = 16384
 FEWEST_DESCRIPTORS = 256
-
-
-@dataclass(frozen=True)
-class ServerCertificate:
-    """Files of the server's TLS certificate and its private key."""
-
-    certificate: Path
-    key: Path
-
-    def context(self) -> ssl.SSLContext:
-        """Return what the handshake needs of them.
-
-        Raises:
-            ConnectionFailedError: They are missing, or do not fit each other.
-        """
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ValueError) as error:
-            raise ConnectionFailedError(
-                f"The TLS certificate '{self.certificate}' with the key '{self.key}' cannot be used: {error}",
-                "Check federated.certificate and federated.certificate_key.",
-            ) from error
-        return context
 
 
 class FleetServer:
@@ -109,7 +84,7 @@ class FleetServer:
             self._pieces.mkdir(mode=0o700, parents=True, exist_ok=True)
         listener = listen(self._host, self._port)
         self.address = listener.getsockname()[:2]
-        door = Door(fileno=listener.detach()).open(self._refusals, most, tls=self._context is not None)
+        door = Door(fileno=listener.detach()).open(self._refusals, most)
         self._app = FleetApp(self.state, self._admission, door, self._refusals, self._most_bytes)
         context = door.watch(self._context) if self._context is not None else None
         self._uvicorn = uvicorn.Server(
@@ -184,8 +159,7 @@ def _descriptors() -> int:
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MOST_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return wanted
-    return soft if soft != resource.RLIM_INFINITY else MOST_DESCRIPTORS
+    return wanted
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -235,8 +209,7 @@ class FleetGrid(FederationGrid):
         Raises:
             FedRAGError: What clients have sent cannot be written.
         """
-        replies = [self._state.take(message_id) for message_id in message_ids if message_id]
-        return [reply for reply in replies if reply is not None]
+        return [reply for message_id in message_ids if (reply := self._state.take(message_id)) is not None]
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop messages whose replies are not wanted any more."""

@@ -14,20 +14,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import Message
 
-from fedrag_cli.federated.fleet._flower import (
-    PIECE_BYTES,
-    Incoming,
-    MessageProto,
-    ObjectTree,
-    Outgoing,
-    Packer,
-    failed,
-)
+from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet.auth import SUPERSEDED, UNKNOWN_CLIENT, USED, Claim, Counts, RefusedError
 from fedrag_cli.federated.grid import Member
 from fedrag_cli.runs.atomic import os_errors
@@ -51,9 +43,9 @@ class Question:
     """
 
     asked: Message
-    outgoing: Outgoing
+    outgoing: flower.Outgoing
     activation: int
-    reply: Incoming | None = None
+    reply: flower.Incoming | None = None
     failure: str = ""
 
     @property
@@ -74,6 +66,7 @@ class Client:
         seen: When it last asked something, by a clock that nobody sets.
         questions: What it is asked, by message id, in the order of asking.
         has_replied: Whether it ever answered one.
+        bodies: Large bodies that it is sending now.
         arrived: Set where there may be a question for it.
     """
 
@@ -84,6 +77,7 @@ class Client:
     seen: float = float("-inf")
     questions: dict[str, Question] = field(default_factory=dict)
     has_replied: bool = False
+    bodies: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -108,7 +102,7 @@ class FleetState:
         self._clients: dict[bytes, Client] = {}
         self._by_id: dict[int, Client] = {}
         self._asked: dict[str, Client] = {}
-        self._packer = Packer()
+        self._packer = flower.Packer()
         self._failure: OSError | None = None
         self._lock = threading.RLock()
         self._changed = threading.Event()
@@ -138,8 +132,8 @@ class FleetState:
                 client.session, client.counts = claim.session, Counts()
             if not client.counts.take(claim.count):
                 raise RefusedError(401, USED)
-            member = client.member
-            client.member = Member(member.node_id, self._name(claim), member.key, member.activation + 1)
+            name, activation = self._names.get(claim.public_key, ""), client.member.activation + 1
+            client.member = replace(client.member, name=name, activation=activation)
             client.seen = time.monotonic()
         # A process that was superseded may be waiting for a message.
         self.wake(client)
@@ -170,7 +164,7 @@ class FleetState:
         client.seen = float("-inf")
         self._changed.set()
 
-    def next_message(self, client: Client) -> Outgoing | None:
+    def next_message(self, client: Client) -> flower.Outgoing | None:
         """Return what a client is to answer; the same again until it has."""
         with self._lock:
             for question in client.questions.values():
@@ -187,7 +181,7 @@ class FleetState:
                 return content
         return None
 
-    def announce(self, client: Client, head: MessageProto, tree: ObjectTree) -> list[str] | None:
+    def announce(self, client: Client, head: flower.MessageProto, tree: flower.ObjectTree) -> list[str] | None:
         """Take a reply's bare message, and return the names of the pieces that are missing; None where nobody waits.
 
         A client that lost the answer to this asks again, and goes on with what is missing.
@@ -196,10 +190,9 @@ class FleetState:
             question = client.questions.get(head.metadata.reply_to_message_id)
             if question is None or question.is_answered:
                 return None if question is None or question.failure else []
-            same = question.reply is not None and question.reply.pieces == {child.object_id for child in tree.children}
-            if question.reply is None or not same:
+            if question.reply is None or question.reply.pieces != {child.object_id for child in tree.children}:
                 try:
-                    question.reply = Incoming(head, tree, self._directory, self._most_bytes)
+                    question.reply = flower.Incoming(head, tree, self._directory, self._most_bytes)
                 except OSError as error:
                     self._failure = error
                     raise
@@ -208,10 +201,9 @@ class FleetState:
                     self._changed.set()
                     return None
             client.has_replied = True
-            missing = question.reply.missing
-            if not missing:
+            if question.is_answered:
                 self._changed.set()
-            return missing
+            return question.reply.missing
 
     def store(self, client: Client, object_id: str, content: bytes) -> bool:
         """Keep a piece of a client's reply, and return whether it is one that was announced."""
@@ -222,7 +214,6 @@ class FleetState:
             stored = reply is not None and reply.put(object_id, content)
         except OSError as error:
             self._failure = error
-            self._changed.set()
             raise
         if reply is not None and not reply.missing:
             self._changed.set()
@@ -245,9 +236,6 @@ class FleetState:
         del self._by_id[client.member.node_id]
         for message_id in client.questions:
             self._asked.pop(message_id, None)
-
-    def _name(self, claim: Claim) -> str:
-        return self._names.get(claim.public_key, "")
 
     # What the rounds do.
 
@@ -290,7 +278,7 @@ class FleetState:
             return None
         self.drop([message_id])
         if question.reply is None or question.failure or not question.reply.message.has_content():
-            return failed(question.asked, question.failure or "the client failed")
+            return flower.failed(question.asked, question.failure or "the client flower.failed")
         # Who answers what is known from the question; the client's own word on it does not count.
         return Message(question.reply.content(), reply_to=question.asked)
 
@@ -320,4 +308,4 @@ def limits_of(sizes: Sequence[int]) -> int:
 
 def head_bytes(most_bytes: int) -> int:
     """Return how many bytes a bare message may have whose tensors have so many: it names each of their pieces."""
-    return 2**20 + min(most_bytes // PIECE_BYTES * 80, 15 * 2**20)
+    return 2**20 + min(most_bytes // flower.PIECE_BYTES * 80, 15 * 2**20)
