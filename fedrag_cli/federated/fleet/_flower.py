@@ -201,7 +201,9 @@ def _with_arrays(content: RecordDict, change: Callable[[Array], Array]) -> Recor
     for name, record in content.items():
         changed[name] = record
         if isinstance(record, ArrayRecord):
-            changed[name] = ArrayRecord({key: change(array) for key, array in record.items()})
+            # Flower copies the bytes of arrays that it is given at once.
+            changed[name] = arrays = ArrayRecord()
+            arrays.update({key: change(array) for key, array in record.items()})
     return changed
 
 

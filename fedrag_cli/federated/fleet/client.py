@@ -117,7 +117,6 @@ class FleetNode:
         self._reporter = reporter
         self._connect_timeout = connect_timeout
         self._directory = directory or Path(tempfile.gettempdir())
-        self._most_bytes = 2**40
         self._most_of_answer = {flower.PULL_OBJECT: flower.PIECE_BYTES + 1024}
         self._where = server.in_words
         self._packer = flower.Packer()
@@ -297,8 +296,7 @@ class FleetNode:
             return ConnectionFailedError(
                 f"The server at {self._where} does not let this client in: {words}.", "Set both clocks, such as by NTP."
             )
-        elsewhere = "it sends clients elsewhere, which is not followed" if code // 100 == 3 else ""
-        meaning = MEANINGS.get(code, elsewhere)
+        meaning = MEANINGS.get(code, "it sends clients elsewhere, which is not followed" if code // 100 == 3 else "")
         return AnsweredError(f"it answered {code}" + (f": {meaning}" if meaning else ""))
 
     def _raise_if_hopeless(self, error: httpx.TransportError) -> None:

@@ -234,8 +234,6 @@ class FleetApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http":
-            return
         self._loop = asyncio.get_running_loop()
         connection = self._door.expect(scope, REQUEST_SECONDS)
         try:

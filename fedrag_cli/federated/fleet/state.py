@@ -201,9 +201,9 @@ class FleetState:
                     self._changed.set()
                     return None
             client.has_replied = True
-            if question.is_answered:
+            if not (missing := question.reply.missing):
                 self._changed.set()
-            return question.reply.missing
+            return missing
 
     def store(self, client: Client, object_id: str, content: bytes) -> bool:
         """Keep a piece of a client's reply, and return whether it is one that was announced."""
