@@ -367,7 +367,7 @@ def test_the_memory_of_the_mean_does_not_grow_with_the_clients(tmp_path: Path) -
     updates = []
     for _ in range(6):
         file = ScratchFile(tmp_path)
-        file.append(data)
+        file.write(data, 0)
         updates.append(Update({"w": FileArray("float32", (size,), "numpy.ndarray", file, 0, len(data))}, 2, {}, 0.0))
     tracemalloc.start()
     mean = weighted_mean(updates, {"w": [size]})["w"]
