@@ -124,6 +124,10 @@ class Packer:
         return Outgoing(message_to_proto(bare), tensors)
 
 
+class UnusableError(ValueError):
+    """A message is none, or not as agreed; the reason is in our own words."""
+
+
 class Incoming:
     """A message that comes in pieces, each of which is held against its name; the tensors lie in a file.
 
@@ -138,21 +142,21 @@ class Incoming:
         """Look at what is announced.
 
         Raises:
-            ValueError: It is too large or does not add up; hostile bytes may make Flower raise other errors too.
+            UnusableError: It is too large or does not add up; hostile bytes may make Flower raise other errors too.
             OSError: There is no room for a file.
         """
         self.message = message_from_proto(head)
         arrays = [array for record in self._records() for array in record.values()]
         if any(len(array.data) != _SIZE_BYTES for array in arrays):
-            raise ValueError("it does not say how large its tensors are")
+            raise UnusableError("it does not say how large its tensors are")
         self._size = sum(int.from_bytes(array.data, "big") for array in arrays)
         if self._size > most_bytes:
-            raise ValueError("it is larger than agreed")
+            raise UnusableError("it is larger than agreed")
         self._places: dict[str, list[int]] = {}
         for place, child in enumerate(tree.children):
             self._places.setdefault(child.object_id, []).append(place * PIECE_BYTES)
         if len(tree.children) != -(-self._size // PIECE_BYTES):
-            raise ValueError("its pieces do not add up")
+            raise UnusableError("its pieces do not add up")
         self._missing = set(self._places)
         self._file = ScratchFile(directory) if arrays else None
 

@@ -36,15 +36,13 @@ from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter
 
 HEARTBEAT_SECONDS = 10.0
-SECONDS_BETWEEN_NOTES = 30.0
+SECONDS_BETWEEN_NOTES, ANSWER_SECONDS = 30.0, 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.3, 1.0
-ANSWER_SECONDS = 30.0
 # A slow line may take long for what is large.
 SECONDS = {flower.DEACTIVATE: 5.0, flower.HEARTBEAT: 10.0, flower.PULL_MESSAGES: POLL_SECONDS + ANSWER_SECONDS}
 SECONDS |= dict.fromkeys((flower.PUSH_MESSAGES, flower.PULL_OBJECT, flower.PUSH_OBJECT), 150.0)
 MOST_ANSWER_BYTES = 64 * 2**10
 AT_ONCE = 4
-PUSH_ATTEMPTS = 3
 
 MEANINGS = {
     400: "it runs another version",
@@ -374,7 +372,8 @@ class FleetNode:
             except OSError:
                 raise
             except Exception as error:
-                raise self._nonsense(str(error) if type(error) is ValueError else "it is no message") from error
+                ours = isinstance(error, flower.UnusableError)
+                raise self._nonsense(str(error) if ours else "it is no message") from error
 
             def pull(object_id: str) -> None:
                 found = self._call(flower.PULL_OBJECT, object_id=object_id)
@@ -415,7 +414,7 @@ class FleetNode:
             if not self._call(flower.PUSH_OBJECT, object_id=object_id, object_content=content).stored:
                 lost.set()
 
-        for _ in range(PUSH_ATTEMPTS):
+        for _ in range(3):
             lost.clear()
             answer = self._call(
                 flower.PUSH_MESSAGES, messages_list=[outgoing.head], message_object_trees=[outgoing.tree]

@@ -197,7 +197,7 @@ class FleetState:
                     self._failure = error
                     raise
                 except Exception as error:  # noqa: BLE001  (whatever hostile bytes make Flower raise)
-                    question.failure = str(error) if type(error) is ValueError else "it is no message"
+                    question.failure = str(error) if isinstance(error, flower.UnusableError) else "it is no message"
                     self._changed.set()
                     return None
             client.has_replied = True
