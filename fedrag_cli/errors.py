@@ -92,3 +92,7 @@ class FederationError(FedRAGError):
     """A federation failed as a whole: too few clients, or too few usable updates; its state is saved."""
 
     exit_code = EXIT_FEDERATION
+
+
+class ServerRefusedError(FederationError):
+    """A client does not do what the server asks, or does not take what it sends: the federation is over for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run in a process for each core, and tiny models gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ANIMALS = ["cat", "dog", "owl", "fox", "hen", "cow", "pig", "bat", "elk", "ant", "bee", "eel"]
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "silver", "violet", "orange"]
@@ -168,13 +171,17 @@ def make_generator(folder: Path, *, architecture: str = "llama", chat: bool = Fa
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny models: retriever, other_retriever, generator, chat_generator, gpt2."""
     folder = tmp_path_factory.mktemp("models")
-    return {
+    made = {
         "retriever": make_retriever(folder / "retriever"),
         "other_retriever": make_retriever(folder / "other_retriever", seed=1),
         "generator": make_generator(folder / "generator"),
         "chat_generator": make_generator(folder / "chat_generator", chat=True),
         "gpt2": make_generator(folder / "gpt2", architecture="gpt2"),
     }
+    # Every training collects garbage, which takes long over all that the libraries hold.
+    gc.collect()
+    gc.freeze()
+    return made
 
 
 def data_rows() -> dict[str, list[dict[str, Any]]]:

@@ -26,7 +26,7 @@ from fedrag_cli.runs.atomic import (
     write_json_atomically,
     write_text_atomically,
 )
-from fedrag_cli.runs.temporary import remove_abandoned
+from fedrag_cli.runs.temporary import lock, remove_abandoned
 
 
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:
@@ -356,3 +356,32 @@ def test_a_full_disk_that_a_library_met(tmp_path: Path) -> None:
 def test_other_errors_pass_through() -> None:
     with pytest.raises(KeyError), os_errors("path"):
         raise KeyError("name")
+
+
+def test_a_lock_is_portable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lock"
+    with path.open("wb") as first, path.open("wb") as second:
+        lock(first)
+        with pytest.raises(BlockingIOError):
+            lock(second)
+    with path.open("wb") as third:
+        lock(third)
+
+    class Windows:
+        LK_NBLCK = 2
+        taken: list[int] = []
+
+        @classmethod
+        def locking(cls, descriptor: int, mode: int, size: int) -> None:
+            assert (mode, size) == (2, 1)
+            if cls.taken:
+                raise OSError(errno.EACCES, "Permission denied")
+            cls.taken.append(descriptor)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "msvcrt", Windows)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # type: ignore[arg-type]
+    with path.open("wb") as first, path.open("wb") as second:
+        lock(first)
+        with pytest.raises(BlockingIOError):
+            lock(second)

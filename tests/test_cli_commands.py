@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import typer
 
 from fedrag_cli.cli.main import application, main
+from fedrag_cli.cli.query import _sort
 from fedrag_cli.errors import EXIT_DATA, EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 
 CONFIG = """\
@@ -308,9 +311,6 @@ def test_index_query_and_evaluate(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import io
-    import sys
-
     store = tmp_path / "store"
     config = str(write_config())
     with_store = [config, f"rag_system.knowledge_store.path={store}"]
@@ -413,3 +413,81 @@ def test_validate_load_reports_sizes(write_config: Callable[..., Path], capsys: 
     assert main(["validate", str(config), "--load"]) == 0
     assert f"{config} is valid (mode: retriever).\n" in capsys.readouterr().err
     assert not (config.parent / "runs").exists()
+
+
+LONG = "why " * 2000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["c.yaml", "E=mc2 is what?"], ("c.yaml", "E=mc2 is what?", [])),
+        (["E=mc2 is what?"], (None, "E=mc2 is what?", [])),
+        (["x.y=3 means what ?", "run.seed=3"], (None, "x.y=3 means what ?", ["run.seed=3"])),
+        (["run=3 means what ?"], (None, "run=3 means what ?", [])),
+        (["c.yaml", "what ?", "trainr.mode=generator"], ("c.yaml", "what ?", ["trainr.mode=generator"])),
+        (["c.yaml", "federated={rounds: 2}"], ("c.yaml", None, ["federated={rounds: 2}"])),
+        (["c.yaml", "rag_system.generator.model=org/a=b"], ("c.yaml", None, ["rag_system.generator.model=org/a=b"])),
+        (["c.yaml", LONG], ("c.yaml", LONG, [])),
+        ([LONG], (None, LONG, [])),
+        (["LICENSE"], (None, "LICENSE", [])),
+        (["what // is in fedrag.yaml"], (None, "what // is in fedrag.yaml", [])),
+        (["missing.yaml"], ("missing.yaml", None, [])),
+        (["lr=1.yaml"], ("lr=1.yaml", None, [])),
+        (["folder", "LICENSE"], ("folder", "LICENSE", [])),
+        (["folder"], ("folder", None, [])),
+        (["\ufeffwhat ?"], (None, "what ?", [])),
+        (["stra\udcc3\udc9fe ?"], (None, "straße ?", [])),
+    ],
+)
+def test_questions_paths_and_settings_are_told_apart(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    expected: tuple[str | None, str | None, list[str]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("fedrag.yaml", "c.yaml", "lr=1.yaml", "LICENSE"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    path, question, overrides = _sort(arguments)
+    assert (str(path) if path else None, question, overrides) == expected
+
+
+def test_outputs_and_inputs_in_any_encoding(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config())
+    for encoding in ("ascii", "cp1252"):
+        output = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+        assert main(["query", config, "wo ist 東京, Straße ?", "--json"]) == 0
+        assert json.loads(output.getvalue())["query"] == "wo ist 東京, Straße ?"
+        assert main(["query", config, "wo ist 東京 ?"]) == 0
+        assert main(["schema"]) == 0
+        sys.stdout.flush()
+        assert output.getvalue().endswith(b"}\n")
+    monkeypatch.undo()
+    monkeypatch.chdir(Path(config).parent)
+    for given, encoding in (
+        (b"\xef\xbb\xbfwo ist die Stra\xc3\x9fe ?\r\n", "ascii"),
+        (b"what ?\ncaf\xe9 ?\n", "utf-8"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding=encoding))
+        capsys.readouterr()
+        code = main(["query", config, "--json"])
+        if encoding == "ascii":
+            assert code == 0
+            assert [answer["query"] for answer in document(capsys)["answers"]] == ["wo ist die Straße ?"]
+        else:
+            assert code == EXIT_DATA
+            message = "Line 2 of the input is not UTF-8 text: the byte 0xe9 cannot be decoded."
+            assert document(capsys)["error"]["message"] == message
+
+
+def test_streams_that_are_closed(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["validate", str(config), "--json"]) == 0
+    assert main(["validate", str(config), "run.seed=x"]) == EXIT_USAGE
+    assert main(["components"]) == 0

@@ -163,7 +163,13 @@ def test_plots_overwrite_nothing_but_plots(
 
 
 def test_gates_for_ci(write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(write_config(evaluation={"resamples": 200, "metrics": ["mrr", "negative_log_likelihood"]}))
+    path = write_config(evaluation={"resamples": 200, "metrics": ["mrr", "negative_log_likelihood"]})
+    config, questions = str(path), path.with_name("test.jsonl")
+    # Ends of lines for str.splitlines, but not for JSON lines.
+    text = (
+        questions.read_text(encoding="utf-8").replace("colour of", "colour\u2028of").replace("where", "where\x85\u2029")
+    )
+    questions.write_text(text, encoding="utf-8")
     runs = []
     for _ in range(2):
         assert main(["evaluate", config, "--json"]) == 0
@@ -178,7 +184,9 @@ def test_gates_for_ci(write_config: Callable[..., Path], capsys: pytest.CaptureF
     assert "above 0.01" in capsys.readouterr().err
 
     records = Path(runs[1]) / "evaluation" / "evaluated-predictions.jsonl"
-    worse = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    worse = [json.loads(line) for line in records.read_text(encoding="utf-8").split("\n") if line]
+    assert any("\u2028" in row["query"] for row in worse)
+    assert any("\x85\u2029" in row["query"] for row in worse)
     for row in worse:
         row["metrics"]["mrr"] = 0.0
     records.write_text("".join(json.dumps(row) + "\n" for row in worse), encoding="utf-8")
@@ -220,3 +228,27 @@ def test_bad_input(
     named = [text.replace("RUN", run).replace("BROKEN", str(broken)) for text in arguments]
     assert main(["compare", *named]) == code
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed", None])
+def test_a_run_that_is_not_finished_is_compared_with_nothing(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], status: str | None
+) -> None:
+    config = str(write_config(evaluation={"resamples": 50, "metrics": ["mrr"]}))
+    assert main(["evaluate", config, "--json"]) == 0
+    run = Path(document(capsys)["run_dir"])
+    records = run / "evaluation" / "evaluated-predictions.jsonl"
+    records.rename(records.with_name("before-predictions.jsonl"))
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    (run / "manifest.json").write_text(json.dumps(manifest | {"status": status or "done"}), encoding="utf-8")
+    for names in ([str(run)], [f"{run}:before", str(run)], [str(run), str(run)]):
+        commands = [["compare", "--fail-if-worse"], ["compare", "--fail-under", "mrr=0"], ["report"]]
+        # The report of a single run has no differences, and may be made while it runs.
+        for command in commands[: 3 if len(names) > 1 else 2]:
+            assert main([*command, *names]) == (2 if status else 3)
+            shown = " ".join(capsys.readouterr().err.split())
+            if status:
+                assert f"The run in '{run}' is not finished (status: {status})" in shown
+                assert f"fedrag resume {run}" in shown
+            else:
+                assert f"The run in '{run}' is finished, but what it has recorded after training is gone" in shown

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedrag_cli.config import Config, load_config
+from fedrag_cli.config import Config, load_config, load_config_with_source
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.errors import EXIT_USAGE, ConfigError
 
@@ -218,6 +218,7 @@ def test_references_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_environment_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDRAG_TEST_NOPE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = write(tmp_path / "c.yaml", "run: {name: '${oc.env:FEDRAG_TEST_NOPE,other}'}\n")
     assert load_config(path).run.name == "other"
 
@@ -229,7 +230,16 @@ def test_environment_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("a-${oc.env:FEDRAG_TEST_NOPE}-b", "the environment variable 'FEDRAG_TEST_NOPE' is not set"),
         ("${run.nope}", "refers to 'run.nope', which the config does not set"),
         ("${.nope}", "refers to '.nope', which the config does not set"),
+        ("a ${run.nope} b", "refers to 'run.nope', which the config does not set"),
+        ("${nope[0].x}-b", "refers to 'nope[0].x', which the config does not set"),
+        (
+            "a ${HOME}",
+            "refers to 'HOME', which the config does not set (write ${oc.env:HOME} for the environment variable)",
+        ),
+        ("a ${federated.rounds}", "refers to 'federated.rounds', which the config does not set"),
+        ("a ${....x}", "refers to '....x', which leads out of the config"),
         ("${run.name}", "refers to itself"),
+        ("a ${run.name}", "refers to itself"),
         ("${foo:bar}", "has the unknown resolver 'foo' (write ${oc.env:NAME} for an environment variable)"),
         ("???", "has no value yet ('???')"),
         (
@@ -309,3 +319,68 @@ def test_saved_data_sets_become_absolute_and_hub_ids_stay(tmp_path: Path) -> Non
     text = "  test: {type: huggingface, path: saved}\n  validation: {type: huggingface, path: org/set}\n"
     dataset = load_config(write(tmp_path / "c.yaml", text)).dataset
     assert (dataset.test.path, dataset.validation.path) == (str(tmp_path / "saved"), "org/set")
+
+
+def test_references_to_settings_that_nobody_sets_give_their_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDRAG_TEST_MANNER", "kind")
+    text = """\
+rag_system:
+  top_k: ${rag_system.retriever.batch_size}
+  prompt: {system: 'in ${run.name} be ${oc.env:FEDRAG_TEST_MANNER}, ${trainer.retriever.epochs} \\${HOME} ${.template}'}
+evaluation: {metrics: ["recall@${evaluation.resamples}"], confidence: "${trainer.generator.lora.dropout}"}
+trainer: {generator: {lora: {dropout: 0.6}}}
+"""
+    base = "rag_system: {retriever: {model: org/r}}\ndataset: {corpus: {path: c.jsonl}}\n"
+    path = write(tmp_path / "c.yaml", "extends: base.yaml\n" + text, base="")
+    (tmp_path / "base.yaml").write_text(base, encoding="utf-8")
+    source = load_config_with_source(path)
+    default = Config(rag_system=source.config.rag_system, dataset=source.config.dataset)
+    assert source.config.rag_system.top_k == 64
+    begin = f"in {default.run.name} be kind, {default.trainer.retriever.epochs} ${{HOME}} "
+    system, template = source.config.rag_system.prompt.system, source.config.rag_system.prompt.template
+    assert system == begin + template
+    assert source.config.evaluation.metrics == (f"recall@{default.evaluation.resamples}",)
+    assert source.config.evaluation.confidence == 0.6
+    written = tmp_path / "written.yaml"
+    written.write_text(source.to_yaml(), encoding="utf-8")
+    assert "kind" not in source.to_yaml()
+    assert load_config(written).rag_system.prompt == source.config.rag_system.prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: " + "[" * 3000 + "]" * 3000, "c.yaml:1: is no YAML: it is nested too deeply"),
+        ("run: {name: " + "[" * 60 + "]" * 60 + "}", "c.yaml:11: run.name" + "[0]" * 31 + ": is nested too deeply"),
+        ("extends: '${oc.env:FEDRAG_TEST_NOPE}'", "the environment variable 'FEDRAG_TEST_NOPE' is not set"),
+        ("extends: ${run.nope}", "c.yaml:11: extends: refers to 'run.nope', which the config does not set"),
+        ('extends: "a\\0b"', "c.yaml:11: extends: must be the path of one YAML file"),
+        ("run: {name: b}\nrun: {name: c}", "c.yaml:12: is no YAML: found duplicate key run"),
+        ("a: &a [*a]", "c.yaml:11: is no YAML: YAML recursive aliases are not supported."),
+    ],
+    ids=["deep", "deep value", "variable", "reference", "NUL", "duplicate", "circle"],
+)
+def test_files_that_are_odd_in_other_ways(tmp_path: Path, text: str, problem: str) -> None:
+    found = problems(write(tmp_path / "c.yaml", text + "\n"))
+    assert any(problem in line for line in found), found
+
+
+def test_an_override_deeper_than_any_setting(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "")
+    with pytest.raises(ConfigError, match="is nested too deeply"):
+        load_config(path, ["run.name=" + "[" * 60 + "]" * 60])
+    with pytest.raises(ConfigError, match="is nested too deeply"):
+        load_config(path, ["run." + "a." * 2000 + "b=3"])
+    with pytest.raises(ConfigError, match="Cannot merge incompatible container types"):
+        load_config(path, ["rag_system.retriever=[]"])
+
+
+def test_links_in_a_circle_are_files_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "one")
+    config = load_config(write(tmp_path / "c.yaml", ""), [f"run.output_dir={tmp_path / 'one'}"])
+    assert config.run.output_dir == str(tmp_path / "one")

@@ -1,10 +1,12 @@
 import json
+import os
 
 import pytest
 
 from fedrag_cli.data.config import (
     BeirCorpusConfig,
     FileCorpusConfig,
+    HuggingFaceCorpusConfig,
     PassageColumns,
     SplitConfig,
     SquadCorpusConfig,
@@ -141,6 +143,15 @@ def test_blank_text_files_are_listed(tmp_path):
     with pytest.raises(DataError) as caught:
         load_corpus(TextCorpusConfig(path=str(folder)))
     assert caught.value.message.splitlines()[1:] == ["empty.txt: has no text", "sub/blank.md: has no text"]
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "utf16.txt").write_bytes("no".encode("utf-16-le"))
+    with pytest.raises(DataError) as caught:
+        load_corpus(TextCorpusConfig(path=str(folder)))
+    assert caught.value.message.splitlines()[2::2] == [
+        "latin.txt: is not UTF-8 text: the byte 0xe9 at offset 3 cannot be decoded.",
+        "utf16.txt: is not UTF-8 text: it has a NUL byte at offset 1.",
+    ]
+    assert "iconv" in caught.value.hint
 
 
 def squad_file(tmp_path, *articles):
@@ -200,3 +211,64 @@ def test_bad_beir_corpus(tmp_path):
     ]
     with pytest.raises(DataError, match="is a file, but a folder is expected"):
         load_corpus(BeirCorpusConfig(path=str(tmp_path / "corpus.jsonl")))
+
+
+def test_text_files_in_upper_case_and_behind_links(tmp_path, caplog):
+    folder = tmp_path / "[x] * ?" / "docs"
+    (folder / "sub" / ".cache").mkdir(parents=True)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for path in ("A.TXT", "sub/b.Md", "sub/.h.txt", "other.rst", "../../shared/c.markdown"):
+        (folder / path).write_text("Text.", encoding="utf-8")
+    (folder / "sub" / "linked").symlink_to(shared)
+    (folder / "again").symlink_to(shared)
+    (folder / "sub" / "round").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "d.txt").symlink_to(shared / "c.markdown")
+    (folder / "dead.txt").symlink_to(tmp_path / "nowhere")
+
+    caplog.set_level("WARNING", logger="fedrag_cli")
+
+    def found(*patterns):
+        return [node.metadata["path"] for node in load_corpus(TextCorpusConfig(path=str(folder), patterns=patterns))]
+
+    assert found("*.txt", "*.MD", "*.markdown") == ["A.TXT", "again/c.markdown", "d.txt", "sub/b.Md"]
+    assert caplog.messages[0].partition(": ")[2].split("; ") == [
+        "2 hidden ('sub/.cache', 'sub/.h.txt')",
+        "1 that are no files or lead nowhere ('dead.txt')",
+        "1 that fit no pattern ('other.rst')",
+        "3 that links lead back to ('sub/linked', 'sub/round', 'up')",
+    ]
+    assert found("sub/*.md") == ["sub/b.Md"]
+    assert found("**/sub/**/[ab].*") == ["sub/b.Md"]
+    assert found("?.txt") == ["A.TXT", "d.txt"]
+    for pattern in ("../*.txt", ""):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            found(pattern)
+
+
+def test_missing_titles_are_no_metadata(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("id,text,title\na,One.,None\nb,Two.,\nc,None,T\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"c.csv:4: text is missing \(null\)"):
+        load_corpus(FileCorpusConfig(path=str(path)))
+    nodes = load_corpus(FileCorpusConfig(path=str(path), limit=2))
+    assert nodes == [KnowledgeNode("a", "One."), KnowledgeNode("b", "Two.", {"title": ""})]
+    rows = [{"_id": "a", "text": "One.", "title": None}, {"_id": 7.0, "text": "Two.", "title": float("nan")}]
+    write_jsonl(tmp_path / "corpus.jsonl", *rows)
+    assert load_corpus(BeirCorpusConfig(path=str(tmp_path))) == [KnowledgeNode("a", "One."), KnowledgeNode("7", "Two.")]
+    untitled = squad_file(tmp_path, {"title": None, "paragraphs": [{"context": "One.", "qas": []}]})
+    assert load_corpus(SquadCorpusConfig(path=untitled)) == [KnowledgeNode("squad-0", "One.", {"title": "squad"})]
+
+
+def test_names_that_no_system_takes_are_data_errors(tmp_path):
+    for config in (TextCorpusConfig, FileCorpusConfig, SquadCorpusConfig, BeirCorpusConfig, HuggingFaceCorpusConfig):
+        with pytest.raises(DataError, match="cannot be read: "):
+            load_corpus(config(path=str(tmp_path / ("x" * 300))))
+    (tmp_path / "a.txt").write_text("One.", encoding="utf-8")
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("Two.", encoding="utf-8")
+    except OSError:
+        pytest.skip("the file system takes names in UTF-8 only")
+    with pytest.raises(DataError, match=r"'caf\\udce9.txt': has a name that is not UTF-8"):
+        load_corpus(TextCorpusConfig(path=str(tmp_path)))

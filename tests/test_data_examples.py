@@ -2,7 +2,10 @@ import csv
 import datetime
 import json
 import math
+from decimal import Decimal
 
+import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -37,12 +40,15 @@ def test_file_examples(tmp_path):
     assert examples[1].response == "four"
 
 
-def test_own_ids_are_taken_where_all_rows_have_one_of_their_own(tmp_path):
+def test_own_ids_are_taken_where_all_rows_have_one_of_their_own(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="fedrag_cli")
     rows = [{"id": 5, "query": "a", "response": "b"}, {"id": "x", "query": "c", "response": "d"}]
     assert [item.id for item in load(write_jsonl(tmp_path / "t.jsonl", *rows))] == ["5", "x"]
+    assert caplog.messages == []
     rows[1]["id"] = 5
     numbered = load(write_jsonl(tmp_path / "t.jsonl", *rows))
     assert [(item.id, item.metadata) for item in numbered] == [("t-0001", {"id": 5}), ("t-0002", {"id": 5})]
+    assert caplog.messages == ["t.jsonl: not every row has an id of its own, so the rows are numbered instead"]
 
 
 def test_every_bad_row_is_listed(tmp_path):
@@ -202,7 +208,7 @@ def test_parquet_metadata_has_types_of_json(tmp_path):
     columns = {"query": ["q"], "response": [2.5], "day": [datetime.date(2024, 1, 2)], "raw": [b"abc"], "n": [math.nan]}
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     examples = load(path)
-    assert examples == [Example("t-0001", "q", ("2.5",), (), {"day": "2024-01-02", "raw": "<3 bytes>", "n": None})]
+    assert examples == [Example("t-0001", "q", ("2.5",), (), {"day": "2024-01-02", "raw": "<3 bytes>"})]
     json.dumps(examples[0].metadata, allow_nan=False)
 
 
@@ -308,3 +314,139 @@ def test_bad_beir_judgements(tmp_path):
     judgements.write_text("q1\td1\t1\nq2\td1\t1\n", encoding="utf-8")
     with pytest.raises(DataError, match="has no column 'query-id'; its columns are: q1, d1, 1"):
         load_examples(BeirExamplesConfig(path=path))
+
+
+def answers_in_csv(tmp_path, *cells, **settings):
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["query", "response"], *(["q", cell] for cell in cells)])
+    return [example.responses for example in load(path, **settings)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "answers"),
+    [
+        ("['six', '6 am']", ("six", "6 am")),
+        ('["six", "6 am"]', ("six", "6 am")),
+        ("""[ "it's six", 'x, y', ]""", ("it's six", "x, y")),
+        ("('six', '6 am')", ("six", "6 am")),
+        ("{'six', '6 am'}", ("six", "6 am")),
+        ("[84, 85.0, 2.5]", ("84", "85", "2.5")),
+        ("{'text': ['six'], 'answer_start': [0]}", ("six",)),
+        ("['six']", ("six",)),
+        # Texts in brackets.
+        ("[sic] six", ("[sic] six",)),
+        ("[REDACTED]", ("[REDACTED]",)),
+        ("[0, 1)", ("[0, 1)",)),
+        ("(1, 2)", ("(1, 2)",)),
+        ("(see 'six')", ("(see 'six')",)),
+        ('{"name": "search", "arguments": {}}', ('{"name": "search", "arguments": {}}',)),
+        ("six", ("six",)),
+    ],
+)
+def test_lists_in_a_cell_of_csv(tmp_path, cell, answers):
+    assert answers_in_csv(tmp_path, cell) == [answers]
+    # With a separator, no cell is taken for a list; and JSON has lists of its own.
+    assert answers_in_csv(tmp_path, cell, list_separator="|") == [(cell,)]
+    assert load(write_jsonl(tmp_path / "t.jsonl", {"query": "q", "response": cell}))[0].responses == (cell,)
+
+
+def test_cells_that_only_look_like_lists_are_told(tmp_path):
+    # The second one is how numpy writes lists: Python would read it as one text.
+    cells = ["['six', '6 am'", "['six' '6 am']", "[six, 6 am]", "['six', 6 am]", "{'text': array(['six'])}"]
+    with pytest.raises(DataError) as caught:
+        answers_in_csv(tmp_path, "six", *cells, "[]", "['']", "[None]")
+    lines = caught.value.message.splitlines()[1:]
+    for number, (line, cell) in enumerate(zip(lines, cells, strict=False), start=3):
+        assert line.startswith(f"t.csv:{number}: response looks like a list, but cannot be read as one: {cell} (")
+    assert lines[5:] == [
+        "t.csv:8: response is an empty list",
+        "t.csv:9: response is empty",
+        "t.csv:10: response is missing (null)",
+    ]
+
+
+def test_ids_and_choices_in_cells_of_csv(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "id,query,response,relevant_ids,choices,note\n"
+        "007,q,a,\"['d1', 'd2']\",\"['a', 'b']\",\"['kept']\"\n008,q,a,None,nan,None\n",
+        encoding="utf-8",
+    )
+    first, second = load(path)
+    assert first == Example("007", "q", ("a",), ("d1", "d2"), {"note": "['kept']"}, ("a", "b"))
+    assert second == Example("008", "q", ("a",))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (84.0, "84"),
+        (-0.0, "0"),
+        (84, "84"),
+        (10**400, "1" + "0" * 400),
+        (2.5, "2.5"),
+        (1e300, "1e+300"),
+        (np.float64(84), "84"),
+        (np.float32(84.1), "84.1"),
+        (np.int64(84), "84"),
+        (Decimal("84.00"), "84"),
+        (Decimal("84.50"), "84.5"),
+        (Decimal("1E+3"), "1000"),
+        (datetime.date(2024, 1, 2), "2024-01-02"),
+        (datetime.datetime(2024, 1, 2), "2024-01-02"),
+        (datetime.datetime(2024, 1, 2, 3, 4), "2024-01-02 03:04:00"),
+        (pandas.Timestamp("2024-01-02"), "2024-01-02"),
+        (datetime.time(6, 30), "06:30:00"),
+    ],
+)
+def test_numbers_and_dates_as_answers(value, text):
+    assert examples_from_dataset([{"query": "q", "response": value}])[0].responses == (text,)
+    assert examples_from_dataset([{"query": "q", "response": [value, "x"]}])[0].responses == (text, "x")
+
+
+@pytest.mark.parametrize("value", [None, math.nan, np.float32("nan"), Decimal("NaN"), pandas.NaT, pandas.NA])
+def test_missing_values(value):
+    example = examples_from_dataset([{"query": "q", "response": "r", "title": value, "relevant_ids": value}])[0]
+    assert example == Example("dataset-0001", "q", ("r",))
+    for column in ("query", "response"):
+        with pytest.raises(DataError, match=rf"dataset row 1: {column} is missing \(null\)"):
+            examples_from_dataset([{"query": "q", "response": "r", column: value}])
+    assert examples_from_dataset([{"query": "q", "response": value}], needs_responses=False)[0].responses == ()
+
+
+def test_whole_floats_as_ids_and_metadata(tmp_path):
+    path = tmp_path / "t.parquet"
+    columns = {"id": [7.0, 8.0], "query": ["q", "q"], "response": [84.0, 85.5], "relevant_ids": [1.0, None]}
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "year": [1997.0, None]}), path)
+    examples = load(path)
+    assert examples == [Example("7", "q", ("84",), ("1",), {"year": 1997}), Example("8", "q", ("85.5",))]
+    assert str(examples[0].metadata["year"]) == "1997"
+
+
+def test_metadata_keeps_nested_values_as_data():
+    extra = {"tags": ["a", None], "source": {"page": np.int64(3), "at": np.array([1.5, 2.0])}, "ok": np.bool_(True)}
+    metadata = examples_from_dataset([{"query": "q", "response": "r", **extra}])[0].metadata
+    assert json.dumps(metadata) == '{"tags": ["a", null], "source": {"page": 3, "at": [1.5, 2]}, "ok": true}'
+
+
+def test_half_surrogates_in_metadata_are_told(tmp_path):
+    rows = [{"query": "q", "response": "r", "note": {"x": ["\ud800"]}}, {"query": "q", "response": "r", "\udfff": 1}]
+    with pytest.raises(DataError) as caught:
+        load(write_jsonl(tmp_path / "t.jsonl", *rows))
+    assert caught.value.message.splitlines()[1:] == [
+        "t.jsonl:1: 'note' is no valid Unicode text: it has half of a surrogate pair",
+        "t.jsonl:2: '\\udfff' is no valid Unicode text: it has half of a surrogate pair",
+    ]
+
+
+def test_arrays_are_lists():
+    rows = [
+        {"query": "q", "response": np.array(["a", "b"], dtype=object), "relevant_ids": np.array([1, 2])},
+        {"query": "q", "response": {"text": np.array(["a"])}},
+        {"query": "q", "response": {"text": np.array([])}},
+    ]
+    examples = examples_from_dataset(rows, needs_responses=False)
+    assert [(row.responses, row.relevant_ids) for row in examples] == [(("a", "b"), ("1", "2")), (("a",), ()), ((), ())]
+    with pytest.raises(DataError, match="dataset row 3: response is an empty list"):
+        examples_from_dataset(rows)

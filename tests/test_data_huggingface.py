@@ -90,6 +90,34 @@ def test_folder_of_data_files(tmp_path):
         load_examples(HuggingFaceExamplesConfig(path=str(folder / "train.jsonl")))
 
 
+def test_folder_whose_name_looks_like_a_pattern(tmp_path):
+    folder = tmp_path / "[x] *?" / "raw"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "test.jsonl").write_text('{"query": "q", "response": "r"}\n', encoding="utf-8")
+    assert load_examples(HuggingFaceExamplesConfig(path=str(folder), split="test"))[0].response == "r"
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: own\n  data_files:\n  - split: test\n    path: data/*.jsonl\n---\n",
+        encoding="utf-8",
+    )
+    assert load_examples(HuggingFaceExamplesConfig(path=str(folder), name="own", split="test"))[0].response == "r"
+    Dataset.from_dict({"query": ["q"], "response": [84.0]}).save_to_disk(folder / "saved")
+    assert load_examples(HuggingFaceExamplesConfig(path=str(folder / "saved")))[0].response == "84"
+
+
+def test_labels_are_their_names():
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"query": datasets.Value("string"), "response": label, "kind": label})
+    columns = {"query": ["q", "q"], "response": [0, 1], "kind": [None, -1]}
+    examples = examples_from_dataset(Dataset.from_dict(columns, features=features))
+    assert examples == [Example("dataset-0001", "q", ("no",)), Example("dataset-0002", "q", ("yes",))]
+
+
+def test_short_floats_stay_what_was_written():
+    features = datasets.Features({"query": datasets.Value("string"), "response": datasets.Value("float32")})
+    rows = Dataset.from_dict({"query": ["q"], "response": [84.1]}, features=features)
+    assert examples_from_dataset(rows)[0].responses == ("84.1",)
+
+
 def test_dataset_that_the_hub_cannot_give():
     with pytest.raises(DataError, match="The data set 'nobody/nothing-of-the-kind' cannot be loaded: ") as caught:
         load_examples(HuggingFaceExamplesConfig(path="nobody/nothing-of-the-kind"))

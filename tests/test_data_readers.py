@@ -74,7 +74,7 @@ def test_csv_takes_long_cells(tmp_path):
 
 def test_csv_with_an_open_quote_is_reported(tmp_path):
     path = write(tmp_path / "a.csv", 'a\n"open\nuntil the end')
-    assert rows_of(path) == [(2, {}, "cannot be read: unexpected end of data")]
+    assert rows_of(path) == [(2, {}, "cannot be read: a quotation mark at the start of a cell is never closed")]
 
 
 def test_tsv(tmp_path):
@@ -146,3 +146,106 @@ def test_unknown_ending(tmp_path):
     with pytest.raises(ConfigError, match=r"The format of 'a.txt' cannot be told by its ending") as caught:
         read_table(write(tmp_path / "a.txt", "x"))
     assert caught.value.hint == "Set `format` to one of jsonl, json, csv, tsv, parquet."
+
+
+ROWS_OF_THEIR_OWN = (
+    "has a cell that begins with a quotation mark and ends in line {}, but lines {} to {} look like rows of their own "
+    '(a quotation mark of the text itself is doubled, in a quoted cell: """six""")'
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        # Two unpaired quotes would swallow the rows between them.
+        (
+            'a\tb\n1\tx\n2\t"six\n3\tseven\n4\teight"\n5\ty\n',
+            [
+                (2, {"a": "1", "b": "x"}, ""),
+                (3, {}, ROWS_OF_THEIR_OWN.format(5, 3, 5)),
+                (6, {"a": "5", "b": "y"}, ""),
+            ],
+        ),
+        ('a\n"x\ny"\n', [(2, {}, ROWS_OF_THEIR_OWN.format(3, 2, 3))]),
+        (
+            'a\tb\n1\t"open\n2\tx\n',
+            [(2, {}, "cannot be read: a quotation mark at the start of a cell is never closed")],
+        ),
+        (
+            'a\tb\n1\t"six" o\'clock\n2\tx\n',
+            [(2, {}, "cannot be read: '\t' expected after '\"'"), (3, {"a": "2", "b": "x"}, "")],
+        ),
+        # What a writer of quoted cells makes of line breaks, tabs and quotes.
+        (
+            'a\tb\n1\t"x\ny"\n"2\n3"\tz\n4\t"p\tq"\n5\t"say ""hi"""\n6\t6" pipe\n',
+            [
+                (2, {"a": "1", "b": "x\ny"}, ""),
+                (4, {"a": "2\n3", "b": "z"}, ""),
+                (6, {"a": "4", "b": "p\tq"}, ""),
+                (7, {"a": "5", "b": 'say "hi"'}, ""),
+                (8, {"a": "6", "b": '6" pipe'}, ""),
+            ],
+        ),
+    ],
+)
+def test_quotes_in_tsv_swallow_no_rows(tmp_path, content, expected):
+    assert rows_of(write(tmp_path / "a.tsv", content)) == expected
+
+
+@pytest.mark.parametrize("content", ["a;b\n1;x, y\n", "a\tb\n1\tx, y\n", '\n"a";b\n1;"x, y"\n', 'a,b\n1,"x, y"\n'])
+def test_csv_of_other_delimiters(tmp_path, content):
+    assert [values for _, values, _ in rows_of(write(tmp_path / "a.CSV", content))] == [{"a": "1", "b": "x, y"}]
+
+
+def test_missing_cells_are_null(tmp_path):
+    cells = ["None", "nan", " NaN ", "NaT", "<NA>", "null", "NULL", "none", "NA", "Nan", "007", "84.0"]
+    path = write(tmp_path / "a.csv", "a,b\n" + "".join(f"{cell},x\n" for cell in cells))
+    assert [values["a"] for _, values, _ in rows_of(path)] == [None] * 7 + ["none", "NA", "Nan", "007", "84.0"]
+
+
+def test_fields_that_come_twice_are_told(tmp_path):
+    twice = '{"a": 1, "b": {"c": 1, "c": 2}}'
+    assert rows_of(write(tmp_path / "a.jsonl", twice + "\n")) == [
+        (1, {}, "is not JSON that can be read: it has the field 'c' more than once")
+    ]
+    with pytest.raises(DataError, match=r"a.json is not JSON that can be read: it has the field 'c' more than once"):
+        read_table(write(tmp_path / "a.json", f"[{twice}]"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.TSV", "a.json"])
+def test_bytes_of_other_encodings_say_how_to_convert(tmp_path, name):
+    with pytest.raises(DataError, match="is not UTF-8 text: it has a NUL byte at offset 1") as caught:
+        read_table(write(tmp_path / name, "a,b\n1,2\n".encode("utf-16-le")))
+    assert f"`iconv -f UTF-16 -t UTF-8 {name}`" in caught.value.hint
+    with pytest.raises(DataError, match="the byte 0xff at offset 0 cannot be decoded") as caught:
+        read_table(write(tmp_path / name, "a,b\n1,2\n".encode("utf-16")))
+    assert "UTF-16" in caught.value.hint
+    with pytest.raises(DataError, match="the byte 0xfc at offset 3 cannot be decoded") as caught:
+        read_table(write(tmp_path / name, "a,Dürer\n".encode("latin-1")))
+    assert "CP1252" in caught.value.hint
+
+
+def test_unicode_line_ends_end_no_row(tmp_path):
+    text = "a\u2028b\u2029c\u0085d\x0be\x0cf"
+    assert rows_of(write(tmp_path / "a.jsonl", json.dumps({"a": text}, ensure_ascii=False))) == [(1, {"a": text}, "")]
+    assert rows_of(write(tmp_path / "a.tsv", f"a\tb\n{text}\tx\n")) == [(2, {"a": text, "b": "x"}, "")]
+
+
+def test_short_floats_of_parquet_stay_what_was_written(tmp_path):
+    path = tmp_path / "a.PARQUET"
+    columns = {"a": pyarrow.array([84.1, None], pyarrow.float32()), "b": pyarrow.array([0.1, 84.0], pyarrow.float64())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert rows_of(path) == [(1, {"a": 84.1, "b": 0.1}, ""), (2, {"a": None, "b": 84.0}, "")]
+
+
+def test_cells_of_csv_that_hold_what_looks_like_rows_are_noted(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="fedrag_cli")
+    path = write(tmp_path / "a.csv", 'a,b\n1,"six\n2,seven"\n3,"x\ny"\n4,z\n')
+    assert [number for number, _, _ in rows_of(path)] == [2, 4, 6]
+    assert caplog.messages == [
+        f"{path}: quoted cells of these lines hold what looks like further rows, check their quotation marks: 2"
+    ]
+    caplog.clear()
+    rows_of(write(tmp_path / "b.csv", 'a\n"x\ny"\n'))
+    rows_of(write(tmp_path / "c.csv", 'a,b\n"1\n3",x\n'))
+    assert caplog.messages == []

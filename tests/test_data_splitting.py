@@ -2,9 +2,10 @@ import random
 import time
 
 import pytest
+import regex
 
 from fedrag_cli.data.markdown import split_markdown
-from fedrag_cli.data.splitting import sentence_spans, split_text
+from fedrag_cli.data.splitting import count_words, sentence_spans, split_text
 from fedrag_cli.errors import ConfigError
 
 
@@ -143,6 +144,15 @@ def test_markdown_passages_have_their_heading_and_do_not_cross_it():
     ]
 
 
+def test_a_long_sentence_is_cut_with_its_headings():
+    assert split_markdown("# A\n\n## B\n" + "ก" * 20, 10, 0) == [
+        ("B", "# A\n\n## B\n" + "ก" * 6),
+        ("B", "ก" * 10),
+        ("B", "ก" * 4),
+    ]
+    assert split_markdown("a b c d\n# A\n\nb c d e f", 4, 0) == [("", "a b c d"), ("A", "# A\n\nb c"), ("A", "d e f")]
+
+
 def test_code_block_that_fits_stays_whole():
     passages = split_markdown(MARKDOWN, 13, 0)
     assert ("Install", "```bash\n# no heading\npip install x. Y\n\npip install z\n```") in passages
@@ -155,3 +165,84 @@ def test_code_block_that_does_not_fit_is_cut_between_lines():
 
 def test_markdown_without_text_has_no_passages():
     assert split_markdown(" \n", 10, 0) == []
+
+
+WITHOUT_BLANKS = {
+    "Chinese": "中文句子没有空格，",
+    "Japanese": "カタカナとひらがなー",
+    "Thai": "ภาษาไทยน้ำที่",
+    "Lao": "ພາສາລາວ",
+    "Khmer": "ភាសាខ្មែរ",
+    "Burmese": "မြန်မာဘာသာ",
+    "Tibetan": "བོད་སྐད་",
+}
+
+
+@pytest.mark.parametrize("language", WITHOUT_BLANKS)
+def test_scripts_without_blanks_keep_to_the_size(language):
+    text = WITHOUT_BLANKS[language] * 400
+    passages = split_text(text, 120, 20)
+    if language in ("Chinese", "Japanese"):
+        assert max(map(len, passages)) <= 120
+    assert "".join(passages) == text
+    clusters = [regex.findall(r"\X", passage) for passage in passages]
+    assert sum(map(len, clusters)) == len(regex.findall(r"\X", text))
+    counts = [
+        sum(cluster[0].isalpha() or regex.match(r"\p{M}", cluster) is not None for cluster in row) for row in clusters
+    ]
+    assert max(counts) <= 120
+    assert min(counts[:-1]) >= 75
+
+
+@pytest.mark.parametrize("word", ["x", "ж", "한국", "नमस्ते", "漢", "ก", "👨‍👩‍👧‍👦", "e\u0301", "."])
+def test_a_word_without_end_is_cut_between_characters(word):
+    text = word * (20_000 // len(word))
+    passages = split_text(text, 120, 20)
+    assert "".join(passages) == text
+    assert all(regex.fullmatch(r"\X+?", passage) and len(regex.findall(r"\X", passage)) <= 2400 for passage in passages)
+    assert sum(len(regex.findall(r"\X", passage)) for passage in passages) == len(regex.findall(r"\X", text))
+    assert split_markdown(text, 120, 20) == [("", passage) for passage in passages]
+
+
+def test_long_words_that_fit_stay_whole():
+    words = ["Donaudampfschifffahrtsgesellschaftskapitän", "https://example.org/a/long/path?with=parameters", "and"]
+    assert [count_words(word) for word in words] == [3, 3, 1]
+    assert split_text(" ".join(words * 3), 7, 0) == [" ".join(words)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("これは「本当ですか？」と聞いた。はい！", ["これは「本当ですか？」", "と聞いた。", "はい！"]),
+        ("円周率は３．１４です．次の文．", ["円周率は３．１４です．", "次の文．"]),
+        ("हिंदी वाक्य। दूसरा॥", ["हिंदी वाक्य।", "दूसरा॥"]),
+        ("جملة أولى. هل؟ نعم۔", ["جملة أولى.", "هل؟", "نعم۔"]),
+        ("ខ្មែរ។ទីពីរ។ မင်္ဂလာပါ။နောက်။", ["ខ្មែរ។", "ទីពីរ។", "မင်္ဂလာပါ။", "နောက်။"]),
+        ("Really?! Yes... (So.) e.g. this", ["Really?!", "Yes...", "(So.) e.g. this"]),
+    ],
+)
+def test_sentences_of_other_scripts(text, expected):
+    assert sentences(text) == expected
+
+
+def test_long_sentences_without_blanks_are_cut_at_clauses():
+    text = "一二三四五，六七八九，十一二三四五六七八。"
+    assert split_text(text, 11, 0) == ["一二三四五，六七八九，", "十一二三四五六七八。"]
+    assert split_text("一二三「四」五六七八九十。", 6, 0) == ["一二三「四」", "五六七八九十", "。"]
+    assert split_text("ภาษาไทย ภาษาลาว ภาษาไทย", 10, 0) == ["ภาษาไทย", "ภาษาลาว", "ภาษาไทย"]
+
+
+@pytest.mark.parametrize(
+    "part", [".", '."', "!?", "…", "。」", ". ", "\n- ", "# ", " ", "`", "~~~\n", "a", "、", "\u0301"]
+)
+def test_twice_the_text_takes_twice_the_time(part):
+    def seconds(length):
+        text = (part * length)[:length]
+        begin = time.perf_counter()
+        split_text(text, 120, 20)
+        split_markdown(f"# a{text}b\n{text}\nb", 120, 20)
+        return time.perf_counter() - begin
+
+    # Four times the time for twice the text would be quadratic: 16 times and more here.
+    short = min(seconds(1_000) for _ in range(3))
+    assert min(seconds(8_000) for _ in range(2)) < 30 * short + 0.2

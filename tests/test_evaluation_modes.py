@@ -133,11 +133,11 @@ def test_negative_log_likelihood_and_perplexity(system: RAGSystem, inference: An
     expected = []
     for example in (RED, OWL):
         scored = system.retrieve(example.query)
-        answer = generator.prompts.encode_answer(example.response)
         contexts = [[item.node] for item in scored] if inference == "ensemble" else [[item.node for item in scored]]
-        prompts = [generator.encode_prompt(example.query, nodes).ids for nodes in contexts]
+        pairs = [generator.prompts.encode_pair(example.query, nodes, example.response) for nodes in contexts]
+        answer = pairs[0].answer
         weights = system.passage_log_weights(scored).exp().tolist()
-        rows = [token_probabilities(generator, prompt, answer) for prompt in prompts]
+        rows = [token_probabilities(generator, pair.ids, answer) for pair in pairs]
         mixed = [sum(w * p for w, p in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
         expected.append(-sum(math.log(p) for p in mixed) / len(answer))
     assert found.values["negative_log_likelihood"] == pytest.approx(expected, abs=1e-4)
@@ -151,25 +151,22 @@ def test_negative_log_likelihood_and_perplexity(system: RAGSystem, inference: An
 
 def choice_scores(system: RAGSystem, example: Example) -> list[float]:
     generator = system.require_generator()
-    prompt = generator.encode_prompt(example.query, [item.node for item in system.retrieve(example.query)]).ids
-    return [
-        sum(math.log(p) for p in token_probabilities(generator, prompt, generator.prompts.answer_tokens(choice)))
-        for choice in example.choices
-    ]
+    nodes = [item.node for item in system.retrieve(example.query)]
+    pairs = [generator.prompts.encode_pair(example.query, nodes, text, with_end=False) for text in example.choices]
+    return [sum(math.log(p) for p in token_probabilities(generator, pair.ids, pair.answer)) for pair in pairs]
 
 
 @pytest.mark.parametrize("score", ["sum", "token", "character", "prior"])
 def test_choices_are_scored_by_likelihood(system: RAGSystem, score: Any) -> None:
     generator = system.require_generator()
     expected = choice_scores(system, RED)
-    answers = [generator.prompts.answer_tokens(choice) for choice in RED.choices]
+    bare = [generator.prompts.encode_pair("", [], choice, with_end=False) for choice in RED.choices]
     if score == "token":
-        expected = [total / len(ids) for total, ids in zip(expected, answers, strict=True)]
+        expected = [total / len(pair.answer) for total, pair in zip(expected, bare, strict=True)]
     elif score == "character":
         expected = [total / len(choice) for total, choice in zip(expected, RED.choices, strict=True)]
     elif score == "prior":
-        empty = generator.encode_prompt("", []).ids
-        priors = [sum(math.log(p) for p in token_probabilities(generator, empty, ids)) for ids in answers]
+        priors = [sum(math.log(p) for p in token_probabilities(generator, pair.ids, pair.answer)) for pair in bare]
         expected = [total - prior for total, prior in zip(expected, priors, strict=True)]
     found = evaluate(system, [RED, OWL], ["accuracy"], EvaluationConfig(choice_score=score))
     record = found.predictions[0]

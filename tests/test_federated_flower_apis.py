@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_retriever
-from flwr.app import ConfigRecord, MetricRecord
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.client import Client
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, parameters_to_ndarrays
 from flwr.server import Server
@@ -20,6 +20,7 @@ from flwr.server.history import History
 from flwr.server.strategy import FedAvg, FedProx, Strategy
 from flwr.serverapp.strategy import FedAvg as MessageFedAvg
 from test_federated_task import SECTIONS, largest_difference
+from toy_federation import asking
 
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
@@ -251,3 +252,29 @@ def test_the_message_api_aggregates_no_client_that_does_not_fit(
         ClientHandler(strangers[kind])(messages[0])
     with pytest.raises(FederationError, match=r"Round 1 has 0 usable updates, but needs 1; 2: it failed"):
         alone.aggregate_train(1, grid.send_and_receive(messages))
+
+
+def test_the_message_api_sums_in_one_order_whoever_answers_first(task_of: Callable[..., FLTask]) -> None:
+    task = task_of()
+    start = task.weights()
+    asking(RecordDict())
+
+    def replies() -> list[Message]:
+        found = []
+        for node, (size, examples) in enumerate([(1e4, 3), (1e-3, 1), (-1e4, 7), (0.3, 11)], start=2):
+            weights = {name: tensor + size * (1 + tensor.abs()) for name, tensor in start.items()}
+            metrics = MetricRecord({"num-examples": examples, "loss": 1 / examples})
+            content = RecordDict({"arrays": to_wire(weights), "metrics": metrics})
+            found.append(Message(content, reply_to=Message(RecordDict(), node, "train")))
+        return found
+
+    def summed(order: Sequence[int]) -> Weights:
+        app = ScreenedStrategy(MessageFedAvg(), task)
+        app._reference = to_wire(start)
+        arrays, _ = app.aggregate_train(1, [replies()[number] for number in order])
+        assert arrays is not None
+        return from_wire(arrays)
+
+    first = summed([0, 1, 2, 3])
+    for order in ([3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]):
+        assert largest_difference(summed(order), first) == 0

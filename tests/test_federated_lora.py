@@ -137,7 +137,7 @@ def updates(privacy: Any = None) -> tuple[dict[str, Update], list[Factors], Any]
         metrics = MetricRecord({"num-examples": number + 1, "loss": 1.0})
         arrays = to_wire({NAMES[0]: client.a, NAMES[1]: client.b})
         content = RecordDict({"arrays": arrays, "metrics": metrics})
-        found[f"c{number}"] = screen_update(content, manifest, to_wire(start), privacy=privacy)
+        found[f"c{number}"] = screen_update(content, manifest, to_wire(start), FederatedConfig(privacy=privacy))
     return found, factors, manifest
 
 

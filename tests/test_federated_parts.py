@@ -15,6 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from toy_federation import asking
 
+from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError, FederationError, FedRAGError, ModelError
 from fedrag_cli.federated.aggregation import weighted_mean
 from fedrag_cli.federated.agreement import Agreement, base_fingerprint, differences
@@ -25,6 +26,7 @@ from fedrag_cli.federated.fleet.state import FleetState
 from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
 from fedrag_cli.federated.weights import (
+    Manifest,
     from_wire,
     in_dtype,
     manifest_of,
@@ -42,6 +44,10 @@ def content(arrays: dict[str, Any] | None = None, **metrics: Any) -> RecordDict:
     chosen = {"a": np.ones((1, 1), np.float32), "b": np.ones(2, np.float32)} if arrays is None else arrays
     record = ArrayRecord({name: value if isinstance(value, Array) else Array(value) for name, value in chosen.items()})
     return RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 3, **metrics})})
+
+
+def screen(given: RecordDict, manifest: Manifest, reference: ArrayRecord, **settings: Any) -> Update:
+    return screen_update(given, manifest, reference, FederatedConfig(**{"metrics": (), **settings}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -79,21 +85,21 @@ def test_what_float16_cannot_carry_is_refused_by_the_tensors_name(value: float) 
 def test_an_update_in_float16_is_screened_as_float32() -> None:
     given = {"a": np.full((1, 1), 0.1, np.float16), "b": np.zeros(2, np.float16)}
     before = to_wire({"a": torch.full((1, 1), 3.0), "b": torch.ones(2)})
-    update = screen_update(content(given), MANIFEST, before, dtype="float16")
+    update = screen(content(given), MANIFEST, before, transport_dtype="float16")
     (arrays,) = update.content().array_records.values()
     assert {array.dtype for array in arrays.values()} == {"float32"}
     assert arrays["a"].numpy().tolist() == [[float(np.float32(3) + np.float32(np.float16(0.1)))]]
     assert arrays["b"].numpy().tolist() == [1.0, 1.0]
     assert update.norm == pytest.approx(float(np.float16(0.1)), rel=1e-12)
     with pytest.raises(RefusedUpdateError, match="above the bound"):
-        screen_update(content(given), MANIFEST, before, dtype="float16", max_norm=0.09)
+        screen(content(given), MANIFEST, before, transport_dtype="float16", max_update_norm=0.09)
     with pytest.raises(RefusedUpdateError, match="a is float16, not float32"):
-        screen_update(content(given), MANIFEST, REFERENCE)
+        screen(content(given), MANIFEST, REFERENCE)
     with pytest.raises(RefusedUpdateError, match="a is float32, not float16"):
-        screen_update(content(), MANIFEST, REFERENCE, dtype="float16")
+        screen(content(), MANIFEST, REFERENCE, transport_dtype="float16")
     liar = Array(dtype="float16", shape=(1, 1), stype="numpy.ndarray", data=Array(np.ones((1, 1), np.float32)).data)
     with pytest.raises(RefusedUpdateError, match="not what its header says"):
-        screen_update(content({**given, "a": liar}), MANIFEST, REFERENCE, dtype="float16")
+        screen(content({**given, "a": liar}), MANIFEST, REFERENCE, transport_dtype="float16")
 
 
 def test_manifest_bytes_and_digest() -> None:
@@ -106,7 +112,7 @@ def test_manifest_bytes_and_digest() -> None:
 
 def test_an_update_that_passes() -> None:
     given = {"b": np.array([3, 4], np.float32), "a": np.array([[12]], np.float32)}
-    update = screen_update(content(given, loss=0.5, secret=1.0), MANIFEST, REFERENCE, metrics=["loss"], max_norm=13.0)
+    update = screen(content(given, loss=0.5, secret=1.0), MANIFEST, REFERENCE, metrics=["loss"], max_update_norm=13.0)
     assert update.norm == 13.0
     assert (update.examples, update.metrics) == (3, {"loss": 0.5})
     assert list(update.arrays) == ["a", "b"]
@@ -136,7 +142,7 @@ def test_an_update_that_passes() -> None:
 )
 def test_updates_that_are_refused(arrays: dict[str, Any] | None, metrics: dict[str, Any], reason: str) -> None:
     with pytest.raises(RefusedUpdateError) as refusal:
-        screen_update(content(arrays, **metrics), MANIFEST, REFERENCE, metrics=["loss"], max_norm=1e6)
+        screen(content(arrays, **metrics), MANIFEST, REFERENCE, metrics=["loss"], max_update_norm=1e6)
     assert reason in str(refusal.value)
 
 
@@ -152,19 +158,19 @@ def test_updates_that_are_refused(arrays: dict[str, Any] | None, metrics: dict[s
 def test_arrays_that_lie_about_themselves(data: bytes, reason: str) -> None:
     liar = Array(dtype="float32", shape=(1, 1), stype="numpy.ndarray", data=data)
     with pytest.raises(RefusedUpdateError, match=reason):
-        screen_update(content({"a": liar, "b": np.ones(2, np.float32)}), MANIFEST, REFERENCE)
+        screen(content({"a": liar, "b": np.ones(2, np.float32)}), MANIFEST, REFERENCE)
     other = Array(np.ones((5, 5), np.float32))
     liar = Array(dtype="float32", shape=(1, 1), stype="numpy.ndarray", data=other.data)
     with pytest.raises(RefusedUpdateError, match="not what its header says"):
-        screen_update(content({"a": liar, "b": np.ones(2, np.float32)}), MANIFEST, REFERENCE)
+        screen(content({"a": liar, "b": np.ones(2, np.float32)}), MANIFEST, REFERENCE)
 
 
 def test_no_tensors_and_no_metrics_are_refused() -> None:
     with pytest.raises(RefusedUpdateError, match="no tensors"):
-        screen_update(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), MANIFEST, REFERENCE)
+        screen(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), MANIFEST, REFERENCE)
     arrays = content().array_records["arrays"]
     with pytest.raises(RefusedUpdateError, match="no metrics"):
-        screen_update(RecordDict({"arrays": arrays}), MANIFEST, REFERENCE)
+        screen(RecordDict({"arrays": arrays}), MANIFEST, REFERENCE)
 
 
 AGREEMENT = Agreement(1, "retriever", MANIFEST, {"generator": "00"}, {"trainer.retriever.top_k": 8})
@@ -373,7 +379,7 @@ def test_the_memory_of_the_mean_does_not_grow_with_the_clients(tmp_path: Path) -
     mean = weighted_mean(updates, {"w": [size]})["w"]
     update = RecordDict({"arrays": ArrayRecord(), "metrics": MetricRecord({"num-examples": 1})})
     update.array_records["arrays"]["w"] = updates[0].arrays["w"]
-    screened = screen_update(update, {"w": [size]}, reference)
+    screened = screen(update, {"w": [size]}, reference)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert torch.equal(mean, torch.arange(float(size)))
@@ -388,10 +394,10 @@ def test_an_array_that_ends_elsewhere_than_it_says_is_refused(cut: int) -> None:
     data = honest.data[:cut] if cut < 0 else honest.data + b"\0" * cut
     liar = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=data)
     with pytest.raises(RefusedUpdateError, match="b cannot be read"):
-        screen_update(content({"a": np.ones((1, 1), np.float32), "b": liar}), MANIFEST, REFERENCE)
+        screen(content({"a": np.ones((1, 1), np.float32), "b": liar}), MANIFEST, REFERENCE)
     columns = Array(np.asfortranarray(np.arange(4, dtype=np.float32).reshape(2, 2)))
     with pytest.raises(RefusedUpdateError, match="c cannot be read"):
-        screen_update(content({"c": columns}), {"c": [2, 2]}, to_wire({"c": torch.zeros(2, 2)}))
+        screen(content({"c": columns}), {"c": [2, 2]}, to_wire({"c": torch.zeros(2, 2)}))
 
 
 def test_to_arrays_is_ordered_by_name() -> None:

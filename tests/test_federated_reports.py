@@ -56,10 +56,11 @@ def metrics_of(reply: Message) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def answer_log_probs(rag: RAGSystem, query: str, nodes: list[KnowledgeNode], answer: list[int]) -> Tensor:
+def answer_log_probs(rag: RAGSystem, example: Example, node: KnowledgeNode, *, with_end: bool) -> Tensor:
     """Return the log-probability of each token of an answer, from the plain logits of the language model."""
     generator = rag.require_generator()
-    prompt = generator.encode_prompt(query, nodes, answer_tokens=len(answer)).ids
+    encoded = generator.prompts.encode_pair(example.query, [node], example.response, with_end=with_end)
+    prompt, answer = encoded.ids, encoded.answer
     logits = generator.model(torch.tensor([prompt + answer])).logits[0].double()
     found = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1]
     return found.gather(1, torch.tensor(answer)[:, None])[:, 0]
@@ -78,8 +79,7 @@ def lsr_by_hand(rag: RAGSystem, examples: list[Example]) -> float:
     total = 0.0
     for example in examples:
         nodes, scores = nearest(rag, example.query, 4)
-        answer = rag.require_generator().prompts.answer_tokens(example.response)
-        likelihoods = torch.stack([answer_log_probs(rag, example.query, [node], answer).mean() for node in nodes])
+        likelihoods = torch.stack([answer_log_probs(rag, example, node, with_end=False).mean() for node in nodes])
         teacher, learner = (likelihoods / 0.1).softmax(0), (scores / 0.05).softmax(0)
         total += float((teacher * (teacher.log() - learner.log())).sum())
     return total / len(examples)
@@ -89,9 +89,8 @@ def ralt_by_hand(rag: RAGSystem, examples: list[Example]) -> float:
     """Mean negative log-likelihood of the answers' tokens, each answer after each of its best 2 passages."""
     found: list[Tensor] = []
     for example in examples:
-        answer = rag.require_generator().prompts.encode_answer(example.response)
         for node in nearest(rag, example.query, 2)[0]:
-            found.append(answer_log_probs(rag, example.query, [node], answer))
+            found.append(answer_log_probs(rag, example, node, with_end=True))
     return -float(torch.cat(found).mean())
 
 

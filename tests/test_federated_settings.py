@@ -5,12 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import socket
+import ssl
 import stat
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from toy_federation import node, serving
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config
@@ -19,8 +26,15 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.sites import corpus_by_owner, split_at_random, split_by_dirichlet, split_by_owner
-from fedrag_cli.errors import ConfigError, DataError
-from fedrag_cli.federated.endpoint import check_server_settings, client_authority, parse_address
+from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError
+from fedrag_cli.federated.endpoint import (
+    check_server_settings,
+    client_authority,
+    expiry_note,
+    parse_address,
+    trusting,
+)
+from fedrag_cli.federated.fleet.server import ServerCertificate
 from fedrag_cli.federated.keys import (
     fingerprint,
     load_allowed_keys,
@@ -70,6 +84,96 @@ def test_a_server_that_others_can_reach_needs_certificate_and_keys(tmp_path: Pat
     swapped = FederatedConfig(certificate=str(key), certificate_key=str(certificate))
     with pytest.raises(ConfigError, match="cannot be used"):
         check_server_settings(swapped, inside, insecure=False)
+
+
+def made_days_ago(monkeypatch: pytest.MonkeyPatch, folder: Path, days: float) -> tuple[Path, Path]:
+    """Return key and certificate of localhost as they would be if they had been made so many days ago."""
+    then = SimpleNamespace(now=lambda zone: datetime.now(zone) - timedelta(days=days))
+    with monkeypatch.context() as patched:
+        patched.setattr("fedrag_cli.federated.keys.datetime", then)
+        write_authority(folder)
+        return write_server_certificate(folder, ["localhost"])
+
+
+@pytest.mark.parametrize(
+    ("days", "words"), [(370, r"server\.crt' expired on \d{4}-"), (-3, r"server\.crt' is valid only from \d{4}-.* on")]
+)
+def test_a_certificate_that_is_not_valid_now_is_told_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: float, words: str
+) -> None:
+    key, certificate = made_days_ago(monkeypatch, tmp_path, days)
+    settings = FederatedConfig(certificate=str(certificate), certificate_key=str(key))
+    with pytest.raises(ConfigError, match=words):
+        check_server_settings(settings, parse_address("127.0.0.1:1"), insecure=False)
+    end = datetime.now(UTC) - timedelta(days=days) + timedelta(days=365)
+    assert f"expires on {end:%Y-%m-%d}" in expiry_note(certificate) or days < 0
+
+
+def test_what_is_wrong_with_a_certificate_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = parse_address("127.0.0.1:1"), parse_address("example.org:1")
+    key, certificate = made_days_ago(monkeypatch, tmp_path / "a", 360)
+    other, _ = made_days_ago(monkeypatch, tmp_path / "b", 0)
+    assert "expires on" in expiry_note(certificate)
+    assert expiry_note(tmp_path / "b" / "server.crt") == ""
+    locked, empty, pipe = tmp_path / "locked.key", tmp_path / "empty.crt", tmp_path / "pipe"
+    loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+    secret = serialization.BestAvailableEncryption(b"word")
+    locked.write_bytes(
+        loaded.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption_algorithm=secret)
+    )
+    empty.touch()
+    os.mkfifo(pipe)
+
+    def fault(chain: Path, private: Path) -> str:
+        settings = FederatedConfig(certificate=str(chain), certificate_key=str(private))
+        with pytest.raises(ConfigError) as error:
+            check_server_settings(settings, inside, insecure=False)
+        return error.value.message
+
+    assert "is not the key of the certificate" in fault(certificate, other)
+    assert "locked.key' cannot be used" in fault(certificate, locked)
+    assert "empty.crt' cannot be used: it is empty" in fault(empty, key)
+    assert "pipe' cannot be used: it is a pipe" in fault(pipe, key)
+    assert "cannot be used: it is a pipe" in fault(certificate, pipe)
+    for wrong in (empty, pipe, key, tmp_path):
+        with pytest.raises(ConfigError, match=r"ca_certificate: .* cannot be read as PEM certificates: "):
+            client_authority(FederatedConfig(ca_certificate=str(wrong)), outside, insecure=False)
+    made_days_ago(monkeypatch, tmp_path / "old", 3700)
+    with pytest.raises(ConfigError, match=r"the authority in '.*ca\.crt' expired on"):
+        client_authority(FederatedConfig(ca_certificate=str(tmp_path / "old" / "ca.crt")), outside, insecure=False)
+
+
+def test_without_an_authority_those_of_the_system_are_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, authority = write_authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    assert [dict(pair for (pair,) in known["subject"]) for known in trusting(None).get_ca_certs()] == [
+        {"commonName": "fedrag authority"}
+    ]
+    assert trusting(None).verify_mode == ssl.CERT_REQUIRED
+    assert trusting(None).check_hostname
+    assert len(trusting(authority.read_bytes()).get_ca_certs()) == 1
+
+
+@pytest.mark.fl
+@pytest.mark.parametrize(
+    ("days", "host", "words"),
+    [
+        (370, "localhost", r"is not trusted: the server's certificate expired on \d{4}-\d\d-\d\d"),
+        (-3, "localhost", r"the server's certificate is valid only from \d{4}-\d\d-\d\d .* clock right"),
+        (0, "127.0.0.1", r"the server's certificate is made for localhost, and not for 127\.0\.0\.1"),
+        (0, "", r"the server's certificate is signed by .*fedrag authority.*, which is trusted here in no way"),
+    ],
+)
+def test_a_client_says_why_it_does_not_trust_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: float, host: str, words: str
+) -> None:
+    key, certificate = made_days_ago(monkeypatch, tmp_path, days)
+    _, other = write_authority(tmp_path / "other")
+    ca = (tmp_path / "ca.crt" if host else other).read_bytes()
+    with serving(certificate=ServerCertificate(certificate, key)) as server:
+        address = f"{host or 'localhost'}:{server.address[1]}"
+        with pytest.raises(ConnectionFailedError, match=words):
+            node(server, address=address, tls=True, ca=ca).check()
 
 
 def test_how_a_client_trusts(tmp_path: Path) -> None:
@@ -127,6 +231,34 @@ def test_bad_keys_are_said_so(tmp_path: Path) -> None:
     made = load_or_make_key(tmp_path / "own.key")
     assert load_or_make_key(tmp_path / "own.key").private_numbers() == made.private_numbers()
     assert (tmp_path / "own.key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("pipe.pub", os.mkfifo, r"pipe\.pub' is no public key: it is a pipe"),
+        ("folder.pub", os.mkdir, r"folder\.pub' is no public key: it is a folder"),
+        ("endless.pub", partial(os.symlink, "/dev/zero"), r"endless\.pub' is no public key: it is a device"),
+        ("socket.pub", partial(os.mknod, mode=stat.S_IFSOCK), r"no public key: it is a socket"),
+        ("empty.pub", Path.touch, r"empty\.pub' is no public key: it is empty"),
+        ("gone.pub", partial(os.symlink, "nothing"), r"gone\.pub' is no public key: No such file"),
+        ("large.pub", lambda path: path.write_bytes(b" " * (2**20 + 1)), r"it has more than 1048576 bytes"),
+        ("a\nb.pub", Path.touch, r"the name of 'a\\nb\.pub' in '.*' is no client name"),
+        ("..pub", Path.touch, r"the name of '\.\.pub' in"),
+        ("\x1b[31mred.pub", Path.touch, r"the name of '\\x1b\[31mred\.pub' in"),
+        ("\u202eb.pub", Path.touch, r"the name of '\\u202eb\.pub' in"),
+    ],
+)
+def test_what_is_no_key_among_the_allowed_ones_is_named_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path], object], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("c")
+    write_node_key(folder, "north")
+    make(folder / name)
+    with pytest.raises(ConfigError, match=words) as error:
+        load_allowed_keys(folder)
+    assert error.value.message.isprintable()
 
 
 def test_a_key_is_known_by_the_fingerprint_that_openssh_prints(

@@ -21,6 +21,7 @@ from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.prompts import PromptEncoder
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.run_parts import load_run_data
+from fedrag_cli.trainer_managers.simulation import site_name
 
 NEVER = {"every": "never"}
 TRAINER = {
@@ -88,13 +89,13 @@ def test_a_site_sees_its_own_passages_only(
 ) -> None:
     """What a site has retrieved is what the prompts of its questions hold."""
     seen: set[tuple[str, str]] = set()
-    encode = PromptEncoder.encode_prompt
+    encode = PromptEncoder.encode_pair
 
-    def noted(self: PromptEncoder, query: str, passages: list[KnowledgeNode], **options: Any) -> Any:
+    def noted(self: PromptEncoder, query: str, passages: list[KnowledgeNode], *args: Any, **options: Any) -> Any:
         seen.update((site_of(query.rstrip("?")), site_of(passage.text)) for passage in passages)
-        return encode(self, query, passages, **options)
+        return encode(self, query, passages, *args, **options)
 
-    monkeypatch.setattr(PromptEncoder, "encode_prompt", noted)
+    monkeypatch.setattr(PromptEncoder, "encode_pair", noted)
     rows = owned_rows() if owned else None
     # The server's own questions are asked to the retriever only; they go over the whole corpus.
     _, summary = run_command("simulate", mode, folder="a", rows=rows, federated={"rounds": 1})
@@ -245,3 +246,11 @@ def test_one_client_process_and_one_round_are_training_for_the_generator(
     expected = tuned_weights(alone, "generator")
     for run in (served, joined):
         assert largest_difference(tuned_weights(run, "generator"), expected) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [("0", "site-0"), ("Zürich Nord", "site-Zürich Nord"), ("../../x", "site-..%2F..%2Fx"), ("a:b\n", "site-a%3Ab%0A")],
+)
+def test_owners_of_data_make_no_paths_of_their_own(owner: str, name: str) -> None:
+    assert site_name("site", owner) == name

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from fedrag_cli.federated.federation import Federation
 from fedrag_cli.federated.grid import Member
 from fedrag_cli.federated.local import LocalGrid
 from fedrag_cli.federated.roster import Roster
-from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
 from fedrag_cli.federated.weights import Weights, to_wire
 from fedrag_cli.registry import build, registry
@@ -32,6 +33,7 @@ COMMON = Agreement(1, "retriever", {"w": [3]}, {}, {})
 START = torch.tensor([1.0, 2.0, 3.0])
 STEPS = {"a": [1.0, 0.0, 0.0], "b": [0.0, 2.0, 0.0], "c": [0.0, 0.0, 4.0]}
 EXAMPLES = {"a": 1, "b": 2, "c": 5}
+UNBOUNDED: dict[str, Any] = {"settings": {"max_norm_ratio": None}}
 
 
 def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options: Any) -> RoundState:
@@ -43,6 +45,7 @@ def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options
         rejoin_timeout=0.01,
         transport_dtype=options.pop("transport_dtype", "float32"),
         privacy=options.pop("privacy", None),
+        **options.pop("settings", {}),
     )
     built = build("strategy", strategy, min_clients=settings.min_clients, learning_rate=0.5)
     state = options.pop("state", None) or RoundState(0, {"w": START.clone()})
@@ -88,7 +91,9 @@ def test_float16_on_the_wire_is_aggregated_as_float32() -> None:
     reporter = SilentReporter()
     reporter.event = lambda name, **fields: told.append({"event": name, **fields})  # type: ignore[method-assign]
     state = RoundState(0, {"w": start.clone()})
-    after = federate(strategy("FedAvg"), clients, state=state, transport_dtype="float16", reporter=reporter)
+    after = federate(
+        strategy("FedAvg"), clients, state=state, transport_dtype="float16", reporter=reporter, **UNBOUNDED
+    )
     rounded = start.half().float()
     for client in clients:
         assert torch.equal(client.received[0]["w"], rounded)
@@ -168,7 +173,8 @@ def test_median_trimmed_mean_krum_and_bulyan_throw_out_a_liar() -> None:
         strategy("Bulyan", num_malicious_nodes=1),
     ):
         assert moved(federate(chosen, [*honest, liar])) == pytest.approx([1.0, 1.0, 1.0], abs=0.06), chosen.type
-    assert moved(federate(strategy("FedAvg"), [*honest, liar]))[0] > 1e5
+    unbounded = federate(strategy("FedAvg"), [*honest, liar], **UNBOUNDED)
+    assert moved(unbounded)[0] > 1e5
 
 
 def test_adaptive_strategies_step_towards_the_mean() -> None:
@@ -212,6 +218,32 @@ def test_state_and_restore_are_inverse() -> None:
     restore_strategy(other, strategy_state(first))
     assert other.m_t["x"].tolist() == [1.0, 1.0]
     assert other.current_arrays["x"].numpy().tolist() == [1.0, 1.0]
+
+
+def test_a_list_of_many_arrays_comes_back_from_disk_in_its_order(tmp_path: Path) -> None:
+    """Names of files are texts, and "10" comes before "2"."""
+    first = build("strategy", strategy("FedAvgM"), min_clients=1, learning_rate=1.0)
+    first.momentum_vector = [np.full(1 + number % 2, float(number)) for number in range(13)]
+    save_round(tmp_path, RoundState(1, {"w": torch.zeros(1)}, strategy_state(first)))
+    saved = load_newest_round(tmp_path)
+    assert saved is not None
+    other = build("strategy", strategy("FedAvgM"), min_clients=1, learning_rate=1.0)
+    restore_strategy(other, saved.strategy)
+    assert [vector.tolist() for vector in other.momentum_vector] == [
+        [float(number)] * (1 + number % 2) for number in range(13)
+    ]
+
+
+@pytest.mark.parametrize(("name", "setting"), [("FedAvgM", "server_learning_rate"), ("FedAdam", "eta")])
+def test_aggregated_weights_that_are_not_finite_end_the_federation(name: str, setting: str) -> None:
+    saved: list[int] = []
+    chosen = strategy(name, **{setting: 1e39})
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(FederationError, match=r"weights in round 1 that are not finite or of another shape: w"),
+    ):
+        federate(chosen, toys(), save_round=lambda state: saved.append(state.number))
+    assert saved == [0]
 
 
 def test_the_same_seed_draws_the_same_clients() -> None:
@@ -297,6 +329,42 @@ def test_who_has_the_final_weights_is_remembered_as_it_confirms() -> None:
     with pytest.raises(KeyboardInterrupt):
         federate(strategy("FedAvg"), clients, **keep)
     assert saved[-1][0] == ["b", "c"]
+
+
+def test_what_clients_measured_of_the_final_weights_outlives_a_server_that_is_killed(tmp_path: Path) -> None:
+    class Measuring(ToyClient):
+        """Measures as many questions as it has examples; `b` kills the first server."""
+
+        killed = False
+
+        def __call__(self, message: Message) -> Message:
+            reply = super().__call__(message)
+            if self.final is not None:
+                if self.name == "b" and not Measuring.killed:
+                    Measuring.killed = True
+                    raise KeyboardInterrupt
+                reply.content["metrics"]["validation-examples"] = self.examples  # type: ignore[index]
+                reply.content["metrics"]["validation_loss"] = float(ord(self.name))  # type: ignore[index]
+            return reply
+
+    def clients(names: str) -> list[ToyClient]:
+        return [Measuring(name, STEPS[name], EXAMPLES[name]) for name in names]
+
+    keep = {
+        "save_round": lambda state: save_round(tmp_path, state),
+        "save_missing": lambda state: save_missing(tmp_path, state),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        federate(strategy("FedAvg"), clients("abc"), **keep)
+    # `a` has the weights and is gone; `c` stays away until a third server.
+    told: list[int] = []
+    for names in ("b", "c"):
+        resumed = federate(strategy("FedAvg"), clients(names), state=load_newest_round(tmp_path), min_clients=1, **keep)
+        measured = resumed.evaluations["1"]["clients"]
+        told.append(measured["examples"])
+    assert told == [3, 8]
+    assert measured["metrics"]["validation_loss"] == pytest.approx((97 + 2 * 98 + 5 * 99) / 8)
+    assert resumed.missing == []
 
 
 def test_a_resumed_server_waits_for_no_client_that_has_the_final_weights() -> None:

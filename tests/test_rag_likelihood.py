@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,11 @@ from fedrag_cli.config import PromptConfig
 from fedrag_cli.errors import DataError
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches, token_log_probs
+from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches, padded, padding_rule, token_log_probs
 from fedrag_cli.trainers.config import LoRAConfig
 from fedrag_cli.trainers.huggingface.adapters import add_adapter
 
 ARCHITECTURES = ["generator", "gpt2"]
-SIDES = ["left", "right"]
 
 
 def load(folder: Path, **settings: object) -> CausalLMGenerator:
@@ -54,10 +54,24 @@ def by_unshifted_gather(model: nn.Module, pair: TokenPair) -> float:
     return float(logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None]).sum())
 
 
-def score(model: nn.Module, pairs: list[TokenPair], side: str = "right", pad_id: int = 0) -> Tensor:
+def score(model: nn.Module, pairs: list[TokenPair], pad_id: int = 0) -> Tensor:
     with torch.no_grad():
-        rows = token_log_probs(model, pairs, pad_id=pad_id, padding_side=side)  # type: ignore[arg-type]
-    return torch.stack([row.sum() for row in rows])
+        return torch.stack([row.sum() for row in token_log_probs(model, pairs, pad_id=pad_id)])
+
+
+def score_on_the_left(model: nn.Module, pairs: list[TokenPair], pad_id: int = 0) -> Tensor:
+    """Return the same from rows that are padded on the left, as the model wants them in training."""
+    rule = padding_rule(model, pad_id)
+    assert rule.on_left
+    ids, mask, _ = padded(pairs, pad_id, "left")
+    with torch.no_grad():
+        log_probs = model(input_ids=ids, attention_mask=mask, **rule.positions(mask)).logits.log_softmax(-1)
+    targets = [torch.tensor(target) for _, target in pairs]
+    rows = [row[-len(target) - 1 : -1] for row, target in zip(log_probs, targets, strict=True)]
+    return torch.stack([row.gather(1, ids[:, None]).sum() for row, ids in zip(rows, targets, strict=True)])
+
+
+SIDES = [score, score_on_the_left]
 
 
 class LogitShapes:
@@ -68,12 +82,14 @@ class LogitShapes:
         model.register_forward_hook(lambda _module, _args, output: self.shapes.append(tuple(output.logits.shape)))
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("scored", SIDES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_row_of_a_ragged_batch_equals_the_models_own_loss(models: dict[str, Path], name: str, side: str) -> None:
+def test_every_row_of_a_ragged_batch_equals_the_models_own_loss(
+    models: dict[str, Path], name: str, scored: Callable[..., Tensor]
+) -> None:
     model, pairs = load(models[name]).model, ragged_pairs()
     expected = [loss_times_tokens(model, pair) for pair in pairs]
-    assert score(model, pairs, side).tolist() == pytest.approx(expected, abs=1e-4)
+    assert scored(model, pairs).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -89,9 +105,9 @@ def test_the_unshifted_gather_would_be_far_off(models: dict[str, Path], name: st
 def test_padding_on_either_side_and_any_padding_token_give_the_same(models: dict[str, Path], name: str) -> None:
     model, pairs = load(models[name]).model, ragged_pairs()
     reference = score(model, pairs)
-    for side in SIDES:
+    for scored in SIDES:
         for pad_id in (0, 7, pairs[0][1][0]):
-            assert (score(model, pairs, side, pad_id) - reference).abs().max() < 1e-4
+            assert (scored(model, pairs, pad_id) - reference).abs().max() < 1e-4
 
 
 def test_left_padding_without_position_ids_would_differ_on_gpt2(models: dict[str, Path]) -> None:
@@ -103,7 +119,7 @@ def test_left_padding_without_position_ids_would_differ_on_gpt2(models: dict[str
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, position_ids=plain_positions).logits[0, 29:31]
     without = float(logits.log_softmax(-1).gather(1, torch.tensor([[12], [13]])).sum())
-    ours = float(score(model, pairs, "left")[0])
+    ours = float(score_on_the_left(model, pairs)[0])
     assert ours == pytest.approx(loss_times_tokens(model, pairs[0]), abs=1e-4)
     assert abs(without - ours) > 1e-2
 
@@ -139,9 +155,6 @@ def test_only_the_needed_logits_are_computed(models: dict[str, Path]) -> None:
         score(generator.model, [(prompt, [5, 6, 7]), (prompt[:98], [5, 6])])
         # Right padding: the shorter row's first needed position is 97, of 103.
         assert spy.shapes[-1][:2] == (2, 103 - 97)
-        score(generator.model, [(prompt, [5, 6, 7]), (prompt[:40], [5, 6])], "left")
-        # Left padding: all targets end together, so only the longest target counts.
-        assert spy.shapes[-1][:2] == (2, 4)
 
 
 def test_needed_logits_only_with_an_adapter_too(models: dict[str, Path]) -> None:
@@ -152,19 +165,19 @@ def test_needed_logits_only_with_an_adapter_too(models: dict[str, Path]) -> None
     assert spy.shapes[0][:2] == (1, 2)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("scored", SIDES)
 def test_an_adapter_changes_nothing_until_it_is_tuned_and_is_scored_once_it_is(
-    models: dict[str, Path], side: str
+    models: dict[str, Path], scored: Callable[..., Tensor]
 ) -> None:
     generator, pairs = load(models["generator"]), ragged_pairs()
-    plain = score(generator.model, pairs, side)
+    plain = scored(generator.model, pairs)
     generator.model = add_adapter(generator.model, LoRAConfig(r=2, alpha=4.0), seed=0).eval()
-    assert torch.allclose(score(generator.model, pairs, side), plain, atol=1e-5)
+    assert torch.allclose(scored(generator.model, pairs), plain, atol=1e-5)
     with torch.no_grad():
         for name, parameter in generator.model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.05)
-    tuned = score(generator.model, pairs, side)
+    tuned = scored(generator.model, pairs)
     assert (tuned - plain).abs().min() > 1e-3
     assert tuned.tolist() == pytest.approx([loss_times_tokens(generator.model, pair) for pair in pairs], abs=1e-4)
 
@@ -201,10 +214,11 @@ def test_target_log_probs_of_texts_equal_those_of_their_ids(models: dict[str, Pa
     generator = load(models[name])
     prompts = ["the colour of the cat is", "where ?", "what is the colour of the owl : "]
     targets = [" red", " in the barn .", "blue"]
-    pairs = [
-        (generator.tokenizer(prompt)["input_ids"], generator.tokenizer(target)["input_ids"])
-        for prompt, target in zip(prompts, targets, strict=True)
-    ]
+    ids = [generator.tokenizer(prompt + target)["input_ids"] for prompt, target in zip(prompts, targets, strict=True)]
+    # The blank before "blue" is one token with it, which the model writes after ":".
+    starts = [len(generator.tokenizer(prompt.rstrip())["input_ids"]) for prompt in prompts]
+    pairs = [(row[:start], row[start:]) for row, start in zip(ids, starts, strict=True)]
+    assert [generator.tokenizer.decode(target) for _, target in pairs] == [" red", " in the barn .", " blue"]
     result = generator.target_log_probs(prompts, targets)
     assert result.shape == (3,)
     assert result.dtype == torch.float32

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from fedrag_cli.errors import ModelError
+from fedrag_cli.cli.main import main
+from fedrag_cli.errors import EXIT_DATA, ModelError
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     ModelLocation,
@@ -182,3 +191,135 @@ def test_a_remembered_fingerprint_is_not_mistaken_for_that_of_another_model() ->
         second[0].weight.add_(1.0)
     assert memory.fingerprint(first) != memory.fingerprint(second)
     assert memory.fingerprint(first) == weights_fingerprint(first)
+
+
+class _Command:
+    """Pickled, it runs a shell command where a file is read as a plain pickle."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"echo > {self.marker}",)
+
+
+def _edited(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def _with_own_model(folder: Path, base: str, of: str) -> None:
+    own = {"AutoConfig": "own_code.OwnConfig", of: "own_code.OwnModel"}
+    _edited(folder / "config.json", model_type="own", auto_map=own)
+    classes = f"class OwnConfig({base}Config):\n    model_type = 'own'\n"
+    head = {"AutoModelForCausalLM": "ForCausalLM", "AutoModel": "Model"}[of]
+    classes += f"class OwnModel({base}{head}):\n    config_class = OwnConfig\n"
+    _add_code(folder, f"from transformers import {base}Config, {base}{head}\n{classes}")
+
+
+def _with_own_tokenizer(folder: Path) -> None:
+    _edited(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own_code.Own"]})
+    _add_code(
+        folder, "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+
+
+def _with_own_module(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    modules[1]["type"] = "own_code.Own"
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    _add_code(
+        folder,
+        "from sentence_transformers.sentence_transformer.modules import Pooling\nclass Own(Pooling):\n    pass\n",
+    )
+
+
+def _without_modules(folder: Path) -> None:
+    _with_own_model(folder, "Bert", "AutoModel")
+    (folder / "modules.json").unlink()
+
+
+def _on_a_base_with_code(folder: Path) -> None:
+    """Turn a generator into an adapter whose base, beside it, brings code."""
+    base = folder.with_name("base")
+    shutil.copytree(folder, base)
+    _with_own_model(base, "Llama", "AutoModelForCausalLM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(folder)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    _edited(folder / "adapter_config.json", base_model_name_or_path=str(base))
+
+
+def _add_code(folder: Path, code: str) -> None:
+    marker = folder.parent / "code-was-run"
+    (folder / "own_code.py").write_text(f"open({str(marker)!r}, 'w').close()\n{code}", encoding="utf-8")
+
+
+OWN_CODE: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "model": ("generator", lambda folder: _with_own_model(folder, "Llama", "AutoModelForCausalLM")),
+    "tokenizer": ("generator", _with_own_tokenizer),
+    "adapter": ("generator", _on_a_base_with_code),
+    "encoder": ("retriever", lambda folder: _with_own_model(folder, "Bert", "AutoModel")),
+    "module": ("retriever", _with_own_module),
+    "plain encoder": ("retriever", _without_modules),
+}
+
+
+@pytest.mark.parametrize(("side", "change"), OWN_CODE.values(), ids=OWN_CODE)
+def test_code_of_a_model_is_run_only_where_the_config_says_so(
+    write_config: Callable[..., Path],
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    side: str,
+    change: Callable[[Path], None],
+) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "code-was-run"
+    shutil.copytree(models[side], folder)
+    change(folder)
+    config = write_config()
+    agreement = io.StringIO("y\n" * 9)
+    monkeypatch.setattr(sys, "stdin", agreement)
+    arguments = ["query", str(config), "where is the cat ?", f"rag_system.{side}.model={folder}"]
+    assert main(arguments) == EXIT_DATA
+    shown = capsys.readouterr()
+    assert f"The {side} '{folder}' comes with Python code of its own, which is not run." in shown.err
+    assert f"set rag_system.{side}.trust_remote_code: true." in shown.err
+    assert shown.out == ""
+    assert agreement.tell() == 0, "nobody is asked"
+    assert not marker.exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main([*arguments, f"rag_system.{side}.trust_remote_code=true"]) == 0
+    assert marker.exists()
+    assert agreement.tell() == 0
+
+
+@pytest.mark.parametrize("side", ["generator", "retriever", "adapter"])
+def test_code_in_pickled_weights_is_not_run(
+    write_config: Callable[..., Path],
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    side: str,
+) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "code-was-run"
+    if side == "adapter":
+        LoraConfig(target_modules=["q_proj"]).save_pretrained(folder)
+    else:
+        shutil.copytree(models[side], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = folder / ("adapter_model.bin" if side == "adapter" else "pytorch_model.bin")
+    torch.save({"weight": _Command(marker)}, weights)
+    setting = "generator.adapter" if side == "adapter" else f"{side}.model"
+    assert main(["query", str(write_config()), "where is the cat ?", f"rag_system.{setting}={folder}"]) == EXIT_DATA
+    message = f"The {side} '{folder}' cannot be loaded: its weights are a Python pickle with more than tensors in it"
+    assert message in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_an_exported_flower_app_agrees_to_no_code(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    trusting = ["rag_system.retriever.trust_remote_code=true", "rag_system.generator.trust_remote_code=true"]
+    assert main(["export-flower-app", str(tmp_path / "app"), str(write_config()), *trusting]) == 0
+    (exported,) = (tmp_path / "app").rglob("config.yaml")
+    assert "trust_remote_code" not in exported.read_text(encoding="utf-8")

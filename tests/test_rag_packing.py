@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from pathlib import Path
@@ -160,3 +161,42 @@ def test_models_that_read_masks_or_positions_their_own_way_are_scored_the_plain_
         monkeypatch.setattr(type(model), "forward", without_positions)
         assert not can_pack(model, 10)
     assert torch.allclose(generator.log_probs_of_ids(pairs), expected, atol=1e-4)
+
+
+ROTARY: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0],
+        "original_max_position_embeddings": 32,
+        "factor": 4.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotary_positions_of_every_kind_are_those_of_single_forwards(models: dict[str, Path], kind: str) -> None:
+    given = load(models["generator"])
+    config = copy.deepcopy(given.model.config)
+    config.max_position_embeddings = 128
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, **ROTARY[kind]}
+    model = type(given.model)(config)
+    model.load_state_dict(given.model.state_dict())
+    generator = CausalLMGenerator(model, given.tokenizer, given.config)
+    # Of 2 to 55 tokens: some within the length of the training of the models that are stretched, some beyond.
+    pairs = passages_and_questions()
+    assert {len(prompt) + len(target) > 32 for prompt, target in pairs} == {True, False}
+    expected = [sum(single(generator, pair)) for pair in pairs]
+    assert generator.log_probs_of_ids(pairs).tolist() == pytest.approx(expected, abs=1e-4)
+    assert can_pack(model, 55) == (kind not in ("dynamic", "longrope"))
+    prompts = [prompt for prompt, _ in pairs[:9]]
+    assert generator.generate_from_ids(prompts) == [generator.generate_from_ids([prompt])[0] for prompt in prompts]

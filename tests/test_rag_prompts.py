@@ -1,4 +1,4 @@
-"""Prompts: spans that no merge can blur, chat templates, start and end tokens, and truncation of the context."""
+"""Prompts: where an answer begins, chat templates, start and end tokens, and truncation of the context."""
 
 from __future__ import annotations
 
@@ -54,34 +54,55 @@ def nodes(*texts: str) -> list[KnowledgeNode]:
 # Spans
 
 
-def test_a_merge_over_the_boundary_cannot_blur_the_answer() -> None:
+def pair_of(
+    prompts: PromptEncoder, query: str, context: list[KnowledgeNode], answer: str
+) -> tuple[list[int], list[int]]:
+    pair = prompts.encode_pair(query, context, answer)
+    return pair.ids, pair.answer
+
+
+def test_where_a_merge_crosses_the_border_the_answer_begins_at_its_first_character() -> None:
     tokenizer = letters(merges=((":", "Ġ"),))
     prompts = PromptEncoder(tokenizer, PLAIN, 100)
-    prompt, answer = prompts.encode_prompt("q", [], reserved_tokens=0).ids, prompts.encode_answer("red")
-    together = tokenizer(" ? q : red", add_special_tokens=False)["input_ids"]
-    merged = tokenizer.convert_tokens_to_ids(":Ġ")
-    assert merged in together
-    assert merged not in prompt + answer
-    assert tokenizer.decode(prompt) == " ? q :"
-    assert tokenizer.decode(answer, skip_special_tokens=True) == " red"
-    # Tokenised together, the answer's span by lengths would start one character late.
-    assert tokenizer.decode(together[len(prompt) :]) == "red"
+    prompt, answer = pair_of(prompts, "q", [], "red")
+    assert prompt + answer == tokenizer(" ? q : red</s>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(answer) == "red</s>"
+    # One token has characters of both.
+    tokenizer = letters(merges=((":", "Ġ"), (":Ġ", "r")))
+    prompt, answer = pair_of(PromptEncoder(tokenizer, PLAIN, 100), "q", [], "red")
+    assert [tokenizer.decode(ids) for ids in (prompt, answer)] == [" ? q ", ": red</s>"]
+
+
+def test_without_a_merge_the_answer_is_all_that_follows_the_prompt() -> None:
+    tokenizer = letters()
+    prompts = PromptEncoder(tokenizer, PLAIN, 100)
+    prompt, answer = pair_of(prompts, "q", [], "red")
+    assert prompt == prompts.encode_prompt("q", [], reserved_tokens=0).ids
+    assert [tokenizer.decode(ids) for ids in (prompt, answer)] == [" ? q :", " red</s>"]
+
+
+def test_a_prompt_that_ends_in_white_space_gets_no_second_blank(models: dict[str, Path]) -> None:
+    for ending in (" ", "\n"):
+        prompts = encoder(models["generator"], PromptConfig(template="{context} ? {query} :" + ending))
+        prompt, answer = pair_of(prompts, "q", [], "red")
+        assert prompts.tokenizer.decode(prompt + answer) == f" ? q :{ending}red<|end|>"
 
 
 def test_prompt_and_answer_decode_to_the_text(models: dict[str, Path]) -> None:
     prompts = encoder(models["generator"])
-    ids = prompts.encode_prompt("where is the cat", nodes("the barn", "a house"), reserved_tokens=0).ids
+    context = nodes("the barn", "a house")
+    ids = prompts.encode_prompt("where is the cat", context, reserved_tokens=0).ids
     assert prompts.tokenizer.decode(ids) == "the barn\na house ? where is the cat :"
-    assert prompts.tokenizer.decode(ids + prompts.encode_answer(" red \n")) == (
-        "the barn\na house ? where is the cat : red<|end|>"
-    )
+    prompt, answer = pair_of(prompts, "where is the cat", context, " red \n")
+    assert prompt == ids
+    assert prompts.tokenizer.decode(ids + answer) == "the barn\na house ? where is the cat : red<|end|>"
 
 
-def test_the_answer_is_the_same_after_any_prompt_and_without_end_token_for_likelihoods(models: dict[str, Path]) -> None:
+def test_an_answer_has_its_end_token_where_it_is_wanted(models: dict[str, Path]) -> None:
     for name in ("generator", "chat_generator"):
         prompts = encoder(models[name])
-        assert prompts.encode_answer("red house") == prompts.answer_tokens("red house") + prompts.end_ids
-        assert prompts.answer_tokens("  red house\n") == prompts.answer_tokens("red house")
+        without = prompts.encode_pair("q", nodes("a"), "  red house\n", with_end=False)
+        assert pair_of(prompts, "q", nodes("a"), "red house") == (without.ids, without.answer + prompts.end_ids)
 
 
 def test_the_answer_keeps_its_end_token_where_padding_and_end_are_one(models: dict[str, Path]) -> None:
@@ -89,16 +110,17 @@ def test_the_answer_keeps_its_end_token_where_padding_and_end_are_one(models: di
     end = prompts.tokenizer.eos_token_id
     assert prompts.tokenizer.pad_token_id == end
     assert prompts.end_ids == [end]
-    answer = prompts.encode_answer("red")
+    answer = prompts.encode_pair("q", [], "red").answer
     assert answer.count(end) == 1
     assert answer[-1] == end
 
 
+@pytest.mark.parametrize("with_end", [True, False])
 @pytest.mark.parametrize("blank", ["", "  ", "\n\t"])
 @pytest.mark.parametrize("name", ["generator", "chat_generator"])
-def test_a_blank_answer_is_refused(models: dict[str, Path], name: str, blank: str) -> None:
+def test_a_blank_answer_is_refused(models: dict[str, Path], name: str, blank: str, with_end: bool) -> None:
     with pytest.raises(DataError, match="no tokens to learn"):
-        encoder(models[name]).encode_answer(blank)
+        encoder(models[name]).encode_pair("q", [], blank, with_end=with_end)
 
 
 def test_end_ids_cannot_be_changed_from_outside(models: dict[str, Path]) -> None:
@@ -121,7 +143,7 @@ def test_the_chat_prompt_is_an_id_prefix_of_the_whole_conversation(models: dict[
         {"role": "assistant", "content": "red house"},
     ]
     whole = prompts.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert whole == prompt + prompts.encode_answer("red house")
+    assert (prompt, whole[len(prompt) :]) == pair_of(prompts, "where is the cat", nodes("the barn"), "red house")
     assert (prompts.tokenizer.convert_tokens_to_ids("<|system|>") in prompt) == (system is not None)
 
 
@@ -130,13 +152,23 @@ def test_never_leaves_the_chat_template_alone(models: dict[str, Path]) -> None:
     plain = encoder(models["generator"])
     context = nodes("the barn")
     assert never.encode_prompt("q", context, reserved_tokens=0) == plain.encode_prompt("q", context, reserved_tokens=0)
-    assert never.encode_answer("red") == plain.encode_answer("red")
+    assert pair_of(never, "q", context, "red") == pair_of(plain, "q", context, "red")
 
 
 def test_always_without_a_template_is_refused(models: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="'always'"):
         encoder(models["generator"], PromptConfig(chat_template="always"))
     encoder(models["chat_generator"], PromptConfig(chat_template="always"))
+
+
+def test_of_several_templates_the_default_one_is_used(models: dict[str, Path]) -> None:
+    tokenizer = tokenizer_of(models["chat_generator"])
+    plain = PromptEncoder(tokenizer, PLAIN, 200).encode_prompt("q", [], reserved_tokens=0)
+    tokenizer.chat_template = {"tools": "x", "default": tokenizer.chat_template}
+    assert PromptEncoder(tokenizer, PLAIN, 200).encode_prompt("q", [], reserved_tokens=0) == plain
+    tokenizer.chat_template = {"tools": "x", "other": "y"}
+    with pytest.raises(ModelError, match="several chat templates"):
+        PromptEncoder(tokenizer, PLAIN, 200)
 
 
 @pytest.mark.parametrize(("name", "choice"), [("generator", "auto"), ("chat_generator", "never")])
@@ -150,7 +182,10 @@ def test_a_system_message_without_a_place_for_it_is_refused(models: dict[str, Pa
     [
         # A prompt that ends otherwise than the conversation goes on.
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>think:{% endif %}",
+        "{% if add_generation_prompt %}<|system|>think:{% endif %}",
+        # A prompt without the question.
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
         # A user's turn that is cut off as soon as an answer follows.
         "{% for m in messages %}{% if loop.last %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}",
@@ -173,6 +208,17 @@ def test_a_template_that_refuses_the_system_message_is_a_model_error(models: dic
     )
     PromptEncoder(tokenizer, PLAIN, 200)
     with pytest.raises(ModelError, match="System role not supported"):
+        PromptEncoder(tokenizer, PromptConfig(system="you are helpful"), 200)
+
+
+def test_a_template_that_leaves_the_system_message_out_is_refused_where_there_is_one(models: dict[str, Path]) -> None:
+    tokenizer = tokenizer_of(models["chat_generator"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "in messages %}", "in messages if m['role'] != 'system' %}"
+    )
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['role']", "message['role']")
+    PromptEncoder(tokenizer, PLAIN, 200)
+    with pytest.raises(ModelError, match="leaves the system message out"):
         PromptEncoder(tokenizer, PromptConfig(system="you are helpful"), 200)
 
 
@@ -227,7 +273,8 @@ def test_a_prompt_has_one_start_token_at_most_and_stays_open(bos: bool, eos: boo
         tokenizer.decode(prompts.encode_prompt("q", nodes("abc"), reserved_tokens=0).ids, skip_special_tokens=True)
         == "abc ? q :"
     )
-    answer = prompts.encode_answer("red")
+    prompt, answer = pair_of(prompts, "q", nodes("abc"), "red")
+    assert prompt.count(1) == int(bos)
     assert 1 not in answer
     assert answer.count(2) == 1
 
@@ -337,11 +384,11 @@ def test_a_missing_field_names_passage_field_and_what_there_is(models: dict[str,
     assert caught.value.hint == "Its fields: id, owner, text."
 
 
-@pytest.mark.parametrize("template", ["{title.name} {text}", "{title:>10d} {text}", "{title[0]} {text}"])
+@pytest.mark.parametrize("template", ["{title.name} {text}", "{title:>10d} {text}", "{title[name]} {text}"])
 def test_a_field_that_does_not_fit_the_template_is_a_data_error(models: dict[str, Path], template: str) -> None:
     prompts = encoder(models["generator"], PromptConfig(passage_template=template))
     with pytest.raises(DataError, match="p7"):
-        prompts.context([KnowledgeNode("p7", "the barn", {"title": None})])
+        prompts.context([KnowledgeNode("p7", "the barn", {"title": "x"})])
 
 
 @pytest.mark.parametrize("text", ["{x} {query} {context} {0} {}", "}{", "{{text}}", "%s %(a)s $x"])
@@ -353,7 +400,7 @@ def test_braces_in_passages_queries_and_metadata_stay_as_they_are(
     prompts = encoder(models[name], config)
     ids = prompts.encode_prompt(text, [KnowledgeNode("a", text, {"title": text})], reserved_tokens=0).ids
     assert f"{text}|{text} ? {text} :" in prompts.tokenizer.decode(ids)
-    assert text in prompts.tokenizer.decode(prompts.encode_answer(text))
+    assert text in prompts.tokenizer.decode(prompts.encode_pair("q", [], text).answer)
 
 
 @pytest.mark.parametrize("text", ["Zürich für Ünö", "日本語の質問", "🦉🦊 e\u0301", "שלום عربي", "a\u00a0b\u2028c"])
@@ -362,7 +409,7 @@ def test_unicode_comes_through(models: dict[str, Path], name: str, text: str) ->
     prompts = encoder(models[name])
     decoded = prompts.tokenizer.decode(prompts.encode_prompt(text, nodes(text), reserved_tokens=0).ids)
     assert f"{text} ? {text} :" in decoded
-    assert text in prompts.tokenizer.decode(prompts.encode_answer(text))
+    assert text in prompts.tokenizer.decode(prompts.encode_pair("q", [], text).answer)
 
 
 def test_unicode_is_cut_between_words_never_inside_a_character(models: dict[str, Path]) -> None:

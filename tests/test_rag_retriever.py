@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import SentenceTransformerConfig
 from fedrag_cli.rag.models import weights_fingerprint
+from fedrag_cli.rag.retrievers.own_prompts import prompted_features
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.retrievers.structure import structure_fingerprint
 
@@ -462,3 +463,16 @@ def test_a_file_is_no_model_of_a_retriever(tmp_path: Path) -> None:
 def test_an_absent_device_is_a_model_error(models: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="no device 'cuda'"):
         load(models["retriever"], device="cuda")
+
+
+def test_control_tokens_in_texts_are_text_unless_a_prompt_has_some(models: dict[str, Path]) -> None:
+    def separators(**prompts: str) -> int:
+        config = SentenceTransformerConfig(model=str(models["retriever"]), **prompts)
+        retriever = SentenceTransformerRetriever.from_config(config, device="cpu")
+        tokenizer = retriever.passage_encoder.tokenizer
+        ids = prompted_features(retriever.passage_encoder, ["the cat [SEP] the owl"], retriever.passage_prompt)
+        return ids["input_ids"][0].tolist().count(tokenizer.sep_token_id)
+
+    assert separators() == 1
+    assert separators(passage_prompt="passage: ") == 1
+    assert separators(passage_prompt="passage [SEP] ") == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 from conftest import data_rows
 
-from fedrag_cli.config import PromptConfig
+from fedrag_cli.config import PromptConfig, load_config
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError
+from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.trainers.config import LSRConfig
+from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR
 from fedrag_cli.trainers.huggingface.scoring import LikelihoodCache, LikelihoodScorer, Pair
 
 
@@ -56,8 +60,8 @@ def test_totals_and_lengths_equal_those_of_the_generator(models: dict[str, Path]
     generator = counted.generator
     encoded = []
     for example, nodes in pairs:
-        target = generator.prompts.answer_tokens(example.response)
-        encoded.append((generator.encode_prompt(example.query, nodes, len(target)).ids, target))
+        pair = generator.prompts.encode_pair(example.query, nodes, example.response, with_end=False)
+        encoded.append((pair.ids, pair.answer))
     assert torch.allclose(totals, generator.log_probs_of_ids(encoded), atol=1e-5)
     assert lengths.tolist() == [len(target) for _, target in encoded]
     assert (totals.dtype, lengths.dtype) == (torch.float32, torch.int64)
@@ -161,6 +165,38 @@ def test_other_weights_and_other_batches_have_a_cache_of_their_own(models: dict[
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_scorer_serves_the_weights_that_it_was_made_for_and_no_others(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    generator = Counted(models["generator"]).generator
+    scorer = LikelihoodScorer(generator, tmp_path)
+    assert scorer.serves(generator, tmp_path)
+    assert not scorer.serves(generator, tmp_path / "other")
+    assert not scorer.serves(generator, None)
+    assert not scorer.serves(Counted(models["generator"]).generator, tmp_path)
+    with torch.no_grad():
+        generator.model.lm_head.weight.mul_(1.5)
+    assert not scorer.serves(generator, tmp_path)
+
+
+def test_a_trainer_scores_anew_once_the_language_model_has_changed(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    system, folder = build_rag_system(load_config(write_config())), tmp_path / "likelihoods"
+    trainer = HuggingFaceTrainerForLSR(system, config=LSRConfig(top_k=4))
+    pairs: list[Pair] = [(example, [system.knowledge_store.nodes[0]]) for example in trainer.train_examples[:3]]
+    generator = system.require_generator()
+    trainer._prepare(folder, None)
+    before = trainer._scoring().score(pairs)[0]
+    with torch.no_grad():
+        generator.model.lm_head.weight.mul_(1.5)
+    trainer._prepare(folder, None)
+    after = trainer._scoring().score(pairs)[0]
+    assert torch.allclose(after, LikelihoodScorer(generator).score(pairs)[0], atol=1e-4)
+    assert (after - before).abs().min() > 1e-3
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_another_prompt_shares_the_file_but_no_likelihood(models: dict[str, Path], tmp_path: Path) -> None:
     pairs = pairs_of_data(3)
     before = LikelihoodScorer(Counted(models["generator"]).generator, tmp_path).score(pairs)[0]
@@ -198,8 +234,8 @@ def test_several_passages_make_one_prompt_and_their_order_counts(models: dict[st
     scorer = LikelihoodScorer(counted.generator)
     totals, lengths = scorer.score([(example, [first, second]), (example, [second, first]), (example, [first])])
     generator = counted.generator
-    prompt = generator.encode_prompt("where ?", [first, second]).ids
-    expected = generator.log_probs_of_ids([(prompt, generator.prompts.answer_tokens("red"))])
+    pair = generator.prompts.encode_pair("where ?", [first, second], "red", with_end=False)
+    expected = generator.log_probs_of_ids([(pair.ids, pair.answer)])
     assert totals[0].item() == pytest.approx(expected.item(), abs=1e-5)
     assert len({round(value, 5) for value in totals.tolist()}) == 3
     assert len(set(lengths.tolist())) == 1

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from fedrag_cli.cli.main import main
+from fedrag_cli.config import load_config_with_source
+from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.metrics_log import latest_by_step, read_events
 
 FEDRAG = [sys.executable, "-W", "ignore", "-m", "fedrag_cli"]
@@ -217,3 +219,91 @@ def test_two_processes_do_not_work_in_one_run_directory(
     assert "Another process is working in" in capsys.readouterr().err
     process.kill()
     process.communicate()
+
+
+FROM_OUTSIDE = [
+    "trainer.retriever.lm_temperature=${oc.env:FEDRAG_TEMPERATURE,0.1}",
+    "trainer.retriever.retriever_temperature=${trainer.retriever.lm_temperature}",
+    "rag_system.prompt.system='Be ${oc.env:FEDRAG_MANNER}, ${run.name}.'",
+    "rag_system.knowledge_store={type: qdrant, url: 'http://127.0.0.1:1', api_key: '${oc.env:FEDRAG_SECRET}'}",
+    "trainer.generator.lora=${oc.decode:${oc.env:FEDRAG_LORA,null}}",
+    "run.output_dir=${oc.env:FEDRAG_RUNS}",
+]
+OF_KIND: dict[str, dict[str, Any]] = {
+    "training": {},
+    "evaluation": {"evaluation": {"of": None}},
+    "server": {"federation": {"role": "server", "address": "127.0.0.1:1"}},
+    "client": {"federation": {"role": "client", "address": "127.0.0.1:1"}},
+    "simulation": {"federation": {"role": "simulation", "clients": 2}},
+}
+
+
+def _run_from_outside(config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    for name, value in {"MANNER": "quick", "SECRET": "swordfish", "RUNS": str(folder)}.items():
+        monkeypatch.setenv(f"FEDRAG_{name}", value)
+    source = load_config_with_source(config, FROM_OUTSIDE)
+    outside = source.outside_values()
+    return RunDirectory.create(str(folder), "tiny", source.to_yaml(), command=[], seed=1, outside=outside)
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_a_run_is_not_resumed_where_the_environment_gives_other_settings(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run = _run_from_outside(write_config(), tmp_path / "kept", monkeypatch)
+    run.update_manifest(**OF_KIND[kind])
+    monkeypatch.setenv("FEDRAG_TEMPERATURE", "0.0001")
+    monkeypatch.setenv("FEDRAG_SECRET", "marlin")
+    assert main(["resume", str(run.path)]) == 2
+    shown = capsys.readouterr().err
+    for key in (
+        "trainer.retriever.lm_temperature (${oc.env:FEDRAG_TEMPERATURE,0.1}) was 0.1, is 0.0001",
+        "trainer.retriever.retriever_temperature (${oc.env:FEDRAG_TEMPERATURE,0.1}) was 0.1, is 0.0001",
+        "rag_system.knowledge_store.api_key (${oc.env:FEDRAG_SECRET})",
+    ):
+        assert key in shown
+    assert "rag_system.prompt" not in shown
+    assert "marlin" not in shown
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "key"),
+    [
+        ("MANNER", "slow", "rag_system.prompt.system (Be ${oc.env:FEDRAG_MANNER}, tiny.)."),
+        ("LORA", "{r: 4}", "trainer.generator.lora (${oc.decode:${oc.env:FEDRAG_LORA,null}})."),
+        ("TEMPERATURE", "0.10", None),
+        ("RUNS", "elsewhere", None),
+        ("SECRET", None, "the environment variable 'FEDRAG_SECRET' is not set"),
+    ],
+)
+def test_what_the_environment_gives_is_compared_by_value(
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str | None,
+    key: str | None,
+) -> None:
+    run = _run_from_outside(write_config(), tmp_path / "kept", monkeypatch)
+    kept = "".join(path.read_text(encoding="utf-8") for path in run.path.iterdir() if path.is_file())
+    assert not [text for text in ("quick", "swordfish") if text in kept]
+    if value is None:
+        monkeypatch.delenv(f"FEDRAG_{variable}")
+    else:
+        monkeypatch.setenv(f"FEDRAG_{variable}", value)
+    if key is None:
+        run.require_same_outside(load_config_with_source(run.config_file).outside_values())
+        return
+    assert main(["resume", str(run.path)]) == 2
+    assert key in capsys.readouterr().err
+
+
+def test_a_reference_that_was_replaced_in_the_runs_config_is_meant(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run_from_outside(write_config(), tmp_path / "kept", monkeypatch)
+    text = run.config_file.read_text(encoding="utf-8")
+    assert text.count("${oc.env:FEDRAG_TEMPERATURE,0.1}") == 2
+    run.config_file.write_text(text.replace("${oc.env:FEDRAG_TEMPERATURE,0.1}", "0.2"), encoding="utf-8")
+    run.require_same_outside(load_config_with_source(run.config_file).outside_values())

@@ -37,8 +37,8 @@ def rag_system(write_config: Callable[..., Path]) -> RAGSystem:
 def _likelihood(rag_system: RAGSystem, query: str, response: str, nodes: list[Any]) -> tuple[float, int]:
     """Return the log-likelihood of an answer and its tokens, by a single forward pass of the language model."""
     generator = rag_system.require_generator()
-    target = generator.prompts.answer_tokens(response)
-    prompt = generator.encode_prompt(query, nodes).ids
+    encoded = generator.prompts.encode_pair(query, nodes, response, with_end=False)
+    prompt, target = encoded.ids, encoded.answer
     labels = torch.tensor([[-100] * len(prompt) + target])
     with torch.no_grad():
         mean = -generator.model(torch.tensor([prompt + target]), labels=labels).loss.item()

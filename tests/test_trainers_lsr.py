@@ -98,8 +98,8 @@ def test_the_first_loss_is_the_formula_on_likelihoods_computed_apart(rag_system:
         scores = torch.tensor([[scored.score for scored in found]])
         likelihoods = []
         for scored in found:
-            target = generator.prompts.answer_tokens(example.response)
-            prompt = generator.encode_prompt(example.query, [scored.node]).ids
+            encoded = generator.prompts.encode_pair(example.query, [scored.node], example.response, with_end=False)
+            prompt, target = encoded.ids, encoded.answer
             labels = torch.tensor([[-100] * len(prompt) + target])
             with torch.no_grad():
                 likelihoods.append(-generator.model(torch.tensor([prompt + target]), labels=labels).loss.item())
@@ -140,9 +140,8 @@ def test_the_helpful_passage_ranks_first_after_training(rag_system: RAGSystem) -
     nodes = [KnowledgeNode(str(number), text) for number, text in enumerate(texts)]
     store.add(nodes, retriever.encode_passages(texts))
     store.encoder_fingerprint = retriever.fingerprint()
-    pairs = [
-        (generator.encode_prompt("which ?", [node]).ids, generator.prompts.answer_tokens("blue")) for node in nodes
-    ]
+    encoded = [generator.prompts.encode_pair("which ?", [node], "blue", with_end=False) for node in nodes]
+    pairs = [(item.ids, item.answer) for item in encoded]
     preferred = str(int(generator.log_probs_of_ids(pairs).argmax()))
     last = [node.node.id for node in rag_system.retrieve("which ?", 3)][-1]
     config = LSRConfig(top_k=3, batch_size=1, learning_rate=3e-3, epochs=40, validation=ValidationConfig(every="never"))

@@ -31,13 +31,14 @@ def command(
     """Measure a RAG system on the test (or validation) split; `fedrag resume` goes on with what was stopped."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.config.checks import require_evaluation_split
+        from fedrag_cli.config.fields import is_folder
         from fedrag_cli.rag.from_run import load_config_or_run
         from fedrag_cli.runs.atomic import write_bytes_atomically
 
         given = sort_arguments(arguments)
         config, source = load_config_or_run(given.path, given.overrides)
         require_evaluation_split(config)
-        evaluated_run = given.path if given.path is not None and given.path.is_dir() else None
+        evaluated_run = given.path if given.path is not None and is_folder(given.path) else None
         from fedrag_cli.trainer_managers.evaluation_run import start_evaluation
 
         command_line = ["fedrag", *sys.argv[1:]]

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from fedrag_cli.runs.reporting import epsilon_text
+from fedrag_cli.text import LONGEST_NOTE, printable, readable
 
 if TYPE_CHECKING:
     from fedrag_cli.runs.reporting import Advance
@@ -42,8 +46,11 @@ def federation_line(name: str, fields: Mapping[str, Any]) -> str:
         )
     if name == "client_update":
         return _update_line(fields)
+    if name == "client_outlier":
+        return f"Round {fields['round']}: {fields['client']} is an outlier: {fields['reason']}"
     if name == "round":
         refused = f", {len(fields['refused'])} refused" if fields["refused"] else ""
+        refused += f", {counted(len(fields['outliers']), 'outlier')} held down" if fields["outliers"] else ""
         loss = f", loss {fields['loss']:.4f}" if fields["loss"] is not None else ""
         return (
             f"Round {fields['round']} of {fields['rounds']} done: {counted(len(fields['clients']), 'client')}{refused}"
@@ -70,7 +77,8 @@ def megabytes(size: float) -> str:
 
 
 def _epsilon(fields: Mapping[str, Any]) -> str:
-    return f", epsilon {fields['epsilon']:.4g} at delta {fields['delta']:g}" if "epsilon" in fields else ""
+    spent = epsilon_text(fields, long=True)
+    return f", {spent}" if spent else ""
 
 
 def _update_line(fields: Mapping[str, Any]) -> str:
@@ -96,6 +104,7 @@ class ClientRow:
     sent: int = 0
     received: int = 0
     refusals: int = 0
+    outliers: int = 0
     reason: str = ""
 
 
@@ -117,7 +126,7 @@ class Board:
 
     def render(self) -> RenderableType:
         """Return headline, rounds and clients."""
-        parts: list[RenderableType] = [Text(self.headline, style="bold")]
+        parts: list[RenderableType] = [Text(printable(self.headline, 1000), style="bold")]
         if self.finished or self.measured:
             parts.append(self._rounds_table())
         if self.clients:
@@ -150,6 +159,10 @@ class Board:
         row.examples, row.loss, row.seconds = fields["examples"], fields["metrics"].get("loss"), fields["seconds"]
         row.received += fields["bytes_received"]
 
+    def _on_client_outlier(self, fields: Mapping[str, Any]) -> None:
+        row = self.clients.setdefault(fields["client"], ClientRow())
+        row.reason, row.outliers = fields["reason"], row.outliers + 1
+
     def _on_round(self, fields: Mapping[str, Any]) -> None:
         self.finished[fields["round"]] = dict(fields)
         self.headline = f"Round {fields['round']} of {fields['rounds']} done"
@@ -166,7 +179,7 @@ class Board:
         metrics = list(dict.fromkeys(name for values in self.measured.values() for name in values))
         spends = any("epsilon" in done for done in self.finished.values())
         columns = ["after round", "clients", "refused", "examples", "loss", "seconds", *(["epsilon"] if spends else [])]
-        table = Table(*columns, *metrics, header_style="bold")
+        table = Table(*columns, *(escape(printable(name)) for name in metrics), header_style="bold")
         numbers = sorted({*self.finished, *self.measured})
         for number in numbers[-MOST_ROUNDS_SHOWN:]:
             done, values = self.finished.get(number), self.measured.get(number, {})
@@ -178,19 +191,20 @@ class Board:
                     str(done["examples"]),
                     _number(done["loss"]),
                     f"{done['seconds']:.1f}",
-                    *([f"{done['epsilon']:.4g}"] if spends else []),
+                    *([epsilon_text(done)] if spends else []),
                 ]
             table.add_row(f"{number}/{self.rounds}", *cells, *(_number(values.get(name)) for name in metrics))
         return table
 
     def _clients_table(self) -> Table:
+        held_down = ["outliers"] if any(row.outliers for row in self.clients.values()) else []
         table = Table(
-            "client", "state", "round", "examples", "loss", "seconds", "sent", "received", "refused", "why",
+            "client", "state", "round", "examples", "loss", "seconds", "sent", "received", "refused", *held_down, "why",
             header_style="bold",
         )  # fmt: skip
         for name, row in sorted(self.clients.items()):
             table.add_row(
-                Text(name),
+                Text(printable(name)),
                 Text(row.status, style=STATUS_STYLES.get(row.status, "")),
                 str(row.round or ""),
                 str(row.examples or ""),
@@ -199,7 +213,8 @@ class Board:
                 megabytes(row.sent) if row.sent else "",
                 megabytes(row.received) if row.received else "",
                 str(row.refusals or ""),
-                Text(row.reason),
+                *([str(row.outliers or "")] if held_down else []),
+                Text(printable(row.reason)),
             )
         return table
 
@@ -239,12 +254,12 @@ class LiveFederationReporter:
 
     def note(self, message: str) -> None:
         """Print a line above the table."""
-        self._live.console.print(message, markup=False)
+        self._live.console.print(readable(message, LONGEST_NOTE), markup=False)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
         """Show a bar below the table."""
-        task = self._progress.add_task(description, total=total, unit=unit)
+        task = self._progress.add_task(escape(printable(description)), total=total, unit=unit)
         try:
             yield _Bar(self._progress, task)
         finally:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 import typer.core
 
 from fedrag_cli.cli.session import NO_BARS
+from fedrag_cli.errors import EXIT_INTERRUPTED
+from fedrag_cli.runs.interrupt import terminable
 
 # Each is a module of this package, with `command`, or with `app` where it has commands below it.
 COMMANDS = (
@@ -86,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The arguments after the program's name; those of the process by default.
     """
+    _usable_streams()
     _quiet_environment()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
@@ -94,12 +99,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What a start makes lives on, and looking for garbage in it takes 7 % of a start; long work turns this on again.
     gc.disable()
     try:
-        application(given[:1] if given and given[0] in COMMANDS else COMMANDS)(args=given, prog_name="fedrag")
+        with terminable():
+            application(given[:1] if given and given[0] in COMMANDS else COMMANDS)(args=given, prog_name="fedrag")
     except SystemExit as leave:
         return int(leave.code or 0) if isinstance(leave.code, int | None) else 1
+    except KeyboardInterrupt:
+        # A command says so itself; here it was being imported.
+        typer.echo("Error: Interrupted.", err=True)
+        return EXIT_INTERRUPTED
     finally:
         gc.enable()
     return 0
+
+
+def _usable_streams() -> None:
+    """Let no character and no closed stream end a command; JSON is written with escapes where it needs them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (for the whole process)
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        # Texts in pipes and files are UTF-8 wherever this runs; what is none is found and named by who reads it.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _quiet_environment() -> None:

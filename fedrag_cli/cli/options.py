@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +56,9 @@ class Arguments:
 def sort_arguments(arguments: Sequence[str] | None, *, most_rest: int = 0) -> Arguments:
     """Tell path, overrides and the rest apart.
 
+    Where a command takes further texts, such as a question, an override is what names a setting of the config: a
+    question may have an equals sign too.
+
     Args:
         arguments: The positional arguments of a command.
         most_rest: How many further arguments the command takes.
@@ -61,11 +66,30 @@ def sort_arguments(arguments: Sequence[str] | None, *, most_rest: int = 0) -> Ar
     Raises:
         ConfigError: There are more arguments than the command takes.
     """
-    overrides = [argument for argument in arguments or () if _OVERRIDE.match(argument) and not Path(argument).exists()]
-    others = [argument for argument in arguments or () if argument not in overrides]
+    from fedrag_cli.config.fields import is_there
+
+    overrides: list[str] = []
+    others: list[str] = []
+    for argument in arguments or ():
+        is_override = _is_setting(argument) if most_rest else _OVERRIDE.match(argument) is not None
+        (overrides if is_override and not is_there(argument) else others).append(argument)
     if len(others) > 1 + most_rest:
         raise ConfigError(
             f"There is one argument too many: '{others[1 + most_rest]}'.",
             "Write settings as key.path=value, without spaces.",
         )
     return Arguments(Path(others[0]) if others else None, overrides, others[1:])
+
+
+def _is_setting(argument: str) -> bool:
+    """Return whether a text is meant as an override: a key below a section, if misspelt, or a whole section."""
+    from fedrag_cli.config.schema import Config
+
+    key, _, value = argument.partition("=")
+    section, *below = key.split(".")
+    sections = [field.name for field in dataclasses.fields(Config)]
+    if not _OVERRIDE.match(argument):
+        return False
+    if below:
+        return bool(difflib.get_close_matches(section, sections))
+    return section in sections and (value.startswith(("{", "$")) or value in ("", "null"))

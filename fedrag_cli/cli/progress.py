@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
+
+from fedrag_cli.text import LONGEST_NOTE, printable, readable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -24,6 +27,7 @@ FEDERATION_EVENTS = frozenset(
         "client",
         "round_started",
         "client_update",
+        "client_outlier",
         "round",
         "federated_evaluation",
         "client_final",
@@ -49,7 +53,9 @@ class TerminalReporter:
 
     def note(self, message: str) -> None:
         """Print a line above the bars."""
-        (self._live.console if self._live is not None else self._console).print(message, markup=False)
+        (self._live.console if self._live is not None else self._console).print(
+            readable(message, LONGEST_NOTE), markup=False
+        )
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
@@ -58,9 +64,10 @@ class TerminalReporter:
 
         from fedrag_cli.cli.progress_columns import CountColumn, ElapsedColumn, LeftColumn, RateColumn
 
+        name = escape(printable(description))
         if self._live is not None:
             progress, outer = self._live, self._task
-            self._task = progress.add_task(description, total=total, unit=unit, note="", rate=None)
+            self._task = progress.add_task(name, total=total, unit=unit, note="", rate=None)
             try:
                 yield _BarAdvance(progress, self._task)
             finally:
@@ -81,7 +88,7 @@ class TerminalReporter:
         )
         with Progress(*columns, console=self._console) as progress:
             self._live = progress
-            self._task = progress.add_task(description, total=total, unit=unit, note="", rate=None)
+            self._task = progress.add_task(name, total=total, unit=unit, note="", rate=None)
             try:
                 yield _BarAdvance(progress, self._task)
             finally:
@@ -141,7 +148,7 @@ class PlainReporter:
 
     def note(self, message: str) -> None:
         """Print a line."""
-        self._console.print(message, markup=False, soft_wrap=True)
+        self._console.print(readable(message, LONGEST_NOTE), markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:

@@ -11,6 +11,7 @@ import typer
 
 from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption, sort_arguments
 from fedrag_cli.cli.session import Session, session
+from fedrag_cli.errors import DataError
 
 if TYPE_CHECKING:
     from fedrag_cli.rag.system import RAGSystem
@@ -47,13 +48,41 @@ def command(
 
 
 def _sort(arguments: list[str] | None) -> tuple[Path | None, str | None, list[str]]:
-    """Tell config or run, question and overrides apart; a single text that is no file is the question."""
+    """Tell config or run, question and overrides apart.
+
+    A single text is the question where it is no YAML file, no folder, and no other file that could be the config.
+    """
+    from fedrag_cli.config.fields import is_folder, is_there
+    from fedrag_cli.config.source import DEFAULT_CONFIG
+
     given = sort_arguments(arguments, most_rest=1)
     first = given.path
     if first is None or given.rest:
-        return first, given.rest[0] if given.rest else None, given.overrides
-    looks_like_a_path = first.exists() or first.suffix in (".yaml", ".yml")
-    return (first, None, given.overrides) if looks_like_a_path else (None, str(first), given.overrides)
+        return first, _readable(given.rest[0], "The question") if given.rest else None, given.overrides
+    is_config = is_there(first) and not is_there(DEFAULT_CONFIG)
+    is_named_like_one = first.suffix in (".yaml", ".yml") and (is_there(first) or " " not in first.name)
+    if is_config or is_named_like_one or is_folder(first):
+        return first, None, given.overrides
+    # Not the path's text, which has lost what means nothing in a path.
+    (question,) = (argument for argument in arguments or () if argument not in given.overrides)
+    return None, _readable(question, "The question"), given.overrides
+
+
+def _readable(question: str, name: str) -> str:
+    """Return a question without the mark that some editors begin a text with.
+
+    Raises:
+        DataError: It was not UTF-8.
+    """
+    try:
+        # Where the locale knows ASCII alone, Python has kept the other bytes as lone surrogates.
+        question = question.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8 text: the byte 0x{error.object[error.start]:02x} cannot be decoded.",
+            "Write it as UTF-8, for instance with: iconv -f latin1 -t utf-8",
+        ) from error
+    return question.removeprefix("\ufeff")
 
 
 def _answer(rag_system: RAGSystem, question: str) -> dict[str, Any]:
@@ -91,14 +120,17 @@ def _show(current: Session, answer: dict[str, Any]) -> None:
 
 
 def _questions(current: Session) -> Iterator[str]:
+    if sys.stdin is None:
+        return
     interactive = sys.stdin.isatty()
+    number = 0
     if interactive:
         current.renderer.line("Ask a question; an empty line ends.")
     while True:
         if interactive:
             current.renderer.console.print("[bold]>[/bold] ", end="")
-        line = sys.stdin.readline()
+        line, number = sys.stdin.readline(), number + 1
         if not line or (interactive and not line.strip()):
             return
-        if line.strip():
-            yield line.strip()
+        if question := _readable(line, f"Line {number} of the input").strip():
+            yield question

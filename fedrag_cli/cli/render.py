@@ -11,6 +11,8 @@ from rich.text import Text
 
 from fedrag_cli.cli.progress import PlainReporter, TerminalReporter, duration
 from fedrag_cli.errors import FedRAGError
+from fedrag_cli.runs.reporting import epsilon_text
+from fedrag_cli.text import printable, readable
 
 if TYPE_CHECKING:
     from fedrag_cli.runs.reporting import Reporter
@@ -19,6 +21,7 @@ NO_ROOM = (
     "The context window has no room for any of the passages: raise rag_system.generator.context_window, or lower "
     "max_new_tokens."
 )
+LONGEST_CELL = 1000
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
 
 
@@ -36,27 +39,28 @@ class Renderer:
 
     def error(self, error: FedRAGError) -> None:
         """Print an error and what to do about it."""
-        self.line(Text.assemble(("Error: ", "bold red"), error.message))
+        self.line(Text.assemble(("Error: ", "bold red"), readable(error.message)))
         if error.hint:
-            self.line(Text.assemble(("What to do: ", "bold"), error.hint))
+            self.line(Text.assemble(("What to do: ", "bold"), readable(error.hint)))
 
     def line(self, text: str | Text) -> None:
         """Print one line to stderr, without cutting it where there is no terminal."""
-        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(_readable(text), markup=False, soft_wrap=not self.console.is_terminal)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, stdout: bool = False) -> None:
         """Print a table: drawn on a terminal, aligned columns elsewhere."""
         console = self.output if stdout else self.console
         if console.is_terminal:
             # Here, because most commands show none.
+            from rich.markup import escape
             from rich.table import Table
 
-            table = Table(*columns, header_style="bold")
+            table = Table(*(escape(readable(name)) for name in columns), header_style="bold")
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*(cell if isinstance(cell, Text) else Text(readable(cell)) for cell in row))
             console.print(table)
             return
-        texts = [[str(cell) for cell in row] for row in (columns, *rows)]
+        texts = [[printable(str(cell), LONGEST_CELL) for cell in row] for row in (columns, *rows)]
         widths = [max(len(row[column]) for row in texts) for column in range(len(columns))]
         for row in texts:
             line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -64,7 +68,7 @@ class Renderer:
 
     def text(self, text: str) -> None:
         """Print a text that is the result itself to stdout."""
-        self.output.print(text, markup=False, soft_wrap=True)
+        self.output.print(readable(text), markup=False, soft_wrap=True)
 
     def fields(self, fields: Mapping[str, object]) -> None:
         """Print names and values, a line each."""
@@ -120,11 +124,12 @@ class Renderer:
                 str(row["examples"]),
                 f"{row['loss']:.4f}" if row.get("loss") is not None else "",
                 f"{row['seconds']:.1f}" if row.get("seconds") is not None else "",
-                f"{row['epsilon']:.4g}" if "epsilon" in row else "",
+                epsilon_text(row),
+                ", ".join(row.get("outliers", {})),
             ]
             for row in summary["rounds"]
         ]
-        columns = ["round", "clients", "refused", "examples", "loss", "seconds", "epsilon"]
+        columns = ["round", "clients", "refused", "examples", "loss", "seconds", "epsilon", "outliers"]
         shown = [number for number in range(len(columns)) if any(row[number] for row in rows)]
         if rows:
             self.table([columns[number] for number in shown], [[row[number] for number in shown] for row in rows])
@@ -177,6 +182,9 @@ class Renderer:
     def installation(self, report: Mapping[str, Any]) -> None:
         """Print what is installed and what the machine can compute on."""
         self.text(f"Python {report['python']} on {report['platform']}")
+        self.text(
+            f"Tested on {', '.join(report['tested_on'])}; other systems, such as Windows and macOS, are not tested."
+        )
         rows = [
             [package["name"], str(package["version"] or "-"), package["bounds"], package["problem"] or "ok"]
             for package in report["packages"]
@@ -241,6 +249,12 @@ class Renderer:
         self.table(["metric", "n", "mean", f"{level} % interval"], rows)
         self.truncated(summary["truncated"])
         self.line(f"Everything is in {summary['run_dir']}, the questions in {summary['predictions']}")
+
+
+def _readable(text: str | Text) -> str | Text:
+    """Return a text fit for a terminal, with its styles unless something in it had to be made visible."""
+    shown = readable(str(text))
+    return text if isinstance(text, Text) and shown == text.plain else Text(shown, style=getattr(text, "style", ""))
 
 
 def _comparison_row(item: Mapping[str, Any]) -> list[str | Text]:

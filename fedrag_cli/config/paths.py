@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedrag_cli.config.fields import ModelMarker, OutputPathMarker, PathMarker, markers_of
+from fedrag_cli.config.fields import ModelMarker, OutputPathMarker, PathMarker, is_there, markers_of, whole_path
 from fedrag_cli.config.problems import KeyPath
 from fedrag_cli.config.source import ConfigTree
 
@@ -34,9 +34,9 @@ def absolute_paths(config: T, tree: ConfigTree, path: KeyPath = ()) -> T:
 
 def _absolute(value: str, markers: tuple[object, ...], folder: Path) -> str:
     if any(isinstance(marker, OutputPathMarker) for marker in markers):
-        return str(Path(value).expanduser().resolve())
+        return str(whole_path(Path(value).expanduser()))
     if any(isinstance(marker, PathMarker) for marker in markers):
-        return str((folder / Path(value).expanduser()).resolve())
+        return str(whole_path(folder / Path(value).expanduser()))
     if any(isinstance(marker, ModelMarker) for marker in markers):
         return _absolute_model(value, folder)
     return value
@@ -46,6 +46,6 @@ def _absolute_model(reference: str, folder: Path) -> str:
     """Resolve a reference that is meant as a path; what is neither written as one nor exists is a hub id."""
     if "://" in reference:
         return reference
-    candidate = (folder / Path(reference).expanduser()).resolve()
+    candidate = whole_path(folder / Path(reference).expanduser())
     written_as_path = reference.startswith((".", "/", "~")) or reference.endswith(".gguf")
-    return str(candidate) if written_as_path or candidate.exists() else reference
+    return str(candidate) if written_as_path or is_there(candidate) else reference

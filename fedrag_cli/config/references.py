@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -48,11 +49,21 @@ def expression(tree: DictConfig, path: KeyPath) -> str | None:
     if length < len(path):
         return None
     for _ in range(_MOST_STEPS):
-        written_out = _SETTING.sub(lambda match: _raw_text(tree, origin(tree, _target(match, path))), text)
+        written_out = _SETTING.sub(lambda match: _raw_text(tree, origin(tree, _target(match, path)), match[0]), text)
         if written_out == text:
             break
         text = written_out
     return text if _RESOLVER.search(text) else None
+
+
+def referenced(text: str, path: KeyPath) -> Iterator[KeyPath]:
+    """Yield the settings that a text names, as in `${run.name}`.
+
+    Args:
+        text: A value as it is written.
+        path: Where it stands.
+    """
+    yield from (_target(match, path) for match in _SETTING.finditer(text))
 
 
 def outside_reference(tree: DictConfig, path: KeyPath) -> str | None:
@@ -71,13 +82,16 @@ def without_values(text: str, reference: str) -> str:
 
 def failure(error: Exception) -> str:
     """Return in words why a reference cannot be resolved."""
-    text = str(error).splitlines()[0]
+    text = str(error).partition("\n")[0]
     if match := re.search(r"Environment variable '(.+)' not found", text):
         return f"the environment variable '{match[1]}' is not set"
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
         return "has no value yet ('???')"
     if isinstance(error, InterpolationKeyError) and (match := re.search(r"'(.+?)' not found", text)):
-        return f"refers to '{match[1]}', which the config does not set"
+        meant = f" (write ${{oc.env:{match[1]}}} for the environment variable)" if match[1] in os.environ else ""
+        return f"refers to '{match[1]}', which the config does not set{meant}"
+    if match := re.search(r"Error resolving key '(.+?)'", text):
+        return f"refers to '{match[1]}', which leads out of the config"
     if isinstance(error, UnsupportedInterpolationType):
         name = text.rpartition(" ")[2]
         return f"has the unknown resolver '{name}' (write ${{oc.env:NAME}} for an environment variable)"
@@ -110,14 +124,11 @@ def _target(match: re.Match[str], path: KeyPath) -> KeyPath:
     return (*path[: -len(match[1])], *keys) if match[1] else keys
 
 
-def _raw_text(tree: DictConfig, path: KeyPath) -> str:
+def _raw_text(tree: DictConfig, path: KeyPath, otherwise: str) -> str:
+    """Return the text of a value before references are followed; another text where there is no value."""
     _, text = _first_reference(tree, path)
-    if text:
-        return text
-    value: Any = tree
-    for key in path:
-        value = value[key]
-    return str(value)
+    value = text or resolved(tree, path)
+    return otherwise if value is None else str(value)
 
 
 def escape(text: str) -> str:

@@ -16,6 +16,7 @@ from fedrag_cli.config.fields import (
     FederatedMetricName,
     Fraction,
     MetricName,
+    Multiple,
     NonEmptyStr,
     OutputPathStr,
     PassageTemplate,
@@ -55,18 +56,27 @@ class RunConfig:
 
 @config_class
 class PromptConfig:
-    """How passages and the query become the generator's prompt."""
+    """How passages and the query become the generator's prompt.
+
+    Control tokens are recognised in the templates and separators alone. In passages, questions, answers and the system
+    message they are text.
+    """
 
     template: PromptTemplate = DEFAULT_PROMPT
     """The prompt, with {context} and {query}; the user's turn where a chat template is used."""
     passage_template: PassageTemplate = "{text}"
-    """One passage in the context, with {text} and any metadata field of the corpus, such as {title}."""
+    """One passage in the context, with {text} and any metadata field of the corpus, such as {title} or, in an object,
+    {meta[author]}. Lists are joined by commas. A field that is null, NaN, blank or not there leaves no trace: a line
+    whose fields are all empty is left out with its heading, and in a line an empty field goes with its label, the
+    brackets or quotes around it, and what joins it to the field before it (after it, where it is the first):
+    "{title}: {text}" is the text alone where there is no title. A field that no passage has is an error."""
     separator: str = "\n"
     """What stands between two passages."""
     system: str | None = None
     """System message, for chat templates."""
     chat_template: Literal["auto", "always", "never"] = "auto"
-    """auto uses the tokenizer's chat template where it has one."""
+    """auto uses the tokenizer's chat template where it has one. Models that think are asked for the answer alone, after
+    an empty block of thoughts, and templates that name today's date get 26 July 2024 on all days."""
 
 
 @config_class
@@ -167,17 +177,21 @@ class PrivacyConfig:
     """Differential privacy for each client's part in the tuned weights (arXiv 1710.06963).
 
     Updates are clipped, all count the same, and Gaussian noise is added to their mean. It is drawn from the system's
-    entropy, so runs do not repeat.
+    entropy, so runs do not repeat. Two epsilons are told: that against zeroing all updates of one site, which moves a
+    sum by one clipping norm, and the larger one against replacing them, which moves it by two. Who takes part is no
+    secret in either.
     """
 
     at: Literal["server", "client"] = "server"
     """Who clips and adds noise: the server, which then sees the updates as they are, or each client before it sends,
-    with its share of the noise for `min_clients`."""
+    with its share of the noise for `min_clients`: multiplier * clipping_norm / sqrt(min_clients), and epsilon is that
+    of the mean if as many clients add it."""
     clipping_norm: PositiveFloat
     """Largest L2 norm of an update (trained weights minus global weights); a longer one is scaled down to it."""
     noise_multiplier: PositiveFloat
-    """Standard deviation of the noise on the sum of the updates, in clipping norms. Every round's record has the
-    epsilon that was spent."""
+    """Standard deviation of the noise on the sum of the updates, in clipping norms; on the mean it is divided by the
+    number of the round's updates. Every round's record has these numbers and what was spent: epsilon and
+    epsilon_replaced, composed over all rounds with the noise that each one had; null where a round had none."""
     delta: Annotated[float, Interval(gt=0, lt=1)] = 1e-5
     """The delta for which epsilon is given; well below one in the number of clients."""
 
@@ -209,6 +223,15 @@ class FederatedConfig:
     tensor's name. What is aggregated and saved is float32."""
     max_update_norm: PositiveFloat | None = None
     """Largest L2 norm of an update (trained weights minus global weights); a larger one is refused."""
+    max_norm_ratio: Multiple | None = 5.0
+    """Largest L2 norm of an update as a multiple of the lower median of the round's norms, from three updates on: a
+    longer one is scaled down to it, and the round's record names its client under outliers. Not under privacy, which
+    clips by itself, and not for FedMedian, FedTrimmedAvg, Krum, MultiKrum and Bulyan, which leave outliers out; null
+    leaves norms to max_update_norm."""
+    max_weight_ratio: Multiple | None = 10.0
+    """Most that an update counts for, as a multiple of the lower median of the round: numbers of training and of
+    validation examples above it, and losses under QFedAvg, count as that, and the round's record names the client. So
+    two clients with 10 and 1,000 examples are weighed 10 to 100; null counts what clients say, whoever they are."""
     lora_aggregation: Literal["average", "svd", "freeze_a"] = "average"
     """How LoRA adapters become one. average takes the means of their factors B and A apart, though what is learned is
     their product; every round's record has the share of it that this misses, as lora_gap. svd takes the adapter of the

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from fedrag_cli.config.fields import ComponentSlot, slots_of
+from fedrag_cli.config.fields import ComponentSlot, dataclass_at, slots_of, whole_path
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, Position, format_path
-from fedrag_cli.config.references import origin
+from fedrag_cli.config.references import failure, origin, referenced
 from fedrag_cli.config.schema import Config
 from fedrag_cli.errors import ConfigError
 
@@ -68,22 +69,25 @@ def read_tree(path: Path, overrides: Sequence[str]) -> ConfigTree:
     tree, positions = _read_with_bases(path, (), dropped)
     for override in overrides:
         tree = _apply_override(tree, positions, dropped, override)
+    _fill_in_defaults(tree)
     return ConfigTree(path, tree, positions, dropped)
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...], dropped: Dropped) -> tuple[DictConfig, Positions]:
-    if path.resolve() in chain:
-        names = " -> ".join(str(link) for link in (*chain, path.resolve()))
+    if (here := whole_path(path)) in chain:
+        names = " -> ".join(str(link) for link in (*chain, here))
         raise ConfigError(f"'extends' goes in a circle: {names}", "Remove one of the 'extends' lines.")
     tree, positions = _read_file(path)
-    base_name = tree.pop("extends", None)
-    position = positions.pop(("extends",), None)
+    place = positions.pop(("extends",), Position(str(path), 1))
+    try:
+        base_name = tree.pop("extends", None)
+    except (OmegaConfBaseException, ValueError, KeyError) as error:
+        raise InvalidConfigError([ConfigProblem(place, "extends", failure(error))]) from error
     if base_name is None:
         return tree, positions
-    if not isinstance(base_name, str):
-        place = position or Position(str(path), 1)
+    if not isinstance(base_name, str) or "\0" in base_name:
         raise InvalidConfigError([ConfigProblem(place, "extends", "must be the path of one YAML file")])
-    base, base_positions = _read_with_bases(path.parent / base_name, (*chain, path.resolve()), dropped)
+    base, base_positions = _read_with_bases(path.parent / base_name, (*chain, here), dropped)
     _drop_replaced_components(base, tree, base_positions, dropped)
     return _merge(base, tree), base_positions | positions
 
@@ -101,7 +105,7 @@ def _read_file(path: Path) -> tuple[DictConfig, Positions]:
             f"{error.start} cannot be decoded.",
             "Save the file as UTF-8.",
         ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"The config file '{path}' cannot be read: {error}", "Give the path of a YAML file."
         ) from error
@@ -115,8 +119,8 @@ def _read_file(path: Path) -> tuple[DictConfig, Positions]:
         ) from error
     except GrammarParseError as error:
         raise InvalidConfigError([_bad_reference(error, node, str(path))]) from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        reason = _first_line(error)
         raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", f"is no YAML: {reason}")]) from error
     if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
         raise InvalidConfigError(
@@ -158,10 +162,9 @@ def _apply_override(tree: DictConfig, positions: Positions, dropped: Dropped, ov
     path = tuple(part for part in key.strip().split(".") if part)
     try:
         change = OmegaConf.from_dotlist([override])
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"The override '{override}' cannot be read: {reason}.",
+            f"The override '{override}' cannot be read: {_first_line(error)}.",
             "Write its value as in YAML, in quotes where needed.",
         ) from error
     _drop_replaced_components(tree, change, positions, dropped)
@@ -213,6 +216,43 @@ def _drop_replaced_components(
             _drop_replaced_components(old, new, positions, dropped, inner, section)
 
 
+def _fill_in_defaults(tree: DictConfig) -> None:
+    """Set what references name and nobody has set to the schema's defaults, so that the references can be followed."""
+    written = OmegaConf.to_container(tree, resolve=False)
+    for path, text in _texts(written, ()):
+        for target in referenced(text, path):
+            default = _default_of(written, target)
+            if default is not dataclasses.MISSING:
+                OmegaConf.update(tree, format_path(target), default)
+
+
+def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, str):
+        yield path, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _texts(item, (*path, key))
+
+
+def _default_of(written: Any, path: KeyPath) -> Any:
+    """Return the schema's default of a setting that is not written; MISSING where it is, or where there is none."""
+    owner: type | None = Config
+    for place, key in enumerate(path, start=1):
+        field = next((field for field in dataclasses.fields(owner) if field.name == key), None) if owner else None
+        if field is None or owner is None or not isinstance(written, dict):
+            return dataclasses.MISSING
+        if key in written:
+            written = written[key]
+            owner = dataclass_at(owner, field.name, written)
+            continue
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if place == len(path):
+            return dataclasses.MISSING if dataclasses.is_dataclass(default) else default
+        # A section that is off by default stays off.
+        owner, written = (type(default), {}) if dataclasses.is_dataclass(default) else (None, {})
+    return dataclasses.MISSING
+
+
 def _raw(tree: DictConfig, key: Any) -> Any:
     """Return a value without resolving interpolations."""
     if key not in tree.keys():  # noqa: SIM118  (membership of a DictConfig hides keys whose value is missing)
@@ -222,7 +262,19 @@ def _raw(tree: DictConfig, key: Any) -> Any:
 
 
 def _merge(base: DictConfig, change: DictConfig) -> DictConfig:
-    merged = OmegaConf.merge(base, change)
-    if not isinstance(merged, DictConfig):
-        raise ConfigError("The config is no mapping.")
+    try:
+        merged = OmegaConf.merge(base, change)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(
+            f"The config cannot be put together: {_first_line(error)}.",
+            "Where one file or override has a list, another cannot have 'key: value' settings, and the reverse.",
+        ) from error
+    assert isinstance(merged, DictConfig)
     return merged
+
+
+def _first_line(error: Exception) -> str:
+    """Return in a line why YAML cannot be read."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -11,12 +11,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedrag_cli.config.fields import is_optional, slots_of
+from fedrag_cli.config.fields import dataclass_at, is_optional
 from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, in_order, suggestion
 from fedrag_cli.config.references import outside_reference, without_values
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import ConfigTree
-from fedrag_cli.registry import registry
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -29,6 +28,7 @@ EXPECTED = {
     "string_type": "a text",
     "tuple_type": "a list",
 }
+_MOST_SHOWN = 300
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def _locate(location: tuple[str | int, ...], values: Any) -> tuple[KeyPath, type
         owner = inner
         path.append(part)
         current = _child(current, part)
-        inner = _dataclass_at(owner, part, current) if owner is not None and isinstance(part, str) else None
+        inner = dataclass_at(owner, part, current) if owner is not None and isinstance(part, str) else None
     return tuple(path), owner
 
 
@@ -105,17 +105,6 @@ def _child(value: Any, key: str | int) -> Any:
 
 def _field_names(owner: type) -> list[str]:
     return [field.name for field in dataclasses.fields(owner)]
-
-
-def _dataclass_at(owner: type, key: str, value: Any) -> type | None:
-    """Return the dataclass behind a field: a plain one, or the component that the value's `type:` chooses."""
-    for slot in slots_of(owner, key):
-        if isinstance(slot, type):
-            return slot
-        component = registry().find(slot.kind, slot.type_of(value) or "")
-        if component is not None:
-            return component.config_class
-    return None
 
 
 def _message(details: ErrorDetails, path: KeyPath, owner: type | None, tree: ConfigTree) -> str:
@@ -158,7 +147,8 @@ def _shown(given: object, path: KeyPath, tree: ConfigTree) -> str:
         return f"{{{', '.join(f'{key!r}: {_shown(item, (*path, key), tree)}' for key, item in given.items())}}}"
     if isinstance(given, list):
         return f"[{', '.join(_shown(item, (*path, index), tree) for index, item in enumerate(given))}]"
-    return repr(given)
+    text = repr(given)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _close(given: object, options: list[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.config.fields import ModelMarker, PathMarker, markers_of
+from fedrag_cli.config.fields import ModelMarker, PathMarker, is_folder, is_there, markers_of
 from fedrag_cli.config.models import locate_model
 from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path
 from fedrag_cli.config.schema import Config
@@ -40,7 +40,7 @@ def _missing_data(config: Config) -> Iterator[tuple[KeyPath, str]]:
             # A hub id is no path; absolute_paths has made paths absolute.
             if not path.is_absolute():
                 continue
-            if not path.exists():
+            if not is_there(path):
                 yield where, f"'{path}' does not exist"
             elif source.type in _FILES and path.is_dir():
                 yield where, f"'{path}' is a folder, but a file is expected"
@@ -54,7 +54,7 @@ def _missing_models(section: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]
         if dataclasses.is_dataclass(value):
             yield from _missing_models(value, (*path, field.name))
     adapter = getattr(section, "adapter", None)
-    if adapter is not None and not Path(adapter).is_dir():
+    if adapter is not None and not is_folder(adapter):
         yield (*path, "adapter"), f"there is no folder '{adapter}'"
     for name, reference in _marked(section, ModelMarker):
         try:

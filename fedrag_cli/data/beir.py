@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.data.columns import checked_id, checked_text, get_value, id_value, require_column, text_value
+from fedrag_cli.data.columns import (
+    checked_id,
+    checked_text,
+    get_value,
+    id_value,
+    is_missing,
+    require_column,
+    text_value,
+)
 from fedrag_cli.data.files import check_folder
 from fedrag_cli.data.problems import BadValueError, Problems
 from fedrag_cli.data.readers import Table, read_table
@@ -109,7 +117,7 @@ def document_text(values: Mapping[str, Any]) -> str:
     Raises:
         BadValueError: One of them is no text, or both are blank.
     """
-    parts = [values.get("title") or "", get_value(values, "text") or ""]
+    parts: list[Any] = [part for part in (values.get("title"), get_value(values, "text")) if not is_missing(part)]
     if not all(isinstance(part, str) for part in parts):
         raise BadValueError("title or text is not a text")
     return checked_text(" ".join(part.strip() for part in parts if part.strip()), "title and text")

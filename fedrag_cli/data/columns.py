@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import datetime
 import difflib
+import io
+import itertools
+import json
 import math
 import re
+import tokenize
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any
 
 from fedrag_cli.data.problems import BadValueError
@@ -13,6 +22,8 @@ from fedrag_cli.data.readers import Row, Table, kind_of
 from fedrag_cli.errors import DataError
 
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+# Larger floats may have been rounded to the whole number that they are.
+LARGEST_EXACT = 2**53
 
 USUAL_NAMES = {
     "query": ("question", "input", "prompt", "instruction"),
@@ -41,9 +52,11 @@ def get_value(values: Mapping[str, Any], column: str) -> Any:
         BadValueError: The row has no such column.
     """
     try:
-        return _find(values, column)
+        value = _find(values, column)
     except KeyError:
         raise BadValueError(f"has no '{column}'") from None
+    # An array of numpy, as pandas holds lists.
+    return value.tolist() if getattr(value, "ndim", 0) else value
 
 
 def require_column(table: Table, rows: Sequence[Row], column: str, key: str) -> None:
@@ -108,10 +121,7 @@ def answers_value(values: Mapping[str, Any], column: str, separator: str | None 
     Raises:
         BadValueError: There is no answer, or one of them is blank or of a wrong type.
     """
-    value = get_value(values, column)
-    if isinstance(value, Mapping) and "text" in value:
-        value = value["text"]
-    answers = _items(value, separator)
+    answers = _items(_unwrapped(get_value(values, column)), separator)
     if not answers:
         raise BadValueError(f"{column} is an empty list")
     if len(answers) == 1:
@@ -122,8 +132,8 @@ def answers_value(values: Mapping[str, Any], column: str, separator: str | None 
 
 def optional_answers_value(values: Mapping[str, Any], column: str, separator: str | None = None) -> tuple[str, ...]:
     """Return the answers of a column as `answers_value`; absent, null, blank and an empty list are none."""
-    value = get_value(values, column) if has_value(values, column) else None
-    if value is None or _is_nan(value) or value == [] or (isinstance(value, str) and not value.strip()):
+    value = _unwrapped(get_value(values, column)) if has_value(values, column) else None
+    if is_missing(value) or value == [] or (isinstance(value, str) and not value.strip()):
         return ()
     return answers_value(values, column, separator)
 
@@ -140,7 +150,7 @@ def ids_value(values: Mapping[str, Any], column: str, separator: str | None = No
         BadValueError: One of several ids is blank, or one is of a wrong type.
     """
     value = get_value(values, column) if has_value(values, column) else None
-    if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return ()
     return tuple(dict.fromkeys(checked_id(item, column) for item in _items(value, separator)))
 
@@ -162,14 +172,14 @@ def checked_id(value: Any, name: str) -> str:
     """Return an id as text, stripped.
 
     Args:
-        value: A text or a whole number.
+        value: A text or a whole number, which tables with gaps hold as a float.
         name: Name of the value in messages.
 
     Raises:
         BadValueError: It is neither, or blank.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if _is_number(value) and _is_whole(value):
+        return _number_text(value)
     if not isinstance(value, str):
         raise BadValueError(f"{name} {_missing_or_kind(value, 'a text or a whole number')}")
     return checked_text(value, name)
@@ -193,17 +203,46 @@ def checked_text(value: str, name: str) -> str:
     return text
 
 
+def lists_of_cells(values: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """Return a row of CSV or TSV with the lists that some of its cells hold.
+
+    Lists stand there as in JSON or as Python writes them (`['six', '6 am']`), objects with a list in `text` likewise.
+
+    Args:
+        values: The row.
+        columns: The columns that may hold lists.
+
+    Raises:
+        BadValueError: A cell looks like a list, but cannot be read as one.
+    """
+    return {**values, **{name: _list_of_cell(values[name], name) for name in columns if values.get(name)}}
+
+
 def metadata_of(values: Mapping[str, Any], used: Iterable[str]) -> dict[str, Any]:
-    """Return the values of a row that are not used otherwise, in types that JSON has.
+    """Return the values of a row that are not used otherwise and not missing, in types that JSON has.
 
     Args:
         values: The row.
         used: The used columns; a dot reaches into nested values.
+
+    Raises:
+        BadValueError: One of them is no valid Unicode text.
     """
     rest: Mapping[str, Any] = values
     for column in used:
         rest = _without(rest, column)
-    return {name: _json_value(value) for name, value in rest.items()}
+    metadata = {name: _json_value(value) for name, value in rest.items()}
+    for name, value in metadata.items():
+        if HALF_SURROGATE.search(json.dumps([name, value], ensure_ascii=False)):
+            raise BadValueError(f"{name!a} is no valid Unicode text: it has half of a surrogate pair")
+    return {name: value for name, value in metadata.items() if value is not None}
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a value stands for none: null, NaN, or the NaT and NA of pandas."""
+    if value is None or type(value).__name__ in ("NaTType", "NAType"):
+        return True
+    return isinstance(value, Real | Decimal) and bool(value != value)
 
 
 def _find(value: Any, column: str) -> Any:
@@ -228,6 +267,11 @@ def _without(values: Mapping[str, Any], column: str) -> dict[str, Any]:
     return {key: kept if key == name else value for key, value in values.items() if key != name or kept}
 
 
+def _unwrapped(value: Any) -> Any:
+    """Return the list of answers in an object of SQuAD's schema."""
+    return get_value(value, "text") if isinstance(value, Mapping) and "text" in value else value
+
+
 def _items(value: Any, separator: str | None) -> Sequence[Any]:
     if isinstance(value, str) and separator is not None:
         return value.split(separator)
@@ -235,31 +279,103 @@ def _items(value: Any, separator: str | None) -> Sequence[Any]:
 
 
 def _answer(value: Any, name: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
+    if _is_number(value):
+        return _number_text(value)
+    if isinstance(value, datetime.date | datetime.time) and not is_missing(value):
+        return _date_text(value)
     if not isinstance(value, str):
         raise BadValueError(f"{name} {_missing_or_kind(value, 'a text')}")
     return checked_text(value, name)
 
 
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Integral):
+        return not isinstance(value, bool)
+    return isinstance(value, Real | Decimal) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) or (value == int(value) and abs(value) < LARGEST_EXACT)
+
+
+def _number_text(value: Any) -> str:
+    """Return a number as people write it: `84`, also where a table holds 84.0."""
+    if _is_whole(value):
+        return str(int(value))
+    return format(value.normalize(), "f") if isinstance(value, Decimal) else str(value)
+
+
+def _date_text(value: datetime.date | datetime.time) -> str:
+    """Return a date, a time or both in ISO 8601; pandas holds dates as their midnight."""
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(" ").removesuffix(" 00:00:00")
+    return value.isoformat()
+
+
+def _list_of_cell(text: str, name: str) -> Any:
+    cell = text.strip()
+    is_quoted = cell.startswith(("['", '["', "{'", '{"'))
+    if not is_quoted and cell[:1] + cell[-1:] not in ("[]", "()", "{}"):
+        return text
+    value = _literal(cell)
+    if isinstance(value, list) or (isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple)):
+        return value
+    if isinstance(value, tuple | set) and all(isinstance(item, str) for item in value):
+        # Of a set, Python does not keep the order.
+        return _literal(f"[{cell[1:-1]}]")
+    if value is None and (is_quoted or (cell[0] == "[" and "," in cell)):
+        raise BadValueError(
+            f"{name} looks like a list, but cannot be read as one: {_shortened(cell)} "
+            '(write it as in JSON, ["six", "6 am"]; with `list_separator` set, no cell is taken for a list)'
+        )
+    return text
+
+
+def _literal(cell: str) -> Any:
+    """Return what a cell means in JSON or Python; None where it means nothing there."""
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(cell).readline)]
+        # Python joins neighbouring texts, but numpy writes lists without commas.
+        if (tokenize.STRING, tokenize.STRING) in itertools.pairwise(type for type in tokens if type != tokenize.NL):
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(cell)
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
+        return None
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _missing_or_kind(value: Any, expected: str) -> str:
-    if value is None or _is_nan(value):
+    if is_missing(value):
         return "is missing (null)"
     if isinstance(value, float) and math.isinf(value):
         return "is infinite"
     return f"is {kind_of(value)}, not {expected}"
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def _json_value(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if is_missing(value):
+        return None
+    if _is_number(value) and _is_whole(value):
+        return int(value)
     if isinstance(value, float):
-        # JSON has neither NaN nor infinity.
+        # JSON has no infinity.
         return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str | bool):
         return value
+    if isinstance(value, datetime.date | datetime.time):
+        return _date_text(value)
     if isinstance(value, Mapping):
         return {str(key): _json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -38,7 +38,8 @@ class SplitConfig:
     """Splitting of long documents into passages, at sentence boundaries."""
 
     size: PositiveInt = 120
-    """Most words of a passage; a sentence that is longer by itself is cut between words."""
+    """Most words of a passage; a sentence that is longer by itself is cut between words. Of scripts without blanks
+    between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) each character counts as a word."""
     overlap: NonNegativeInt = 20
     """Words of whole sentences that a passage repeats from the one before it, at most."""
 
@@ -59,7 +60,8 @@ class FileExamplesConfig:
     columns: ExampleColumns = ExampleColumns()
     """Which column holds what."""
     list_separator: NonEmptyStr | None = None
-    """In CSV and TSV: what separates several answers or ids in one cell; none by default."""
+    """In CSV and TSV: what separates several answers or ids in one cell; by default a cell holds one, or a list in
+    brackets as JSON and Python write it (`["six", "6 am"]`)."""
     limit: PositiveInt | None = None
     """Read the first so many rows only."""
 
@@ -190,7 +192,7 @@ class TextCorpusConfig:
     path: PathStr
     """The folder, read with its subfolders, or one file."""
     patterns: tuple[str, ...] = ("*.txt", "*.md", "*.markdown")
-    """Which files to read."""
+    """Which files to read, in upper or lower case; hidden files and folders are left out, linked ones are read."""
     split: SplitConfig = SplitConfig()
     """Splitting into passages."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedrag_cli import registry
 from fedrag_cli.data.beir import document_text
-from fedrag_cli.data.columns import has_value, id_value, metadata_of, require_column, text_value
+from fedrag_cli.data.columns import HALF_SURROGATE, has_value, id_value, metadata_of, require_column, text_value
 from fedrag_cli.data.config import (
     BeirCorpusConfig,
     FileCorpusConfig,
@@ -148,8 +148,9 @@ def nodes_of_beir_table(table: Table) -> list[KnowledgeNode]:
     nodes = []
     for row, node_id in zip(rows, ids, strict=True):
         text = problems.collect(table.place(row), document_text, row.values)
-        if text is not None and node_id is not None:
-            nodes.append(KnowledgeNode(node_id, text, metadata_of(row.values, ["_id", "text"])))
+        metadata = problems.collect(table.place(row), metadata_of, row.values, ["_id", "text"])
+        if text is not None and node_id is not None and metadata is not None:
+            nodes.append(KnowledgeNode(node_id, text, metadata))
     problems.raise_if_any()
     return nodes
 
@@ -172,14 +173,24 @@ def load_text_corpus(config: TextCorpusConfig) -> list[KnowledgeNode]:
     problems = Problems(config.path)
     nodes = []
     for name, path in find_text_files(Path(config.path), config.patterns).items():
-        text = read_text_file(path)
+        if HALF_SURROGATE.search(name):
+            problems.add(ascii(name), "has a name that is not UTF-8")
+            continue
+        try:
+            text = read_text_file(path)
+        except DataError as error:
+            problems.add(name, error.message.removeprefix(f"{path} "))
+            continue
         if not text.strip():
             problems.add(name, "has no text")
         for position, (title, passage) in enumerate(_passages_of_file(path, text, config.split)):
             nodes.append(
                 KnowledgeNode(f"{name}#{position}", passage, {"path": name, "title": title, "document_id": name})
             )
-    problems.raise_if_any("Remove these files, or choose other `patterns`.")
+    problems.raise_if_any(
+        "Correct or remove these files, or choose other `patterns`. Text is read as UTF-8; "
+        "`iconv -f CP1252 -t UTF-8 FILE` converts what Windows wrote."
+    )
     return nodes
 
 
@@ -199,8 +210,9 @@ def _nodes_of_table(table: Table, columns: PassageColumns) -> list[KnowledgeNode
     nodes = []
     for row, node_id in zip(rows, ids, strict=True):
         text = problems.collect(table.place(row), text_value, row.values, columns.text)
-        if text is not None and node_id is not None:
-            nodes.append(KnowledgeNode(node_id, text, metadata_of(row.values, [columns.id, columns.text])))
+        metadata = problems.collect(table.place(row), metadata_of, row.values, [columns.id, columns.text])
+        if text is not None and node_id is not None and metadata is not None:
+            nodes.append(KnowledgeNode(node_id, text, metadata))
     problems.raise_if_any()
     return nodes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from fedrag_cli.data.columns import (
     get_value,
     has_value,
     ids_value,
+    lists_of_cells,
     metadata_of,
     optional_answers_value,
     require_column,
@@ -33,6 +35,7 @@ from fedrag_cli.data.problems import BadValueError, Place, Problems
 from fedrag_cli.data.readers import Row, Table, read_table, table_of_mappings
 from fedrag_cli.data.squad import UNANSWERABLE_HINT, read_questions
 from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.text import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,11 +154,7 @@ def load_file_examples(config: FileExamplesConfig, *, needs_responses: bool = Tr
         DataError: The file is missing or bad.
     """
     table = read_table(Path(config.path), config.format, config.limit)
-    suffix = Path(config.path).suffix.lower().removeprefix(".")
-    if config.list_separator is not None and (suffix if config.format == "auto" else config.format) not in (
-        "csv",
-        "tsv",
-    ):
+    if config.list_separator is not None and not table.only_texts:
         raise ConfigError(
             f"`list_separator` is for CSV and TSV, but {table.name} is neither.",
             "Remove it, and write several answers as a list.",
@@ -257,20 +256,30 @@ def _examples_of_table(
         if column not in ("", getattr(ExampleColumns(), name)):
             require_column(table, rows, column, f"columns.{name}")
     own_ids = _own_ids(rows)
+    if not own_ids and any(has_value(row.values, ID_COLUMN) for row in rows):
+        logging.getLogger(__name__).warning(
+            "%s: not every row has an id of its own, so the rows are numbered instead", printable(table.name)
+        )
     answers = answers_value if needs_responses else optional_answers_value
     used = [columns.query, columns.response, columns.relevant_ids, columns.choices, *([ID_COLUMN] if own_ids else [])]
+    lists = (columns.response, columns.relevant_ids, columns.choices)
     examples = []
     for position, row in enumerate(rows):
         place = table.place(row)
-        query = problems.collect(place, text_value, row.values, columns.query)
-        responses = problems.collect(place, answers, row.values, columns.response, separator)
-        relevant_ids = problems.collect(place, ids_value, row.values, columns.relevant_ids, separator)
-        if query is None or responses is None or relevant_ids is None:
+        values: Mapping[str, Any] | None = row.values
+        if table.only_texts and separator is None:
+            values = problems.collect(place, lists_of_cells, row.values, lists)
+        if values is None:
             continue
-        choices = problems.collect(place, _choices, row.values, columns.choices, separator, responses)
+        query = problems.collect(place, text_value, values, columns.query)
+        responses = problems.collect(place, answers, values, columns.response, separator)
+        relevant_ids = problems.collect(place, ids_value, values, columns.relevant_ids, separator)
+        metadata = problems.collect(place, metadata_of, values, used)
+        if query is None or responses is None or relevant_ids is None or metadata is None:
+            continue
+        choices = problems.collect(place, _choices, values, columns.choices, separator, responses)
         if choices is not None:
             example_id = own_ids[position] if own_ids else table.numbered_id(row)
-            metadata = metadata_of(row.values, used)
             examples.append(Example(example_id, query, responses, relevant_ids, metadata, choices, place))
     problems.raise_if_any()
     return examples

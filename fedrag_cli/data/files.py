@@ -7,6 +7,7 @@ import difflib
 import gzip
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedrag_cli.errors import DataError
@@ -19,14 +20,15 @@ def check_file(path: Path) -> None:
         path: The file.
 
     Raises:
-        DataError: It is missing, a folder or empty.
+        DataError: It is missing, a folder, empty, or out of reach.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, but a file is expected.", "Name one file in it.")
-    if not path.is_file():
-        raise DataError(f"The file {path} does not exist.", _neighbours(path))
-    if path.stat().st_size == 0:
-        raise DataError(f"The file {path} is empty.", "Check how it was written, or name another file.")
+    with reaching(path):
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, but a file is expected.", "Name one file in it.")
+        if not path.is_file():
+            raise DataError(f"The file {path} does not exist.", _neighbours(path))
+        if path.stat().st_size == 0:
+            raise DataError(f"The file {path} is empty.", "Check how it was written, or name another file.")
 
 
 def check_folder(path: Path) -> None:
@@ -36,12 +38,22 @@ def check_folder(path: Path) -> None:
         path: The folder.
 
     Raises:
-        DataError: It is missing or a file.
+        DataError: It is missing, a file, or out of reach.
     """
-    if path.is_file():
-        raise DataError(f"{path} is a file, but a folder is expected.", f"Did you mean its folder, {path.parent}?")
-    if not path.is_dir():
-        raise DataError(f"The folder {path} does not exist.", _neighbours(path))
+    with reaching(path):
+        if path.is_file():
+            raise DataError(f"{path} is a file, but a folder is expected.", f"Did you mean its folder, {path.parent}?")
+        if not path.is_dir():
+            raise DataError(f"The folder {path} does not exist.", _neighbours(path))
+
+
+@contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Raise DataError where the system refuses a path, as one that is too long or in a closed folder."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def decoded_lines(path: Path) -> Iterator[str]:
@@ -53,11 +65,11 @@ def decoded_lines(path: Path) -> Iterator[str]:
         path: The file, compressed where its name ends in .gz; a byte order mark at its start is left out.
 
     Raises:
-        DataError: The file cannot be read or is not UTF-8.
+        DataError: The file cannot be read, is not UTF-8 or has NUL bytes, as UTF-16 and binary files have.
     """
     offset = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for line in file:
                 content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
                 yield _decode(path, content, offset + len(line) - len(content))
@@ -82,18 +94,29 @@ def read_text_file(path: Path) -> str:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """Return the error for a file that the system refuses to read."""
-    return DataError(f"{path} cannot be read: {error.strerror or error}.", "Check the permissions of the file.")
+    return DataError(f"{path} cannot be read: {error.strerror or error}.", "Check its path and its permissions.")
 
 
 def _decode(path: Path, line: bytes, offset: int) -> str:
     try:
-        return line.decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: the byte 0x{line[error.start]:02x} at offset {offset + error.start} "
             "cannot be decoded.",
-            "Save the file as UTF-8.",
+            _how_to_convert(path, line),
         ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{path} is not UTF-8 text: it has a NUL byte at offset {offset + line.index(0)}.",
+            _how_to_convert(path, line),
+        )
+    return text
+
+
+def _how_to_convert(path: Path, line: bytes) -> str:
+    encoding = "UTF-16" if b"\0" in line or line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "CP1252"
+    return f"Save the file as UTF-8; where it is {encoding}, `iconv -f {encoding} -t UTF-8 {path.name}` converts it."
 
 
 def _neighbours(path: Path) -> str:

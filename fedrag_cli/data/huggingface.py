@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedrag_cli.data.files import reaching
 from fedrag_cli.data.readers import Table, table_of_mappings
 from fedrag_cli.errors import ConfigError, DataError
 
@@ -34,14 +37,16 @@ def read_dataset(path: str, name: str | None, split: str | None, revision: str |
         DataError: The data set cannot be loaded, or its split is not named.
     """
     folder = Path(path)
-    if any((folder / mark).is_file() for mark in MARKS_OF_SAVED):
+    with reaching(folder):
+        is_saved, is_file = any((folder / mark).is_file() for mark in MARKS_OF_SAVED), folder.is_file()
+    if is_saved:
         for key, value in (("name", name), ("revision", revision)):
             if value is not None:
                 raise ConfigError(
                     f"`{key}` is for data sets of the hub, but {path} is a directory.", f"Remove `{key}`."
                 )
         dataset = _one_split(path, _load_saved(path), split)
-    elif folder.is_file():
+    elif is_file:
         raise DataError(
             f"{path} is a file, but a directory or a hub id is expected.", "For a file, use the type 'file'."
         )
@@ -62,6 +67,8 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
     Raises:
         DataError: It has no rows.
     """
+    from datasets import Value
+
     # Pictures and sounds are neither text nor metadata, and decoding them may need further libraries.
     media = [
         column
@@ -71,9 +78,20 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
     rows = dataset.remove_columns(media).with_format(None)
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
+    for column, feature in rows.features.items():
+        if getattr(feature, "dtype", None) in ("float16", "float32"):
+            # By way of the shortest text, 84.1 stays 84.1 and becomes no 84.0999984741211.
+            rows = rows.cast_column(column, Value("string")).cast_column(column, Value("float64"))
     if not len(rows):
         raise DataError(f"The data set '{name}' has no rows.", "Check how it was made, or name another split.")
-    return table_of_mappings(name, rows)
+    labels = {column: feature for column, feature in rows.features.items() if hasattr(feature, "int2str")}
+    return table_of_mappings(name, (_with_label_names(row, labels) for row in rows) if labels else rows)
+
+
+def _with_label_names(row: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
+    """Put the names of labels in the place of their numbers; a missing label is null or -1."""
+    known = (column for column in labels if row[column] is not None and row[column] >= 0)
+    return {**row, **dict.fromkeys(labels), **{column: labels[column].int2str(row[column]) for column in known}}
 
 
 def load_from_hub(
@@ -104,12 +122,23 @@ def load_from_hub(
     import datasets
 
     try:
-        return datasets.load_dataset(path, name, split=split, revision=revision, data_files=data_files)
+        return datasets.load_dataset(
+            path, name, split=split, revision=revision, data_files=data_files, **_data_dir(path)
+        )
     except Exception as error:
         # The library raises its own errors, those of the hub's client and those of the network.
         raise DataError(
             f"The data set '{path}' cannot be loaded: {_first_line(error)}", _hint(path, error, way_without_network)
         ) from error
+
+
+def _data_dir(path: str) -> dict[str, str]:
+    """Return, for a folder with characters in its path that `datasets` takes for a pattern's, the way to it escaped."""
+    if not Path(path).is_dir():
+        return {}
+    folder = str(Path(path).resolve())
+    escaped = glob.escape(folder)
+    return {"data_dir": os.path.relpath(escaped, folder)} if escaped != folder else {}
 
 
 def _load_saved(path: str) -> Any:

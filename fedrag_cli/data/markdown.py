@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedrag_cli.data.splitting import count_words, pack, sentence_spans
 
-HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(?P<title>.*?)(?:[ \t]+#+)?[ \t]*")
+HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(?P<title>.*)")
 FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})(?P<rest>.*)")
 
 
@@ -50,6 +50,11 @@ def split_markdown(text: str, size: int, overlap: int, title: str = "") -> list[
     passages = []
     for heading, lines in _sections(list(_lines(text))):
         spans = list(_spans(text, lines, size))
+        body = max((line.end for line in lines if line.title), default=0)
+        headings = sum(start < body for start, _ in spans)
+        if 0 < headings < len(spans) and count_words(text[slice(*spans[headings])]) > size:
+            # A sentence that is cut takes its headings into its first part.
+            spans[: headings + 1] = [(spans[0][0], spans[headings][1])]
         passages += [(heading or title, passage) for passage in pack(text, spans, size, overlap)]
     return passages
 
@@ -70,8 +75,15 @@ def _lines(text: str) -> Iterator[Line]:
             yield Line(start, end, "", count)
         else:
             heading = HEADING.fullmatch(line)
-            yield Line(start, end, heading["title"] if heading else "", 0)
+            yield Line(start, end, _without_closing_marks(heading["title"]) if heading else "", 0)
         start += len(line) + 1
+
+
+def _without_closing_marks(title: str) -> str:
+    """Return the title of `# Title #`; a pattern that matches the marks at the end takes quadratic time."""
+    title = title.strip(" \t")
+    bare = title.rstrip("#")
+    return bare.rstrip(" \t") if bare.endswith((" ", "\t")) else title
 
 
 def _sections(lines: list[Line]) -> Iterator[tuple[str, list[Line]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from fedrag_cli.data.files import check_file, decoded_lines, unreadable
 from fedrag_cli.data.problems import Place, Problems
 from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.text import printable
 
 FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
@@ -24,7 +26,10 @@ FORMAT_OF_SUFFIX = {
     ".parquet": "parquet",
 }
 LARGEST_CELL = 2**31 - 1
-HEADER_HINT = "Each column needs a name of its own."
+MOST_NAMED = 5
+# What pandas, numpy and databases write into texts for a value that is missing.
+MISSING_CELLS = frozenset(("None", "nan", "NaN", "NaT", "<NA>", "null", "NULL"))
+HEADER_HINT = "Each column needs a name of its own (pandas writes its index without one unless index=False)."
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,14 @@ class Table:
         stem: What ids of numbered rows start with.
         by_line: The row numbers are line numbers.
         rows: The rows.
+        only_texts: All values are texts, as in CSV and TSV, where lists can only be written as such.
     """
 
     name: str
     stem: str
     by_line: bool
     rows: list[Row]
+    only_texts: bool = False
 
     def place(self, row: Row) -> Place:
         """Return where a row stands, as messages name it."""
@@ -95,7 +102,8 @@ def read_table(path: Path, format: str = "auto", limit: int | None = None) -> Ta
         rows = list(itertools.islice(reader, limit))
     if not rows:
         raise DataError(f"{path} has no rows.", "Check how the file was written, or name another file.")
-    return Table(path.name, path.stem, format in ("jsonl", "csv", "tsv"), rows)
+    by_line, only_texts = format in ("jsonl", "csv", "tsv"), format in ("csv", "tsv")
+    return Table(path.name, path.stem, by_line, rows, only_texts)
 
 
 def table_of_mappings(name: str, rows: Iterable[Any]) -> Table:
@@ -119,7 +127,7 @@ def read_json(path: Path) -> Any:
     """
     check_file(path)
     try:
-        return json.loads("".join(decoded_lines(path)))
+        return json.loads("".join(decoded_lines(path)), object_pairs_hook=_object_of)
     except json.JSONDecodeError as error:
         hint = "If each line is an object of its own, the format is 'jsonl'." if error.msg == "Extra data" else ""
         message = f"{path.name}:{error.lineno} is not JSON: {error.msg} (column {error.colno})."
@@ -163,11 +171,19 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            yield _row_of(number, json.loads(line.rstrip()))
+            yield _row_of(number, json.loads(line.rstrip(), object_pairs_hook=_object_of))
         except json.JSONDecodeError as error:
             yield Row(number, {}, f"is not JSON: {error.msg} (column {error.colno})")
         except (ValueError, RecursionError) as error:
             yield Row(number, {}, f"is not JSON that can be read: {error}")
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the field {next(name for name in names if names.count(name) > 1)!r} more than once")
+    return values
 
 
 def _read_json_rows(path: Path) -> Iterator[Row]:
@@ -182,41 +198,80 @@ def _read_json_rows(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    return _read_delimited(path, ",")
+    return _read_delimited(path, ",", others=";\t")
 
 
 def _read_tsv(path: Path) -> Iterator[Row]:
     return _read_delimited(path, "\t")
 
 
-def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
+def _read_delimited(path: Path, delimiter: str, others: str = "") -> Iterator[Row]:
     # The standard limit of 131072 characters a cell is below the length of ordinary documents.
     earlier_limit = csv.field_size_limit(LARGEST_CELL)
+    # The lines of the row that is being read, and the numbers of rows whose lines could be rows themselves.
+    taken: list[str] = []
+    doubtful: list[str] = []
     try:
-        reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
+        first = next((line for line in decoded_lines(path) if line.strip()), "")
+        if delimiter not in first:
+            delimiter = next((other for other in others if other in first), delimiter)
+        reader = csv.reader(_noted(decoded_lines(path), taken), delimiter=delimiter, strict=True)
         header = _read_header(path, reader)
         while True:
             number = reader.line_num + 1
+            taken.clear()
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(number, {}, f"cannot be read: {error}")
+                yield Row(number, {}, _quote_problem(error))
                 continue
+            alike = sum(line.count(delimiter) == len(cells) - 1 for line in taken)
+            if alike == len(taken) > 1 and delimiter in taken[0]:
+                doubtful.append(str(number))
             if len(cells) not in (0, len(header)):
                 yield Row(number, {}, f"has {len(cells)} cells, but the header has {len(header)}")
+            elif delimiter == "\t" and alike > 1:
+                yield Row(number, {}, _open_quote(number, reader.line_num))
             elif cells:
-                yield Row(number, dict(zip(header, cells, strict=True)))
+                values = (None if cell.strip() in MISSING_CELLS else cell for cell in cells)
+                yield Row(number, dict(zip(header, values, strict=True)))
     finally:
         csv.field_size_limit(earlier_limit)
+        if doubtful and delimiter != "\t":
+            logging.getLogger(__name__).warning(
+                "%s: quoted cells of these lines hold what looks like further rows, check their quotation marks: %s%s",
+                printable(str(path)),
+                ", ".join(doubtful[:MOST_NAMED]),
+                f" and {len(doubtful) - MOST_NAMED} more" if len(doubtful) > MOST_NAMED else "",
+            )
+
+
+def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _quote_problem(error: csv.Error) -> str:
+    if str(error) == "unexpected end of data":
+        return "cannot be read: a quotation mark at the start of a cell is never closed"
+    return f"cannot be read: {error}"
+
+
+def _open_quote(first: int, last: int) -> str:
+    return (
+        f"has a cell that begins with a quotation mark and ends in line {last}, but lines {first} to {last} look like "
+        'rows of their own (a quotation mark of the text itself is doubled, in a quoted cell: """six""")'
+    )
 
 
 def _read_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     try:
-        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        header = [name.strip() for name in next((cells for cells in reader if any(map(str.strip, cells))), [])]
     except csv.Error as error:
-        raise DataError(f"The header of {path} cannot be read: {error}", HEADER_HINT) from error
+        raise DataError(f"The header of {path} cannot be read: {_quote_problem(error)}.", HEADER_HINT) from error
     return _checked_header(path, header)
 
 
@@ -239,6 +294,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             _checked_header(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
+                for index, field in enumerate(batch.schema):
+                    if field.type in (pyarrow.float16(), pyarrow.float32()):
+                        # By way of the shortest text, 84.1 stays 84.1 and becomes no 84.0999984741211.
+                        numbers = batch.column(index).cast(pyarrow.string()).cast(pyarrow.float64())
+                        batch = batch.set_column(index, field.name, numbers)
                 for values in batch.to_pylist():
                     number += 1
                     yield _row_of(number, values)

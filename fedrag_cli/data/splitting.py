@@ -1,6 +1,9 @@
 """Splitting texts into passages at the boundaries of sentences.
 
-Passages are slices of the text, so line breaks, lists and code keep their form.
+Passages are slices of the text, so line breaks, lists and code keep their form. Their size counts words: what stands
+between white space, and each character of a script that is written without blanks between words, as Chinese, Japanese,
+Thai, Lao, Khmer, Burmese and Tibetan are. What is longer than any word (`LONGEST_WORD`) counts as several. A character
+is what a reader takes for one (a grapheme cluster), which is never cut.
 """
 
 from __future__ import annotations
@@ -9,12 +12,49 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import regex
+
 from fedrag_cli.errors import ConfigError
+
+SCRIPTS_WITHOUT_BLANKS = (
+    "Han",
+    "Hiragana",
+    "Katakana",
+    "Yi",
+    "Thai",
+    "Lao",
+    "Khmer",
+    "Myanmar",
+    "Tibetan",
+    "Balinese",
+    "Javanese",
+    "New_Tai_Lue",
+    "Tai_Le",
+    "Tai_Tham",
+    "Tai_Viet",
+)
+# A letter, digit or mark of one of them, as part of a pattern of `regex` with V1.
+WITHOUT_BLANKS = (
+    "[[" + "".join(rf"\p{{Script_Extensions={name}}}" for name in SCRIPTS_WITHOUT_BLANKS) + r"]&&[\p{L}\p{N}\p{M}]]"
+)
+# Stands between words in some texts of these scripts.
+ZERO_WIDTH_SPACE = "\u200b"
+LONGEST_WORD = 20
 
 # A blank line, or the line break before an item of a list.
 BLOCK_BREAK = re.compile(r"\n[^\S\n]*\n\s*|\n(?=[^\S\n]*(?:[-*+•]|\d{1,3}[.)])[^\S\n])")
-SENTENCE_END = re.compile(r"""(?:[.!?…]+["'”’»)\]]*(?=\s)|[。！？]+["”’」』）]*)\s*""")
-WORD = re.compile(r"\S+")
+# The marks of scripts without blanks, and of others that have marks of their own, need no blank after them. Looking
+# back for another mark keeps the search in a row of dots from starting anew at each.
+SENTENCE_END = regex.compile(
+    r"""(?:(?<![.!?…])[.!?…]++["'”’»)\]]*+(?=\s)"""
+    r"""|(?:[[\p{Sentence_Terminal}།༎]--[.!?…．]]|．(?!\p{N}))++["'”’»)\]」』】〉》）］｣]*+)\s*+""",
+    regex.V1,
+)
+WORD = regex.compile(
+    rf"(?={WITHOUT_BLANKS})\X{ZERO_WIDTH_SPACE}?|(?:(?!{WITHOUT_BLANKS})(?!\s)\X){{1,{LONGEST_WORD}}}", regex.V1
+)
+# Where a sentence that is too long is cut first: at white space and after the marks of clauses.
+CLAUSE = re.compile(r"[^\s、，；：\u200b]*+[、，；：\u200b]++|[^\s、，；：\u200b]++")
 # Characters before a full stop that are looked at, so that a text without sentences takes linear time.
 LONGEST_LOOK_BACK = 60
 
@@ -54,7 +94,7 @@ def split_text(text: str, size: int, overlap: int) -> list[str]:
 
     Args:
         text: The text.
-        size: Most words of a passage; a sentence that is longer by itself is cut between words.
+        size: Most words of a passage; a sentence that is longer by itself is cut between clauses or words.
         overlap: Words of whole sentences that a passage repeats from the one before it, at most.
 
     Returns:
@@ -125,8 +165,10 @@ def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def count_words(text: str) -> int:
-    """Return the number of words between white space."""
-    return len(text.split())
+    """Return the number of words, as the size of passages counts them."""
+    if text.isascii():
+        return sum(-(-len(word) // LONGEST_WORD) for word in text.split())
+    return sum(1 for _ in WORD.finditer(text))
 
 
 def _sentences_of_block(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -144,7 +186,7 @@ def _stripped(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield start + len(content) - len(content.lstrip()), start + len(content.rstrip())
 
 
-def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
+def _ends_sentence(text: str, start: int, match: regex.Match[str]) -> bool:
     following = text[match.end()]
     if following.islower():
         return False
@@ -166,10 +208,24 @@ def _cut(text: str, start: int, end: int, size: int) -> Iterator[Piece]:
     if count <= size:
         yield Piece(start, end, count, whole=True)
         return
-    words = list(WORD.finditer(text, start, end))
-    for first in range(0, count, size):
-        part = words[first : first + size]
-        yield Piece(part[0].start(), part[-1].end(), len(part), whole=False)
+    parts = list(_parts(text, start, end, size))
+    first, words = 0, 0
+    for position, part in enumerate(parts):
+        if words + part.words > size:
+            yield Piece(parts[first].start, parts[position - 1].end, words, whole=False)
+            first, words = position, 0
+        words += part.words
+    yield Piece(parts[first].start, parts[-1].end, words, whole=False)
+
+
+def _parts(text: str, start: int, end: int, size: int) -> Iterator[Piece]:
+    """Yield the clauses of a sentence, or what stands between white space; the words of those that are too long."""
+    for clause in CLAUSE.finditer(text, start, end):
+        count = count_words(clause.group())
+        if count <= size:
+            yield Piece(*clause.span(), count, whole=False)
+        else:
+            yield from (Piece(word.start(), word.end(), 1, whole=False) for word in WORD.finditer(text, *clause.span()))
 
 
 def _start_of_next(pieces: list[Piece], last: int, room: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.data.columns import answers_value, checked_id, text_value
+from fedrag_cli.data.columns import answers_value, checked_id, is_missing, text_value
 from fedrag_cli.data.problems import BadValueError, Problems
 from fedrag_cli.data.readers import kind_of, read_json
 from fedrag_cli.errors import DataError
@@ -77,7 +77,8 @@ def read_paragraphs(path: Path, problems: Problems) -> Iterator[SquadParagraph]:
         if not isinstance(article, dict):
             problems.add(place, f"is {kind_of(article)}, not an object")
             continue
-        title = problems.collect(place, text_value, article, "title") if "title" in article else path.stem
+        untitled = is_missing(article.get("title"))
+        title = path.stem if untitled else problems.collect(place, text_value, article, "title")
         paragraphs = problems.collect(place, _objects, article, "paragraphs")
         if title is None or paragraphs is None:
             continue

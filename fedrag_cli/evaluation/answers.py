@@ -1,35 +1,53 @@
 """Exact match and token F1 of an answer, after the normalisation of SQuAD.
 
 Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", arXiv 1606.05250, and the
-evaluation script of version 1.1 that came with it.
+evaluation script of version 1.1 that came with it. For accepted answers in other scripts than Latin, all of Unicode's
+punctuation is removed and each character of a script without blanks (such as Chinese) is a token, after the script of
+MLQA: Lewis et al., "MLQA: Evaluating Cross-lingual Extractive Question Answering", arXiv 1910.07475.
 """
 
 from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+import regex
+
+from fedrag_cli.data.splitting import WITHOUT_BLANKS, ZERO_WIDTH_SPACE
 from fedrag_cli.errors import DataError
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+# The full-width forms of ASCII, and the blank of their width.
+_FULL_WIDTH = {0x3000: " ", **{code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)}}
+_LETTER = regex.compile(r"\p{L}")
+_OTHER_LETTER = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
+_PUNCTUATION = regex.compile(r"\p{P}")
+_UNSPACED_CHARACTER = regex.compile(rf"(?={WITHOUT_BLANKS})\X", regex.V1)
 
 
-def normalize_answer(text: str) -> str:
+def normalize_answer(text: str, *, beyond_latin: bool = False) -> str:
     """Bring an answer into the form in which SQuAD compares answers.
 
     Lower case, then ASCII punctuation removed, then the articles a, an and the removed, then white space reduced to
-    single blanks. Punctuation outside ASCII (such as typographic quotes) stays, as in the SQuAD script.
+    single blanks. Punctuation outside ASCII (such as typographic quotes) stays, as in the SQuAD script. Canonically
+    equal characters are made the same, and full-width forms of ASCII are that.
 
     Args:
         text: An answer.
+        beyond_latin: It is compared with an answer in another script: all punctuation is removed, and blanks stand
+            around each character of a script without blanks.
 
     Returns:
         The normalised answer; empty where nothing but punctuation, articles and white space was there.
     """
-    without_punctuation = text.lower().translate(_WITHOUT_PUNCTUATION)
+    text = unicodedata.normalize("NFKC" if beyond_latin else "NFC", text.translate(_FULL_WIDTH)).lower()
+    if beyond_latin:
+        text = _UNSPACED_CHARACTER.sub(r" \g<0> ", _PUNCTUATION.sub("", text.replace(ZERO_WIDTH_SPACE, " ")))
+    without_punctuation = text.translate(_WITHOUT_PUNCTUATION)
     # An article leaves a blank behind, because a neighbour outside ASCII may touch it without white space.
     without_articles = _ARTICLES.sub(" ", without_punctuation)
     return " ".join(without_articles.split())
@@ -49,8 +67,8 @@ def exact_match(prediction: str, golds: Sequence[str]) -> float:
         DataError: If there is no gold answer.
     """
     _require_golds(golds)
-    predicted = normalize_answer(prediction)
-    return float(any(predicted == normalize_answer(gold) for gold in golds))
+    pairs = (_normalized(prediction, gold) for gold in golds)
+    return float(any(predicted == accepted for predicted, accepted in pairs))
 
 
 def f1(prediction: str, golds: Sequence[str]) -> float:
@@ -69,8 +87,18 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
         DataError: If there is no gold answer.
     """
     _require_golds(golds)
-    predicted = normalize_answer(prediction).split()
-    return max(_token_f1(predicted, normalize_answer(gold).split()) for gold in golds)
+    pairs = (_normalized(prediction, gold) for gold in golds)
+    return max(_token_f1(predicted.split(), accepted.split()) for predicted, accepted in pairs)
+
+
+def _normalized(prediction: str, gold: str) -> tuple[str, str]:
+    others = len(_OTHER_LETTER.findall(gold))
+    # A Greek letter in a Latin word does not make another script of it.
+    beyond_latin = 2 * others > len(_LETTER.findall(gold)) or _UNSPACED_CHARACTER.search(gold) is not None
+    return (
+        normalize_answer(prediction, beyond_latin=beyond_latin),
+        normalize_answer(gold, beyond_latin=beyond_latin),
+    )
 
 
 def _token_f1(predicted: list[str], gold: list[str]) -> float:

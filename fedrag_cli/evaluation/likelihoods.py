@@ -49,15 +49,13 @@ class Candidate:
 
 def answer_candidate(rag_system: RAGSystem, example: Example, found: Sequence[ScoredNode]) -> Candidate:
     """Return the first accepted answer of a question with its end token, to be scored under the question's prompts."""
-    answer = rag_system.require_generator().prompts.encode_answer(example.response)
-    return _candidate(rag_system, f"{example.id} answer", example.query, found, example.response, answer)
+    return _candidate(rag_system, f"{example.id} answer", example.query, found, example.response, with_end=True)
 
 
 def choice_candidates(rag_system: RAGSystem, example: Example, found: Sequence[ScoredNode]) -> list[Candidate]:
     """Return the choices of a question, without end token, to be scored under the question's prompts."""
-    prompts = rag_system.require_generator().prompts
     return [
-        _candidate(rag_system, f"{example.id} choice {number}", example.query, found, text, prompts.answer_tokens(text))
+        _candidate(rag_system, f"{example.id} choice {number}", example.query, found, text, with_end=False)
         for number, text in enumerate(example.choices)
     ]
 
@@ -68,8 +66,7 @@ def prior_candidate(rag_system: RAGSystem, text: str) -> Candidate:
     Source: Brown et al., "Language Models are Few-Shot Learners" (arXiv 2005.14165, section 2.4), for the comparison
     of a choice's likelihood with that under an empty prompt.
     """
-    answer = rag_system.require_generator().prompts.answer_tokens(text)
-    return _candidate(rag_system, f"prior of {text}", "", (), text, answer)
+    return _candidate(rag_system, f"prior of {text}", "", (), text, with_end=False)
 
 
 def score_candidates(
@@ -132,13 +129,15 @@ def choose(
 
 
 def _candidate(
-    rag_system: RAGSystem, key: str, query: str, found: Sequence[ScoredNode], text: str, answer: list[int]
+    rag_system: RAGSystem, key: str, query: str, found: Sequence[ScoredNode], text: str, *, with_end: bool
 ) -> Candidate:
-    generator = rag_system.require_generator()
-    pairs = [
-        (generator.encode_prompt(query, [scored.node for scored in context], answer_tokens=len(answer)).ids, answer)
+    prompts = rag_system.require_generator().prompts
+    encoded = [
+        prompts.encode_pair(query, [scored.node for scored in context], text, with_end=with_end)
         for context in rag_system.contexts(found)
     ]
+    # All prompts of an ensemble are continued by the same tokens.
+    pairs = [(prompt.ids, encoded[0].answer) for prompt in encoded]
     return Candidate(key, text, rag_system.passage_log_weights(found), pairs)
 
 

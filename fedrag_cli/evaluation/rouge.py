@@ -1,18 +1,23 @@
 """ROUGE of an answer, by rouge-score, the reimplementation that Google Research made of the original script.
 
-Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004). Without stemming; letters and digits of
-ASCII only, as rouge-score tokenises.
+Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004). Without stemming. rouge-score's own
+tokens are runs of ASCII letters and digits; these here are the same for ASCII, and know all other letters too.
 """
 
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+import regex
+
+from fedrag_cli.data.splitting import WITHOUT_BLANKS
 from fedrag_cli.errors import DataError
 
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
+TOKEN = regex.compile(rf"(?={WITHOUT_BLANKS})\X|[[\p{{L}}\p{{N}}\p{{M}}]--{WITHOUT_BLANKS}]+", regex.V1)
 
 
 def rouge(name: str, prediction: str, golds: Sequence[str]) -> float:
@@ -24,7 +29,7 @@ def rouge(name: str, prediction: str, golds: Sequence[str]) -> float:
         golds: The accepted answers, at least one.
 
     Returns:
-        A value in [0, 1]; 0 where the answer or the accepted answer has no word.
+        A value in [0, 1]; 0 where the answer or the accepted answer has no letter and no digit.
 
     Raises:
         DataError: There is no accepted answer.
@@ -41,4 +46,12 @@ def rouge(name: str, prediction: str, golds: Sequence[str]) -> float:
 def _scorer(name: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([name], use_stemmer=False)
+    return RougeScorer([name], tokenizer=_UnicodeTokenizer())
+
+
+class _UnicodeTokenizer:
+    """Splits a text into words, and what is written in a script without blanks into characters."""
+
+    def tokenize(self, text: str) -> list[str]:
+        tokens: list[str] = TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+        return tokens

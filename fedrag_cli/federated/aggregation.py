@@ -16,15 +16,19 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.config.schema import FederatedConfig, TransportDtype
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.arrays import joined
 from fedrag_cli.federated.lora import Factors, adapter_pairs, best_of_rank, norm_of_product, residual, stacked
 from fedrag_cli.federated.privacy import gaussian_noise, noise_on_mean
 from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
-from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
-from fedrag_cli.federated.weights import Manifest, Weights, move_to_wire
+from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS, strategy_state
+from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, move_to_wire
+from fedrag_cli.text import printable
+
+SAVED = "The round before is saved. Lower federated.max_update_norm, or the strategy's learning rate."
 
 
 def aggregate(
@@ -55,12 +59,46 @@ def aggregate(
     """
     ordered = [updates[name] for name in sorted(updates)]
     if type(strategy) in MEANS:
-        return _mean(ordered, manifest, settings)
-    if type(strategy) in STEPS_FROM_MEANS:
-        contents = [mean_content(ordered, manifest, settings)]
+        weights = _mean(ordered, manifest, settings)
+    elif type(strategy) in STEPS_FROM_MEANS:
+        mean = mean_content(ordered, manifest, settings)
+        weights = _in_order(number, _by_strategy(strategy, number, [mean], reply), manifest)
     else:
         contents = [update.content() for update in ordered]
-    return _checked(number, _by_strategy(strategy, number, contents, reply), manifest)
+        weights = _in_order(number, _by_strategy(strategy, number, contents, reply), manifest)
+    check_weights(number, weights, settings.transport_dtype)
+    # Beside finite weights, such as the squares of large steps.
+    for name, array in strategy_state(strategy).items():
+        if not bool(np.isfinite(array).all()):
+            raise FederationError(f"The strategy's state after round {number} is not finite: {name}.", SAVED)
+    return weights
+
+
+def check_weights(number: int, weights: Mapping[str, Tensor], dtype: TransportDtype) -> None:
+    """Make sure that aggregated weights can be saved and sent on, before anybody does.
+
+    Args:
+        number: The round.
+        weights: float32 tensors by name.
+        dtype: The number format in which they travel.
+
+    Raises:
+        FederationError: One is not finite, or too large for the number format.
+    """
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _bad_weights(number, name)
+        if dtype == "float16" and tensor.numel() and float(tensor.abs().max()) > LARGEST_FLOAT16:
+            raise FederationError(
+                f"Round {number} would leave values above {LARGEST_FLOAT16:g} in {name}, too large for float16.",
+                "The round before is saved. Set federated.transport_dtype to float32 on the server and on all clients.",
+            )
+
+
+def _bad_weights(number: int, name: str) -> FederationError:
+    return FederationError(
+        f"The strategy made weights in round {number} that are not finite or of another shape: {name}.", SAVED
+    )
 
 
 def require_mean(strategy: Strategy, settings: FederatedConfig) -> None:
@@ -124,7 +162,10 @@ def _mean(updates: list[Update], manifest: Manifest, settings: FederatedConfig) 
     mean = weighted_mean(updates, manifest, noise_on_mean(settings.privacy, len(updates)))
     if settings.lora_aggregation == "svd":
         for b, a in adapter_pairs(manifest):
-            mean[b], mean[a] = (factor.float() for factor in best_of_rank(_factors(updates, b, a)))
+            try:
+                mean[b], mean[a] = (factor.float() for factor in best_of_rank(_factors(updates, b, a)))
+            except RuntimeError as error:  # What torch's linear algebra raises.
+                raise FederationError(f"The adapters of {b} cannot be made one: {error}") from error
     return mean
 
 
@@ -142,7 +183,9 @@ def _mean_blocks(updates: list[Update], name: str, deviation: float) -> Iterator
         mean = summed / total
         if deviation:
             mean += gaussian_noise(len(mean), deviation)
-        yield mean.astype(np.float32)
+        # What float32 cannot hold becomes infinite, and is told as that.
+        with np.errstate(over="ignore"):
+            yield mean.astype(np.float32)
 
 
 def _by_strategy(strategy: Strategy, number: int, contents: list[RecordDict], reply: Message) -> ArrayRecord:
@@ -152,9 +195,10 @@ def _by_strategy(strategy: Strategy, number: int, contents: list[RecordDict], re
         message = Message(content, reply_to=reply)
         replies.append(message)
     try:
-        arrays, _ = strategy.aggregate_train(number, replies)
+        with np.errstate(all="ignore"):
+            arrays, _ = strategy.aggregate_train(number, replies)
     except (AppExitException, ValueError, ZeroDivisionError, FloatingPointError) as error:
-        raise FederationError(f"The strategy could not aggregate round {number}: {error}") from error
+        raise FederationError(f"The strategy could not aggregate round {number}: {printable(str(error))}") from error
     if arrays is None:
         raise FederationError(
             f"The strategy gave no weights for the {len(replies)} updates of round {number}.",
@@ -163,15 +207,13 @@ def _by_strategy(strategy: Strategy, number: int, contents: list[RecordDict], re
     return arrays
 
 
-def _checked(number: int, arrays: ArrayRecord, manifest: Manifest) -> Weights:
+def _in_order(number: int, arrays: ArrayRecord, manifest: Manifest) -> Weights:
     """Return aggregated weights as float32, in the order of the agreement."""
     weights: Weights = {}
     for name, shape in manifest.items():
-        tensor = torch.from_numpy(arrays[name].numpy().astype(np.float32))
-        if list(tensor.shape) != shape or not bool(torch.isfinite(tensor).all()):
-            raise FederationError(
-                f"The strategy made weights in round {number} that are not finite or of another shape: {name}.",
-                "Lower the strategy's learning rate; the round before is saved.",
-            )
-        weights[name] = tensor
+        # What float32 cannot hold becomes infinite, and is told as that.
+        with np.errstate(over="ignore"):
+            weights[name] = torch.from_numpy(arrays[name].numpy().astype(np.float32))
+        if list(weights[name].shape) != shape:
+            raise _bad_weights(number, name)
     return weights

@@ -16,6 +16,7 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.lora import LORA_A
 from fedrag_cli.federated.weights import Manifest, manifest_of
+from fedrag_cli.text import printable, shape_text
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
 
@@ -71,7 +72,7 @@ class Agreement:
             manifest = {str(name): [int(size) for size in shape] for name, shape in values["manifest"].items()}
             models = {str(name): str(value) for name, value in values["models"].items()}
             settings = {str(name): value for name, value in values["settings"].items()}
-            return cls(int(values["protocol"]), str(values["side"])[:20], manifest, models, settings)
+            return cls(int(values["protocol"]), str(values["side"]), manifest, models, settings)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ConnectionFailedError(
                 f"The other side's handshake cannot be read ({type(error).__name__}).",
@@ -109,12 +110,14 @@ def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agre
 def differences(server: Agreement, client: Agreement) -> list[str]:
     """Say in words where a client differs from the server; empty where they agree."""
     if client.protocol != server.protocol:
-        return [f"protocol {client.protocol}, but the server speaks {server.protocol} (use the same version of fedrag)"]
+        theirs, ours = printable(client.protocol, 20), printable(server.protocol, 20)
+        return [f"protocol {theirs}, but the server speaks {ours} (use the same version of fedrag)"]
     if client.side != server.side:
-        return [f"tunes the {client.side}, but the server the {server.side} (trainer.mode)"]
-    found = [f"another {name[:40]} model" for name in _unequal(server.models, client.models)]
+        theirs, ours = printable(client.side, 20), printable(server.side, 20)
+        return [f"tunes the {theirs}, but the server the {ours} (trainer.mode)"]
+    found = [f"another {printable(name, 40)} model" for name in _unequal(server.models, client.models)]
     found += [
-        f"{key[:80]} is {_show(client.settings, key)}, but the server has {_show(server.settings, key)}"
+        f"{printable(key, 80)} is {_show(client.settings, key)}, but the server has {_show(server.settings, key)}"
         for key in _unequal(server.settings, client.settings)
     ]
     tensors = _unequal(server.manifest, client.manifest)
@@ -122,7 +125,7 @@ def differences(server: Agreement, client: Agreement) -> list[str]:
         name = tensors[0]
         more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
         found.append(
-            f"trained tensor {name[:120]} is {_shape(client.manifest, name)}, but on the server "
+            f"trained tensor {printable(name, 120)} is {_shape(client.manifest, name)}, but on the server "
             f"{_shape(server.manifest, name)}{more}"
         )
     rest = len(found) - MOST_DIFFERENCES
@@ -202,8 +205,9 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
     for field in dataclasses.fields(privacy) if privacy is not None else ():
         yield f"federated.privacy.{field.name}", getattr(privacy, field.name)
     if privacy is not None and privacy.at == "client":
-        # Each client's share of the noise follows from it.
+        # Each client's share of the noise follows from it, and what it spends from the number of rounds.
         yield "federated.min_clients", settings.min_clients
+        yield "federated.rounds", settings.rounds
 
 
 def _plain(value: Any) -> Any:
@@ -220,9 +224,8 @@ def _unequal(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Sequence[str]
 
 
 def _show(settings: Mapping[str, Any], key: str) -> str:
-    text = json.dumps(settings[key], ensure_ascii=False) if key in settings else "not set"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return printable(json.dumps(settings[key], ensure_ascii=False), 60) if key in settings else "not set"
 
 
 def _shape(manifest: Manifest, name: str) -> str:
-    return f"of shape {tuple(manifest[name][:8])}" if name in manifest else "missing"
+    return f"of shape {shape_text(manifest[name])}" if name in manifest else "missing"

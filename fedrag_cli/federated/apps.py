@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.aggregation import makes_mean, mean_content, require_mean
+from fedrag_cli.federated.aggregation import check_weights, makes_mean, mean_content, require_mean
 from fedrag_cli.federated.client import AGREEMENT, ClientHandler
-from fedrag_cli.federated.privacy import privacy_record
-from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
+from fedrag_cli.federated.privacy import ledger_entry, privacy_record
+from fedrag_cli.federated.screening import (
+    EXAMPLES,
+    VALIDATION_EXAMPLES,
+    RefusedUpdateError,
+    Update,
+    bound_counts,
+    bound_updates,
+    read_metrics,
+    screen_update,
+)
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import from_wire, in_dtype, save_weights, send_instead, to_wire
 from fedrag_cli.registry import build
@@ -40,6 +51,7 @@ class ScreenedStrategy(Strategy):
         self.task = task
         self.reporter: Reporter = reporter or SilentReporter()
         self._reference = ArrayRecord()
+        self._ledger: list[dict[str, Any] | None] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -52,7 +64,7 @@ class ScreenedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand on what passed; raises FederationError where that is less than the quorum."""
-        settings = self.task.settings
+        settings, manifest = self.task.settings, self.task.agreement.manifest
         refused: dict[int, str] = {}
         passed = list(self._screened(server_round, replies, refused))
         if len(passed) < settings.min_clients:
@@ -62,11 +74,27 @@ class ScreenedStrategy(Strategy):
                 + ".",
                 "Look at the refused clients' own messages.",
             )
+        messages = [reply for reply, _ in passed]
+        numbered = {str(place): update for place, (_, update) in enumerate(passed)}
+        updates, outliers = bound_updates(numbered, self._reference, settings, self.strategy)
+        for place, reason in outliers.items():
+            number = messages[int(place)].metadata.src_node_id
+            self.reporter.note(f"Round {server_round}: update of {number} is an outlier: {reason}")
         if makes_mean(settings):
-            return self._of_mean(server_round, passed[0][0], [update for _, update in passed])
-        for reply, update in passed:
-            reply.content = update.content()
-        return self.strategy.aggregate_train(server_round, [reply for reply, _ in passed])
+            messages[0].content = mean_content(list(updates.values()), manifest, settings)
+            messages = messages[:1]
+        else:
+            for message, update in zip(messages, updates.values(), strict=True):
+                message.content = update.content()
+        with np.errstate(all="ignore"):
+            arrays, metrics = self.strategy.aggregate_train(server_round, messages)
+            if arrays is not None:
+                check_weights(server_round, from_wire(arrays), settings.transport_dtype)
+        if settings.privacy is not None:
+            self._ledger.append(ledger_entry(settings.privacy, len(updates)))
+            spent = {name: value for name, value in privacy_record(self._ledger).items() if value is not None}
+            metrics = MetricRecord({**(metrics or {}), **spent})
+        return arrays, metrics
 
     def _sent(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
         """Let messages carry the weights in the agreed number format, and what clients must have in common."""
@@ -81,35 +109,15 @@ class ScreenedStrategy(Strategy):
     def _screened(
         self, server_round: int, replies: Iterable[Message], refused: dict[int, str]
     ) -> Iterator[tuple[Message, Update]]:
-        settings = self.task.settings
+        manifest, settings = self.task.agreement.manifest, self.task.settings
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             try:
                 if reply.has_error():
                     raise RefusedUpdateError("it failed; its own messages say why")
-                yield (
-                    reply,
-                    screen_update(
-                        reply.content,
-                        self.task.agreement.manifest,
-                        self._reference,
-                        metrics=settings.metrics,
-                        max_norm=settings.max_update_norm,
-                        dtype=settings.transport_dtype,
-                        privacy=settings.privacy,
-                    ),
-                )
+                yield reply, screen_update(reply.content, manifest, self._reference, settings)
             except RefusedUpdateError as refusal:
                 refused[reply.metadata.src_node_id] = str(refusal)
                 self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
-
-    def _of_mean(
-        self, server_round: int, reply: Message, updates: list[Update]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Give the strategy the mean, with noise where that is wanted, before its step, and report what was spent."""
-        settings = self.task.settings
-        reply.content = mean_content(updates, self.task.agreement.manifest, settings)
-        arrays, metrics = self.strategy.aggregate_train(server_round, [reply])
-        return arrays, MetricRecord({**(metrics or {}), **privacy_record(settings.privacy, server_round)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -118,9 +126,40 @@ class ScreenedStrategy(Strategy):
         return self._sent(self.strategy.configure_evaluate(server_round, arrays, config, grid), arrays)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Leave out clients without validation examples; none at all gives no metrics."""
-        measured = [reply for reply in replies if not reply.has_error() and _examples(reply)]
+        """Hand on what passed, of clients with validation examples; none at all gives no metrics."""
+        settings = self.task.settings
+        reports: list[tuple[Message, int, dict[str, float]]] = []
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+            try:
+                examples, metrics = (0, {}) if reply.has_error() else read_metrics(reply.content, settings.metrics)
+            except RefusedUpdateError as refusal:
+                self._note_measurement(server_round, reply, f"refused: {refusal}")
+                continue
+            metrics.pop(VALIDATION_EXAMPLES, None)
+            if examples and metrics:
+                reports.append((reply, examples, metrics))
+        counts = {str(place): examples for place, (_, examples, _) in enumerate(reports)}
+        bounded = bound_counts(counts, settings.max_weight_ratio)
+        # Flower takes means of metrics that all report.
+        usual = {
+            name for name in settings.metrics if 2 * sum(name in metrics for *_, metrics in reports) > len(reports)
+        }
+        measured = []
+        for place, (reply, examples, metrics) in enumerate(reports):
+            if not usual <= metrics.keys():
+                self._note_measurement(server_round, reply, "refused: it lacks what others report")
+                continue
+            count = bounded.get(str(place), examples)
+            if count < examples:
+                words = f"an outlier: its {examples} validation examples count as {count}"
+                self._note_measurement(server_round, reply, f"is {words}")
+            known: dict[str, int | float] = {name: metrics[name] for name in sorted(usual)}
+            reply.content = RecordDict({"metrics": MetricRecord({EXAMPLES: count, **known})})
+            measured.append(reply)
         return self.strategy.aggregate_evaluate(server_round, measured) if measured else None
+
+    def _note_measurement(self, server_round: int, reply: Message, what: str) -> None:
+        self.reporter.note(f"Round {server_round}: measurement of {reply.metadata.src_node_id} {what}")
 
     def summary(self) -> None:
         """Hand the call on."""
@@ -169,9 +208,3 @@ def client_app(task_of: Callable[[Context], FLTask]) -> ClientApp:
     app.evaluate()(answer)
     app.query()(answer)
     return app
-
-
-def _examples(reply: Message) -> int:
-    records = list(reply.content.metric_records.values())
-    value = records[0].get("num-examples", 0) if records else 0
-    return value if isinstance(value, int) else 0

@@ -16,6 +16,8 @@ from flwr.app import Array
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 
+from fedrag_cli.text import printable, shape_text
+
 BLOCK = 2**18
 """Numbers that are in memory at once."""
 AT_ONCE = 2**20
@@ -123,7 +125,7 @@ def blocks_of(array: Array) -> Iterator[NDArray[np.float32]]:
     stream = _Section(array) if isinstance(array, FileArray) else io.BytesIO(array.data)
     shape, dtype = _header(stream)
     if shape != tuple(array.shape) or dtype != np.dtype(array.dtype):
-        raise MisdescribedArrayError(f"It holds {dtype} of the shape {shape}.")
+        raise MisdescribedArrayError(f"It holds {printable(dtype)} of the shape {shape_text(shape)}.")
     left = math.prod(shape)
     while left:
         count = min(BLOCK, left)

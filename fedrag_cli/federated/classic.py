@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.client import NumPyClient
 from flwr.common import (
     EvaluateIns,
@@ -21,18 +23,33 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
+from flwr.common.constant import SType
 from flwr.server import ClientManager, Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.history import History
 from flwr.server.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
+from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, FederationError
+from fedrag_cli.federated.aggregation import check_weights
 from fedrag_cli.federated.agreement import Agreement, misfit
+from fedrag_cli.federated.arrays import joined
 from fedrag_cli.federated.client import AGREEMENT
-from fedrag_cli.federated.task import PROXIMAL_MU, SERVER_ROUND, FLTask
-from fedrag_cli.federated.weights import Weights, to_arrays
+from fedrag_cli.federated.screening import (
+    EXAMPLES,
+    LONGEST_REASON,
+    RefusedUpdateError,
+    Update,
+    bound_counts,
+    bound_updates,
+    read_metrics,
+    screen_update,
+)
+from fedrag_cli.federated.task import PROXIMAL_MU, SERVER_ROUND, FLTask, round_number
+from fedrag_cli.federated.weights import Manifest, Weights, from_wire, to_arrays
 from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.text import printable
 
 # The name that `flwr.server.strategy.FedProx` gives it.
 CLASSIC_PROXIMAL_MU = "proximal_mu"
@@ -68,7 +85,7 @@ class ClassicClient(NumPyClient):
             FederationError: The arrays are not those of the tuned tensors.
         """
         weights = self._named(parameters, config)
-        self._rounds = int(config.get(SERVER_ROUND, self._rounds + 1))
+        self._rounds = round_number(config, self._rounds + 1)
         proximal_mu = config.get(PROXIMAL_MU, config.get(CLASSIC_PROXIMAL_MU, 0.0))
         result = self.task.fit(weights, {SERVER_ROUND: self._rounds, PROXIMAL_MU: proximal_mu})
         return list(to_arrays(result.weights).values()), result.examples, self._listed(result.metrics)
@@ -110,7 +127,7 @@ class ClassicServer(Server):
         chosen: Any = strategy if strategy is not None else _fedavg(task)
         if getattr(chosen, "initial_parameters", None) is None:
             chosen.initial_parameters = initial
-        agreed = AgreedStrategy(chosen, task.agreement, task.trainer.reporter)
+        agreed = AgreedStrategy(chosen, task.agreement, task.settings, task.trainer.reporter)
         super().__init__(client_manager=SimpleClientManager(), strategy=agreed)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
@@ -144,17 +161,23 @@ def named_weights(task: FLTask, parameters: Sequence[NDArray[Any]]) -> Weights:
 class AgreedStrategy(Strategy):
     """Any classic strategy, with messages that say which round it is and what clients must have in common.
 
+    It sees only updates and measurements that passed the screening.
+
     Args:
         strategy: Chooses the clients and aggregates.
         agreement: The server's side.
-        reporter: Told which clients failed.
+        settings: Say which metrics were agreed on, and what is too far from the rest.
+        reporter: Told which clients failed, and what was refused or held down.
     """
 
-    def __init__(self, strategy: Strategy, agreement: Agreement, reporter: Reporter) -> None:
+    def __init__(self, strategy: Strategy, agreement: Agreement, settings: FederatedConfig, reporter: Reporter) -> None:
         """Keep all of them."""
         self.strategy = strategy
         self._agreement = agreement.to_json()
+        self._manifest = agreement.manifest
+        self._settings = settings
         self._reporter = reporter
+        self._reference = ArrayRecord()
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Hand the call on."""
@@ -163,23 +186,48 @@ class AgreedStrategy(Strategy):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """Add the round and the agreement to what the strategy says."""
+        """Add the round and the agreement to what the strategy says, and note the global weights."""
+        self._reference = _own_arrays(self._manifest, parameters)
         asked = self.strategy.configure_fit(server_round, parameters, client_manager)
         return [(client, FitIns(ins.parameters, self._told(server_round, ins.config))) for client, ins in asked]
 
     def aggregate_fit(
         self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: Failures
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Name the clients that failed; raises FederationError where no other one is left."""
+        """Name the clients that failed and hand on what passed; raises FederationError where nothing did."""
         reasons = [_reason(failure) for failure in failures]
+        updates: dict[str, Update] = {}
+        for client, result in results:
+            name = printable(client.cid)
+            try:
+                content = RecordDict(
+                    {"arrays": self._named(result.parameters), "metrics": _metrics(result.num_examples, result.metrics)}
+                )
+                updates[client.cid] = screen_update(content, self._manifest, self._reference, self._settings)
+            except RefusedUpdateError as refusal:
+                reasons.append(f"that of {name} was refused: {refusal}")
         for reason in reasons:
             self._reporter.note(f"Round {server_round}: no usable update: {reason}")
+        updates, outliers = bound_updates(updates, self._reference, self._settings, self.strategy)
+        for cid, reason in outliers.items():
+            self._reporter.note(f"Round {server_round}: update of {printable(cid)} is an outlier: {reason}")
+        for client, result in results:
+            if (update := updates.get(client.cid)) is not None:
+                arrays = [joined(update.blocks(name), shape) for name, shape in self._manifest.items()]
+                result.parameters = ndarrays_to_parameters(arrays)
+                result.num_examples, result.metrics = update.examples, dict(update.metrics)
+        results = [(client, result) for client, result in results if client.cid in updates]
         if not results:
             raise FederationError(
                 f"Round {server_round} has no usable update" + "".join(f"; {reason}" for reason in reasons) + ".",
                 "Look at the clients' own messages.",
             )
-        return self.strategy.aggregate_fit(server_round, results, failures)
+        with np.errstate(all="ignore"):
+            parameters, metrics = self.strategy.aggregate_fit(server_round, results, failures)
+            if parameters is not None:
+                aggregated = from_wire(_own_arrays(self._manifest, parameters))
+                check_weights(server_round, aggregated, self._settings.transport_dtype)
+        return parameters, metrics
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -191,16 +239,67 @@ class AgreedStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: Failures
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Leave out clients without validation examples; none at all gives no metrics."""
-        measured = [(client, result) for client, result in results if result.num_examples]
+        """Hand on what passed, of clients with validation examples; none at all gives no metrics."""
+        measured: list[tuple[ClientProxy, EvaluateRes]] = []
+        for client, result in results:
+            try:
+                told = {**result.metrics, "validation_loss": result.loss}
+                names = [*self._settings.metrics, "validation_loss"]
+                content = RecordDict({"metrics": _metrics(result.num_examples, told)})
+                result.num_examples, metrics = read_metrics(content, names)
+            except RefusedUpdateError as refusal:
+                self._reporter.note(f"Round {server_round}: measurement of {printable(client.cid)} refused: {refusal}")
+                continue
+            result.metrics = {name: value for name, value in metrics.items() if name in result.metrics}
+            if result.num_examples:
+                measured.append((client, result))
+        counts = {client.cid: result.num_examples for client, result in measured}
+        bounded = bound_counts(counts, self._settings.max_weight_ratio)
+        for client, result in measured:
+            if client.cid in bounded:
+                result.num_examples = bounded[client.cid]
+                self._reporter.note(
+                    f"Round {server_round}: measurement of {printable(client.cid)} is an outlier: its "
+                    f"{counts[client.cid]} validation examples count as {result.num_examples}"
+                )
         return self.strategy.aggregate_evaluate(server_round, measured, failures) if measured else (None, {})
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Hand the call on."""
         return self.strategy.evaluate(server_round, parameters)
 
+    def _named(self, parameters: Parameters) -> ArrayRecord:
+        """Return arrays as the message API has them; the bytes of each are numpy's, which the screening looks into.
+
+        Raises:
+            RefusedUpdateError: Their number is not that of the tuned tensors.
+        """
+        if len(parameters.tensors) != len(self._manifest):
+            raise RefusedUpdateError(f"it has {len(parameters.tensors)} tensors, not {len(self._manifest)}")
+        return ArrayRecord(
+            {
+                name: Array("float32", tuple(shape), SType.NUMPY, tensor)
+                for (name, shape), tensor in zip(self._manifest.items(), parameters.tensors, strict=True)
+            }
+        )
+
     def _told(self, server_round: int, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
         return {**config, SERVER_ROUND: server_round, AGREEMENT: self._agreement}
+
+
+def _own_arrays(manifest: Manifest, parameters: Parameters) -> ArrayRecord:
+    """Return the server's own arrays as the message API has them."""
+    arrays = parameters_to_ndarrays(parameters)
+    return ArrayRecord({name: Array(array.astype(np.float32)) for name, array in zip(manifest, arrays, strict=True)})
+
+
+def _metrics(examples: object, told: Mapping[str, object]) -> MetricRecord:
+    """Return a classic client's numbers as the message API has them; whatever else it tells is left out."""
+    numbers = {name: float(value) for name, value in told.items() if isinstance(value, float | int)}
+    record = MetricRecord(dict(numbers))
+    if isinstance(examples, int | np.integer) and not isinstance(examples, bool):
+        record[EXAMPLES] = int(examples)
+    return record
 
 
 def _require_plain_weights(task: FLTask) -> None:
@@ -246,6 +345,7 @@ def _weighted(results: list[tuple[int, dict[str, Scalar]]], name: str) -> float:
 def _reason(failure: tuple[ClientProxy, Any] | BaseException) -> str:
     """Say in words how a client failed, which Flower gives as what was raised or as a reply."""
     if isinstance(failure, BaseException):
-        return f"a client failed: {getattr(failure, 'message', '') or failure or type(failure).__name__}"
+        text = getattr(failure, "message", "") or str(failure) or type(failure).__name__
+        return f"a client failed: {printable(text, LONGEST_REASON)}"
     client, reply = failure
-    return f"{client.cid} failed: {reply.status.message or reply.status.code.name}"
+    return f"{printable(client.cid)} failed: {printable(reply.status.message or reply.status.code.name)}"

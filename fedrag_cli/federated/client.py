@@ -10,13 +10,14 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from fedrag_cli.errors import FederationError, FedRAGError
+from fedrag_cli.errors import FederationError, FedRAGError, ServerRefusedError
 from fedrag_cli.federated.agreement import Agreement, misfit
 from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
-from fedrag_cli.federated.task import SERVER_ROUND, EvaluateResult, FLTask
-from fedrag_cli.federated.weights import from_wire, update_to_wire
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.federated.task import EvaluateResult, FLTask, round_number
+from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
+from fedrag_cli.runs.reporting import Reporter, SilentReporter, epsilon_text
+from fedrag_cli.text import printable
 
 ACTION, AGREEMENT, NAME, FINAL, EVALUATE_FIRST, ROUNDS = (
     "action",
@@ -64,8 +65,16 @@ class ClientHandler:
 
         Raises:
             ConnectionFailedError: The message comes with the server's agreement, and this client's is another.
+            ServerRefusedError: The server asks for a round that was not agreed, or sends a model that cannot be right.
             FedRAGError: The work failed.
         """
+        try:
+            return self._answer(message)
+        except ServerRefusedError as error:
+            self.failure = error
+            raise
+
+    def _answer(self, message: Message) -> Message:
         kind = message.metadata.message_type
         if kind == MessageType.QUERY:
             return self._query(message)
@@ -74,9 +83,7 @@ class ClientHandler:
             error := misfit(Agreement.from_json(str(text)), self.task.agreement)
         ):
             raise error
-        if kind == MessageType.TRAIN:
-            return self._train(message)
-        return self._evaluate(message)
+        return self._train(message) if kind == MessageType.TRAIN else self._evaluate(message)
 
     def _query(self, message: Message) -> Message:
         config = _config(message)
@@ -90,15 +97,16 @@ class ClientHandler:
         if error := misfit(server, self.task.agreement):
             self.failure = error
         else:
+            self.task.rounds.agree(config.get(ROUNDS))
             self.reporter.note(f"Agreed with the server: {self.task.side}, {len(server.manifest)} tensors")
         return _reply(message, {AGREEMENT: self.task.agreement.to_json(), NAME: self.name})
 
     def _train(self, message: Message) -> Message:
         config = _config(message)
-        number, rounds = int(config.get(SERVER_ROUND, 1)), config.get(ROUNDS)
-        of = f" of {rounds}" if rounds else ""
+        number, rounds = round_number(config, 1), config.get(ROUNDS)
+        of = f" of {printable(rounds, 20)}" if rounds else ""
         self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(_arrays(message))}")
-        weights = from_wire(_arrays(message))
+        weights = self._received(message)
         before = (
             self._measure(weights, number - 1, f"round {number}, before training")
             if config.get(EVALUATE_FIRST)
@@ -107,6 +115,7 @@ class ClientHandler:
         result = self.task.fit(weights, config)
         arrays = update_to_wire(result.weights, weights, self.task.settings.transport_dtype)
         reported = dict(result.metrics) | (before.metrics if before else {})
+        spent = self.task.rounds.spent()
         self.reporter.event(
             "client_round",
             round=number,
@@ -114,19 +123,21 @@ class ClientHandler:
             metrics=reported,
             bytes_received=record_bytes(_arrays(message)),
             bytes_sent=record_bytes(arrays),
+            **spent,
         )
         metrics = self._metrics(result.examples, reported, before)
         beside = f"{EXAMPLES} {result.examples}" + "".join(f", {name}" for name in metrics if name != EXAMPLES)
         self.reporter.note(
             f"Round {number}{of}: sending {len(arrays)} tensors, {_megabytes(arrays)}, with {beside}; then waiting"
+            + (f". This client's own noise has spent {epsilon_text(spent, prefix='own_', long=True)}" if spent else "")
         )
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     def _evaluate(self, message: Message) -> Message:
         config = _config(message)
         final = bool(config.get(FINAL))
-        weights = from_wire(_arrays(message))
-        number = int(config.get(SERVER_ROUND, 0))
+        weights = self._received(message)
+        number = round_number(config, 0)
         result = self._measure(weights, number, "the final model" if final else f"round {number}")
         if final:
             self.task.load(weights)
@@ -135,6 +146,18 @@ class ClientHandler:
             self.finished = True
         metrics = self._metrics(result.examples, result.metrics, result)
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    def _received(self, message: Message) -> Weights:
+        """Return the weights of a message, whose description is looked at before any memory is taken for them."""
+        arrays, manifest = _arrays(message), self.task.agreement.manifest
+        dtype = self.task.settings.transport_dtype
+        found = {name: (list(array.shape), array.dtype) for name, array in arrays.items()}
+        if found != {name: (shape, dtype) for name, shape in manifest.items()}:
+            raise ServerRefusedError("The server's model has other tensors than were agreed on; it is not taken.")
+        try:
+            return from_wire(arrays)
+        except ValueError as error:
+            raise ServerRefusedError("The server's model cannot be read; it is not taken.") from error
 
     def _measure(self, weights: Mapping[str, Any], number: int, what: str) -> EvaluateResult:
         """Measure the global model as it is after a round."""

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import ssl
 import urllib.request
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cryptography import x509
+
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, ConnectionFailedError
+from fedrag_cli.federated.keys import read_small_file
+from fedrag_cli.text import printable
 
 DEFAULT_ADDRESS = "127.0.0.1:8080"
+LOOK_SECONDS = 10.0
+SOON = timedelta(days=14)
+# OpenSSL's numbers: not valid yet or no longer; another host name or address.
+_OF_TIME, _OF_HOST = (9, 10), (62, 64)
 
 
 @dataclass(frozen=True)
@@ -91,14 +101,6 @@ class ServerAddress:
         parts = urlsplit(self.proxy)
         return f"{self.address} (through the proxy {parts.scheme}://{parts.netloc.rpartition('@')[2]})"
 
-    def context(self) -> ssl.SSLContext:
-        """Return whom to trust; raises ssl.SSLError or ValueError where the authority is none."""
-        if self.ca_certificate is None:
-            return ssl.create_default_context()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(cadata=self.ca_certificate.decode("ascii"))
-        return context
-
 
 def parse_address(text: str) -> Address:
     """Read `HOST:PORT`, with an IPv6 host in brackets.
@@ -160,22 +162,110 @@ def client_authority(settings: FederatedConfig, address: Address, *, insecure: b
         return False, None
     if settings.ca_certificate is None:
         return True, None
+    hint = "Ask the server's owner for the authority's certificate (ca.crt)."
     try:
-        content = Path(settings.ca_certificate).read_bytes()
-        ssl.create_default_context(cadata=content.decode("ascii"))
-    except (OSError, ValueError, ssl.SSLError) as error:
+        content = read_small_file(Path(settings.ca_certificate))
+        known = _certificates(content)
+        trusting(content)
+    except (ValueError, ssl.SSLError) as error:
         raise ConfigError(
-            f"federated.ca_certificate: '{settings.ca_certificate}' cannot be read as PEM certificates: {error}",
-            "Ask the server's owner for the authority's certificate (ca.crt).",
+            f"federated.ca_certificate: '{settings.ca_certificate}' cannot be read as PEM certificates: {error}", hint
         ) from error
+    faults = [fault for certificate in known if (fault := _fault_of_time(certificate))]
+    if len(faults) == len(known):
+        raise ConfigError(f"federated.ca_certificate: the authority in '{settings.ca_certificate}' {faults[0]}.", hint)
     return True, content
 
 
-def _check_certificate(certificate: str, key: str) -> None:
+def trusting(authority: bytes | None) -> ssl.SSLContext:
+    """Return what a client checks a server's certificate with.
+
+    Args:
+        authority: The authority to trust, as PEM; the system's authorities where it is None.
+    """
+    return ssl.create_default_context(cadata=authority.decode("ascii") if authority is not None else None)
+
+
+def distrust(address: Address, error: ssl.SSLCertVerificationError) -> str:
+    """Say in words why the certificate of a server is not trusted.
+
+    Args:
+        address: Where the server is; it is asked for its certificate once more, and sent nothing.
+        error: What checking the certificate raised.
+    """
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-    except (OSError, ValueError, ssl.SSLError) as error:
+        certificate = _shown_by(address)
+    except (OSError, ValueError):
+        return error.verify_message
+    if error.verify_code in _OF_TIME:
+        fault = _fault_of_time(certificate)
+        return f"the server's certificate {fault}" if fault else f"{error.verify_message} (an authority of its chain)"
+    if error.verify_code in _OF_HOST:
+        hosts = printable(", ".join(_hosts_of(certificate))) or "no host"
+        return f"the server's certificate is made for {hosts}, and not for {address.host}"
+    issuer = printable(certificate.issuer.rfc4514_string())
+    return f"the server's certificate is signed by '{issuer}', which is trusted here in no way ({error.verify_message})"
+
+
+def _shown_by(address: Address) -> x509.Certificate:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with (
+        socket.create_connection((address.host, address.port), LOOK_SECONDS) as plain,
+        context.wrap_socket(plain, server_hostname=address.host) as connection,
+    ):
+        return x509.load_der_x509_certificate(connection.getpeercert(binary_form=True) or b"")
+
+
+def _hosts_of(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def _certificates(content: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(content)
+    except ValueError as error:
+        raise ValueError("it holds no certificate in PEM format") from error
+
+
+def _fault_of_time(certificate: x509.Certificate) -> str:
+    """Say how a certificate is not valid now; empty where it is."""
+    now, start, end = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now > end:
+        return f"expired on {end:%Y-%m-%d %H:%M} UTC"
+    return f"is valid only from {start:%Y-%m-%d %H:%M} UTC on (is this machine's clock right?)" if now < start else ""
+
+
+def _check_certificate(certificate: str, key: str) -> None:
+    hint = "Make both with: fedrag keys server HOST"
+    try:
+        first = _certificates(read_small_file(Path(certificate)))[0]
+    except ValueError as error:
+        raise ConfigError(f"federated.certificate: '{certificate}' cannot be used: {error}.", hint) from error
+    try:
+        read_small_file(Path(key))
+        # An empty password: OpenSSL would ask for one on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None)
+        if reason == "KEY_VALUES_MISMATCH":
+            raise ConfigError(
+                f"federated.certificate_key: '{key}' is not the key of the certificate '{certificate}'.", hint
+            ) from error
         raise ConfigError(
-            f"The TLS certificate '{certificate}' with the key '{key}' cannot be used: {error}",
-            "Make both with: fedrag keys server HOST",
+            f"The TLS certificate '{certificate}' with the key '{key}' cannot be used: {error}", hint
         ) from error
+    if fault := _fault_of_time(first):
+        raise ConfigError(f"federated.certificate: the certificate '{certificate}' {fault}.", hint)
+
+
+def expiry_note(certificate: Path) -> str:
+    """Say that a server's certificate expires soon; empty where it does not."""
+    end = _certificates(read_small_file(certificate))[0].not_valid_after_utc
+    if end - datetime.now(UTC) > SOON:
+        return ""
+    return f"The certificate '{certificate}' expires on {end:%Y-%m-%d %H:%M} UTC; clients refuse it from then on"

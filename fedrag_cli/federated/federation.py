@@ -20,13 +20,15 @@ from fedrag_cli.federated.arrays import record_bytes
 from fedrag_cli.federated.client import ACTION, EVALUATE_FIRST, FINAL, ROUNDS, STOP
 from fedrag_cli.federated.exchange import Exchange
 from fedrag_cli.federated.grid import POLL_SECONDS, ChosenNodes, FederationGrid, quiet_flower
-from fedrag_cli.federated.privacy import privacy_note, privacy_record
+from fedrag_cli.federated.privacy import ledger_entry, ledger_of, privacy_note, privacy_record
 from fedrag_cli.federated.roster import Roster
-from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.rounds import RoundState, recorded_settings
 from fedrag_cli.federated.screening import (
     VALIDATION_EXAMPLES,
     RefusedUpdateError,
     Update,
+    bound_updates,
+    bound_validation_examples,
     read_metrics,
     screen_update,
 )
@@ -48,6 +50,7 @@ class _Round:
 
     updates: dict[str, Update] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    outliers: dict[str, str] = field(default_factory=dict)
 
 
 class Federation:
@@ -91,7 +94,8 @@ class Federation:
         self._save_missing = save_missing
         self._evaluate_global = evaluate_global
         self._has_gathered = False
-        self.roster = Roster(grid, agreement, reporter)
+        self._changed: dict[str, Any] = {}
+        self.roster = Roster(grid, agreement, reporter, settings.rounds)
 
     def run(self, state: RoundState) -> RoundState:
         """Run the rounds that are left, and give every client the final weights.
@@ -105,9 +109,11 @@ class Federation:
         Raises:
             FederationError: Too few clients or too few usable updates; the last saved state stands.
         """
+        self._changed = self._note_changes(state)
         restore_strategy(self._strategy, state.strategy)
         if self._settings.privacy is not None:
-            self._reporter.note(privacy_note(self._settings.privacy, self._settings.rounds))
+            left = self._settings.rounds - state.number
+            self._reporter.note(privacy_note(self._settings.privacy, left, ledger_of(state.history)))
         if state.number == 0:
             self._measure_globally(state)
             self._save_round(state)
@@ -121,6 +127,19 @@ class Federation:
             self._stop_clients()
             raise
         return state
+
+    def _note_changes(self, state: RoundState) -> dict[str, Any]:
+        """Return which settings are others than in the rounds before, for the next round's record, and tell them."""
+        now = recorded_settings(self._settings, self._seed)
+        before, state.settings = state.settings or now, now
+        changed = {name: [before.get(name), now[name]] for name in now if before.get(name) != now[name]}
+        for name, (old, new) in changed.items():
+            self._reporter.note(f"Going on after round {state.number} with another {name}: {new} in place of {old}")
+        old, new = (settings["strategy"]["type"] for settings in (before, now))
+        if old != new and state.strategy:
+            self._reporter.note(f"What {old} kept from round to round is of no use to {new}, which starts anew")
+            state.strategy = {}
+        return changed
 
     def _run_round(self, state: RoundState) -> None:
         number, started = state.number + 1, time.monotonic()
@@ -136,6 +155,9 @@ class Federation:
         sent = record_bytes(record)
         self._reporter.event("round_started", round=number, rounds=self._settings.rounds, clients=names, bytes=sent)
         came = self._train(number, messages, weights, sent)
+        came.updates, came.outliers = bound_updates(came.updates, weights, self._settings, self._strategy)
+        for name, reason in came.outliers.items():
+            self._reporter.event("client_outlier", round=number, client=name, reason=reason)
         reply = Message(RecordDict(), reply_to=messages[0])
         # What was sent is as large as the next global weights, and nobody needs it any more.
         del messages, record, weights
@@ -147,7 +169,7 @@ class Federation:
                 _hint(came.refused),
             )
         state.weights = aggregate(self._strategy, number, came.updates, reply, self._agreement.manifest, self._settings)
-        state.number = number
+        state.number, state.missing, state.final = number, None, {}
         state.strategy = strategy_state(self._strategy)
         self._record_round(state, came, time.monotonic() - started)
         self._measure_globally(state)
@@ -158,17 +180,7 @@ class Federation:
         def on_reply(name: str, reply: Message, seconds: float) -> None:
             size = sum(record_bytes(record) for record in reply.content.array_records.values())
             try:
-                update = screen_update(
-                    reply.content,
-                    self._agreement.manifest,
-                    reference,
-                    metrics=self._settings.metrics,
-                    max_norm=self._settings.max_update_norm,
-                    dtype=self._settings.transport_dtype,
-                    privacy=self._settings.privacy,
-                )
-                if update.metrics.get("loss", 0.0) < 0:
-                    raise RefusedUpdateError("its loss is negative")
+                update = screen_update(reply.content, self._agreement.manifest, reference, self._settings)
             except RefusedUpdateError as refusal:
                 on_failure(name, str(refusal))
                 return
@@ -234,15 +246,20 @@ class Federation:
             "round": state.number,
             "clients": sorted(came.updates),
             "refused": dict(sorted(came.refused.items())),
+            "outliers": came.outliers,
             "examples": examples,
             "loss": loss,
             "seconds": seconds,
             **self._lora_record(came),
-            **privacy_record(self._settings.privacy, state.number),
         }
+        if (entry := ledger_entry(self._settings.privacy, len(came.updates))) is not None:
+            summary["privacy"] = entry
+        summary |= privacy_record(ledger_of([*state.history, summary]))
+        if self._changed:
+            summary["changed"], self._changed = self._changed, {}
         state.history.append(summary)
         # Clients measure what they receive, which is the outcome of the round before.
-        measured = [update.metrics for update in came.updates.values()]
+        measured = {name: update.metrics for name, update in came.updates.items()}
         self._note_evaluation(state, state.number - 1, "clients", measured)
         self._reporter.event("round", rounds=self._settings.rounds, **summary)
 
@@ -253,10 +270,11 @@ class Federation:
         return {} if gap is None else {"lora_gap": gap}
 
     def _note_evaluation(
-        self, state: RoundState, number: int, who: str, measured: Sequence[Mapping[str, float]]
+        self, state: RoundState, number: int, who: str, measured: Mapping[str, Mapping[str, float]]
     ) -> None:
         """Average the clients' measurements over their validation examples."""
-        rows = [(int(metrics[VALIDATION_EXAMPLES]), metrics) for metrics in measured if VALIDATION_EXAMPLES in metrics]
+        reports = [metrics for metrics in measured.values() if VALIDATION_EXAMPLES in metrics]
+        rows = [(int(metrics[VALIDATION_EXAMPLES]), metrics) for metrics in reports]
         names = [name for name in self._settings.metrics if name not in ("loss", "steps", "seconds")]
         means = {name: _mean([(examples, metrics.get(name)) for examples, metrics in rows]) for name in names}
         known = {name: value for name, value in means.items() if value is not None}
@@ -290,13 +308,11 @@ class Federation:
         arrays = move_to_wire(state.weights) if is_whole else to_wire(state.weights, dtype)
         content = RecordDict({"arrays": arrays, "config": config})
         messages = [Message(content, p.node_id, MessageType.EVALUATE) for p in self.roster.ready()]
-        measured: list[dict[str, float]] = []
-
         absent = expected - {p.name for p in self.roster.ready()}
 
         def on_reply(name: str, reply: Message, seconds: float) -> None:
             try:
-                measured.append(read_metrics(reply.content, self._settings.metrics)[1])
+                state.final[name] = read_metrics(reply.content, self._settings.metrics)[1]
             except RefusedUpdateError as refusal:
                 on_failure(name, str(refusal))
                 return
@@ -314,7 +330,12 @@ class Federation:
             on_failure(name, "it is away")
         if is_whole:
             state.weights = move_from_wire(arrays)
-        if "clients" not in state.evaluations.get(str(state.number), {}):
+        if messages or "clients" not in state.evaluations.get(str(state.number), {}):
+            # Those of clients that confirmed to a server which was killed since then are among them.
+            measured = {name: state.final[name] for name in sorted(state.final)}
+            for name, (metrics, reason) in bound_validation_examples(measured, self._settings.max_weight_ratio).items():
+                measured[name] = metrics
+                self._reporter.event("client_outlier", round=state.number, client=name, reason=reason)
             self._note_evaluation(state, state.number, "clients", measured)
 
     def _await_clients(self, names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedrag_cli.config.fields import check_client_name
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.runs.atomic import os_errors
 
@@ -29,6 +30,14 @@ CURVE = ec.SECP384R1
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 365
 PUBLIC_SUFFIX = ".pub"
+MOST_FILE_BYTES = 2**20
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 PUBLIC_STARTS = (b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC KEY")
 
 
@@ -122,7 +131,7 @@ def load_private_key(path: Path) -> PrivateKey:
     """
     hint = "Make one with: fedrag keys node NAME"
     try:
-        content = path.read_bytes()
+        content = read_small_file(path)
         if content.startswith(PUBLIC_STARTS):
             raise ConfigError(
                 f"'{path}' is a public key, and the private one is needed here.",
@@ -144,6 +153,9 @@ def load_private_key(path: Path) -> PrivateKey:
 
 def load_or_make_key(path: Path) -> PrivateKey:
     """Read a key that this program keeps for itself, or make it where it is not there yet."""
+    if path.is_file() and not path.stat().st_size:
+        # A kill has left it before anything was in it.
+        path.unlink()
     if not path.exists():
         _write(path, _private_pem(ec.generate_private_key(CURVE())), secret=True)
     return load_private_key(path)
@@ -170,12 +182,25 @@ def load_allowed_keys(directory: Path) -> dict[str, bytes]:
         raise ConfigError(
             f"federated.allowed_keys: '{directory}' is no folder.", f"Name a folder, and put into it {advice}"
         )
-    files = sorted(directory.glob(f"*{PUBLIC_SUFFIX}"))
+    try:
+        files = sorted(file for file in directory.iterdir() if file.name.endswith(PUBLIC_SUFFIX))
+    except OSError as error:
+        raise ConfigError(
+            f"federated.allowed_keys: '{directory}' cannot be read: {error.strerror}.", "Check who may read it."
+        ) from error
     if not files:
         raise ConfigError(
             f"federated.allowed_keys: '{directory}' holds no public key (NAME{PUBLIC_SUFFIX}).",
             f"Put there {advice}",
         )
+    for file in files:
+        try:
+            check_client_name(file.name.removesuffix(PUBLIC_SUFFIX))
+        except ValueError as error:
+            raise ConfigError(
+                f"federated.allowed_keys: the name of {file.name!r} in '{directory}' {error}.",
+                f"Name the file after its client, as NAME{PUBLIC_SUFFIX}, or remove it.",
+            ) from error
     keys = {file.stem: load_public_key(file) for file in files}
     owners: dict[bytes, str] = {}
     for name, key in keys.items():
@@ -195,7 +220,7 @@ def load_public_key(path: Path) -> bytes:
         ConfigError: The file is missing or is no such key.
     """
     try:
-        content = path.read_bytes()
+        content = read_small_file(path)
         key = (
             serialization.load_pem_public_key(content)
             if content.lstrip().startswith(b"-----BEGIN")
@@ -210,6 +235,27 @@ def load_public_key(path: Path) -> bytes:
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     return public_key_to_bytes(key)
+
+
+def read_small_file(path: Path) -> bytes:
+    """Read a key or a certificate, without waiting for what a pipe or a device may never give.
+
+    Raises:
+        ValueError: It cannot be read, is no regular file, or an empty or a very large one.
+    """
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):
+            raise ValueError(f"it is {_KINDS.get(stat.S_IFMT(kind), 'no regular file')}")
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            content = file.read(MOST_FILE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    if not content:
+        raise ValueError("it is empty")
+    if len(content) > MOST_FILE_BYTES:
+        raise ValueError(f"it has more than {MOST_FILE_BYTES} bytes")
+    return content
 
 
 def fingerprint(public_key: bytes) -> str:

@@ -14,6 +14,7 @@ from fedrag_cli.errors import FedRAGError, RunInterruptedError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.grid import FederationGrid, Member
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.text import printable, readable
 
 
 class LocalGrid(FederationGrid):
@@ -69,10 +70,10 @@ class LocalGrid(FederationGrid):
         except RunInterruptedError:
             raise
         except FedRAGError as error:
-            self._reporter.note(f"{self._clients[number]} failed: {error}")
+            self._reporter.note(f"{printable(self._clients[number])} failed: {readable(str(error))}")
         except Exception as error:  # noqa: BLE001  (a client may fail in any way; the federation goes on without it)
             last = traceback.extract_tb(error.__traceback__)[-1]
-            self._reporter.note(
-                f"{self._clients[number]} failed: {type(error).__name__}: {error} ({last.name}, line {last.lineno})"
-            )
+            where = f"{last.name}, line {last.lineno}"
+            reason = f"{type(error).__name__}: {printable(str(error))} ({where})"
+            self._reporter.note(f"{printable(self._clients[number])} failed: {reason}")
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the client failed"), reply_to=message)

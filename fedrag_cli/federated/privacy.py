@@ -1,14 +1,20 @@
 """Differential privacy of each client's part: clipped updates, Gaussian noise, and the epsilon that rounds spend.
 
-Neighbouring federations are those in which one client's updates are its own, or all zero (client-level privacy, arXiv
-1710.06963). Flower's wrappers are not used: they draw the noise from NumPy's global generator, which a seed makes
-predictable, add it after the strategy's step, and need every update in memory.
+Two epsilons are told. Neighbouring federations are those in which one client's updates are its own, or all zero
+(client-level privacy, arXiv 1710.06963); or those in which they are its own, or any others, which costs more. Who takes
+part in a round is no secret: the number of its updates, by which the noise on the sum is divided, is the same in both.
+
+Flower's wrappers are not used: they draw the noise from NumPy's global generator, which a seed makes predictable, add
+it after the strategy's step, and need every update in memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +23,12 @@ from torch import Tensor
 
 from fedrag_cli.config.schema import PrivacyConfig
 from fedrag_cli.federated.weights import Weights
+from fedrag_cli.runs.reporting import epsilon_text
 
 # Beyond it the second term of the formula is nothing but rounding; without it epsilon is bounded from above.
 LARGEST_EXACT_MU = 100.0
 STEPS_OF_BISECTION = 200
+Ledger = Sequence[Mapping[str, Any] | None]
 
 
 def clip_scale(norm: float, clipping_norm: float) -> float:
@@ -76,20 +84,97 @@ def protected(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], nor
 
 
 def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
-    """Return the epsilon that rounds of clipped updates with noise have spent.
-
-    So many rounds with noise z are one with noise z / sqrt(rounds) (arXiv 1905.02383, corollary 3.3), whose epsilon is
-    exact (arXiv 1805.06530, theorem 8). Where not all clients take part in a round, that is not counted in its favour.
+    """Return the epsilon that rounds of clipped updates with the same noise have spent; see `epsilon_of_ledger`.
 
     Args:
         noise_multiplier: Standard deviation of the noise on the sum of the updates, in clipping norms.
         rounds: How many.
         delta: In (0, 1).
     """
-    if rounds == 0:
-        return 0.0
-    mu = math.sqrt(rounds) / noise_multiplier
-    if _delta(mu, 0.0) <= delta:
+    return _epsilon(math.sqrt(rounds) / noise_multiplier, delta)
+
+
+def epsilon_of_ledger(ledger: Ledger, delta: float, replaced: bool = False) -> float:
+    """Return the epsilon that rounds have spent, each with its own noise; infinity where one had none.
+
+    Rounds with noise z_i are one with mu = sqrt(sum 1 / z_i^2) (arXiv 1905.02383, corollary 3.3), whose epsilon is
+    exact (arXiv 1805.06530, theorem 8). Where not all clients take part in a round, that is not counted in its favour.
+
+    Args:
+        ledger: What stands in the records of the rounds, see `ledger_entry`; None for a round without privacy.
+        delta: In (0, 1).
+        replaced: Whether neighbouring federations are those in which a site's updates are replaced by any others,
+            which moves the sum by two clipping norms, instead of by zeros, which moves it by one.
+    """
+    if any(entry is None for entry in ledger):
+        return math.inf
+    sensitivity = 2.0 if replaced else 1.0
+    rounds = Counter(entry["noise_multiplier"] for entry in ledger if entry is not None)
+    return _epsilon(math.hypot(*(sensitivity * math.sqrt(count) / noise for noise, count in rounds.items())), delta)
+
+
+def ledger_entry(privacy: PrivacyConfig | None, sites: int) -> dict[str, Any] | None:
+    """Return what a round's record keeps of its privacy, from which epsilon follows later; None without privacy.
+
+    Args:
+        privacy: The settings in this round.
+        sites: Number of updates, by which clipped updates and noise were divided.
+    """
+    return None if privacy is None else {**dataclasses.asdict(privacy), "sites": sites}
+
+
+def ledger_of(history: Sequence[Mapping[str, Any]]) -> Ledger:
+    """Return the ledger that the records of rounds hold; rounds of an earlier version count as without privacy."""
+    return [row.get("privacy") for row in history]
+
+
+def privacy_record(ledger: Ledger) -> dict[str, float | None]:
+    """Return what rounds have spent, as it stands in every round's record; empty where no round had privacy.
+
+    `epsilon` is against zeroing one site's updates, `epsilon_replaced` against replacing them, at the newest `delta`.
+    They are None where nothing bounds what was told, because a round had no noise.
+    """
+    deltas = [entry["delta"] for entry in ledger if entry is not None]
+    if not deltas:
+        return {}
+    spent = {
+        "epsilon": epsilon_of_ledger(ledger, deltas[-1]),
+        "epsilon_replaced": epsilon_of_ledger(ledger, deltas[-1], replaced=True),
+    }
+    return {name: value if math.isfinite(value) else None for name, value in spent.items()} | {"delta": deltas[-1]}
+
+
+def privacy_note(privacy: PrivacyConfig, rounds: int, ledger: Ledger = ()) -> str:
+    """Return in words what rounds will have spent at the end, and what that does not cover.
+
+    Args:
+        privacy: The settings of the rounds that are left.
+        rounds: How many are left.
+        ledger: The records of those that are done.
+    """
+    who = "the server clips and adds noise" if privacy.at == "server" else "clients clip and add noise"
+    spent = privacy_record([*ledger, *[ledger_entry(privacy, 0)] * rounds])
+    count = len(ledger) + rounds
+    return (
+        f"Privacy: {who}; {count} round{'s spend' if count > 1 else ' spends'} {epsilon_text(spent, long=True)}, "
+        "for the tuned weights alone and not for what clients report"
+    )
+
+
+def largest_noisy_norm(privacy: PrivacyConfig, min_clients: int, numbers: int) -> float:
+    """Return the L2 norm above which no clipped update with a client's share of noise comes to lie.
+
+    The norm of the noise exceeds its deviation times sqrt(numbers) + 8 once in 10^13 times. The bound looks at nothing
+    but the update itself, so what it refuses tells nothing about other sites.
+    """
+    deviation = noise_of_client(privacy, min_clients)
+    return 1.001 * (privacy.clipping_norm + deviation * (math.sqrt(numbers) + 8))
+
+
+def _epsilon(mu: float, delta: float) -> float:
+    if not math.isfinite(mu):
+        return math.inf
+    if mu == 0 or _delta(mu, 0.0) <= delta:
         return 0.0
     low, high = 0.0, 1.0
     while _delta(mu, high) > delta:
@@ -98,23 +183,6 @@ def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _delta(mu, middle) > delta else (low, middle)
     return high
-
-
-def privacy_record(privacy: PrivacyConfig | None, rounds: int) -> dict[str, float]:
-    """Return what rounds have spent, as it stands in every round's record; empty without privacy."""
-    if privacy is None:
-        return {}
-    return {"epsilon": spent_epsilon(privacy.noise_multiplier, rounds, privacy.delta), "delta": privacy.delta}
-
-
-def privacy_note(privacy: PrivacyConfig, rounds: int) -> str:
-    """Return in words what so many rounds will spend, and what that does not cover."""
-    who = "the server clips and adds noise" if privacy.at == "server" else "clients clip and add noise"
-    spent = privacy_record(privacy, rounds)["epsilon"]
-    return (
-        f"Privacy: {who}; {rounds} round{'s spend' if rounds > 1 else ' spends'} epsilon {spent:.4g} at delta "
-        f"{privacy.delta:g}, for the tuned weights alone and not for what clients report"
-    )
 
 
 def _delta(mu: float, epsilon: float) -> float:

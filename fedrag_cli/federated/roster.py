@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.agreement import Agreement, differences
-from fedrag_cli.federated.client import ACTION, AGREEMENT, HANDSHAKE, NAME
+from fedrag_cli.federated.client import ACTION, AGREEMENT, HANDSHAKE, NAME, ROUNDS
 from fedrag_cli.federated.grid import FederationGrid, Member
 from fedrag_cli.runs.reporting import Reporter
 
@@ -48,10 +49,14 @@ class Roster:
         grid: The transport.
         agreement: The server's side.
         reporter: Told who joins, is refused or leaves.
+        rounds: How many rounds clients are asked to agree to; their own setting counts where none are named.
     """
 
-    def __init__(self, grid: FederationGrid, agreement: Agreement, reporter: Reporter) -> None:
+    def __init__(
+        self, grid: FederationGrid, agreement: Agreement, reporter: Reporter, rounds: int | None = None
+    ) -> None:
         """Start without clients."""
+        self._rounds = {} if rounds is None else {ROUNDS: rounds}
         self._grid = grid
         self._agreement = agreement
         self._reporter = reporter
@@ -136,7 +141,8 @@ class Roster:
                 self._conclude(greeted, reply)
             if not replies:
                 self._grid.forget([message_id])
-        content = RecordDict({"config": ConfigRecord({ACTION: HANDSHAKE, AGREEMENT: self._agreement.to_json()})})
+        greeting: dict[str, Any] = {ACTION: HANDSHAKE, AGREEMENT: self._agreement.to_json(), **self._rounds}
+        content = RecordDict({"config": ConfigRecord(greeting)})
         (message_id,) = self._grid.push_messages([Message(content, member.node_id, MessageType.QUERY)])
         if message_id:
             self._pending[message_id] = member
@@ -169,8 +175,9 @@ class Roster:
         except ConnectionFailedError as error:
             return "", error.message
         claimed = str(values.get(NAME, ""))[:LONGEST_NAME]
-        printable = "".join(character for character in claimed if character.isalnum() or character in "._-")
-        return printable, "; ".join(differences(self._agreement, theirs))
+        # What `check_client_name` allows, so that no name steers a terminal, looks like another, or is a path.
+        name = re.sub(r"[^A-Za-z0-9._-]", "", claimed).lstrip("._-")
+        return name, "; ".join(differences(self._agreement, theirs))
 
     def _free_name(self, name: str, member: Member) -> str:
         """Return a name that no other connected client has; where keys are not checked, a name is only a claim."""

@@ -23,6 +23,15 @@ STEPS_FROM_MEANS: tuple[type[Strategy], ...] = (
     flower.FedAdam,
     flower.FedYogi,
 )
+# Names of strategies, in both APIs of Flower, that leave out by themselves what is far from the rest.
+ROBUST = frozenset({"FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan"})
+# Those that weigh clients by their losses.
+WEIGH_LOSSES = frozenset({"QFedAvg"})
+
+
+def is_kind(strategy: object, names: frozenset[str]) -> bool:
+    """Return whether a strategy of either API is one of these, or derived from one."""
+    return any(kind.__name__ in names for kind in type(strategy).__mro__)
 
 
 def build_strategy(config: Any, *, min_clients: int, learning_rate: float) -> Strategy:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fedrag_cli.config.schema import FederatedConfig
-from fedrag_cli.errors import DataError
+from fedrag_cli.errors import DataError, ServerRefusedError
 from fedrag_cli.federated.agreement import Agreement, agreement_of
 from fedrag_cli.federated.lora import freeze_a
 from fedrag_cli.federated.privacy import noise_of_client, protected
+from fedrag_cli.federated.rounds import ClientRounds, FitResult
 from fedrag_cli.federated.site import trainer_around
 from fedrag_cli.federated.weights import Weights, record_digest, to_wire
+from fedrag_cli.text import printable
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
 
@@ -31,21 +35,20 @@ if TYPE_CHECKING:
 
 SERVER_ROUND = "server-round"
 PROXIMAL_MU = "proximal-mu"
+MOST_ROUNDS = 10**6
+NO_SERVER = "It is another program, or not to be trusted: ask its owner."
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """What a client trained.
+def round_number(config: Mapping[str, Any], default: int) -> int:
+    """Return which round a server's message is about.
 
-    Args:
-        weights: The trained tensors, by name; clipped and with noise where the settings leave that to clients.
-        examples: Number of its training examples.
-        metrics: Mean training loss, steps and seconds.
+    Raises:
+        ServerRefusedError: It is no number of a round, from 0 on.
     """
-
-    weights: Weights
-    examples: int
-    metrics: dict[str, float]
+    number = config.get(SERVER_ROUND, default)
+    if type(number) is not int or not 0 <= number <= MOST_ROUNDS:
+        raise ServerRefusedError(f"The server speaks of a round {printable(number, 40)}.", NO_SERVER)
+    return number
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class FLTask:
     Args:
         trainer: The trainer of the side that is tuned, with this site's data.
         settings: The federation's settings; the defaults where none are given.
-        work_directory: Where checkpoints within a round and likelihoods are kept; nowhere by default.
+        work_directory: Where checkpoints within a round, likelihoods and the record of this client's rounds are kept;
+            nowhere by default.
     """
 
     def __init__(
@@ -88,7 +92,8 @@ class FLTask:
         self.agreement: Agreement = agreement_of(trainer, self.settings)
         self._seed = trainer.seed
         self._is_whole = True
-        self._newest: tuple[tuple[object, ...], FitResult] | None = None
+        self._newest: tuple[str, FitResult] | None = None
+        self.rounds = ClientRounds(work_directory, self.settings)
         if work_directory is not None:
             trainer.cache_directory = work_directory / "cache"
 
@@ -120,7 +125,7 @@ class FLTask:
         """Train on this site's examples, starting from the given weights.
 
         A round that was computed already is not computed again: the newest result is kept, for a server that was
-        restarted and asks once more.
+        restarted and asks once more. Where this client adds noise, that holds over its own restarts too.
 
         Args:
             weights: The global weights, by name.
@@ -129,18 +134,36 @@ class FLTask:
         Raises:
             ModelError: Names or shapes differ from the trained tensors.
             DataError: This site has no training examples.
+            ServerRefusedError: The weights are not finite, the round is none that was agreed, or the config holds
+                something else than numbers.
             TrainingError: Training did not work; see the trainer.
             RunInterruptedError: A signal came.
         """
-        number = int(config.get(SERVER_ROUND, 1))
-        proximal_mu = float(config.get(PROXIMAL_MU, 0.0))
-        key = (number, proximal_mu, record_digest(to_wire(weights)))
-        if self._newest is not None and self._newest[0] == key:
+        _require_finite(weights)
+        number = round_number(config, 1)
+        proximal_mu = config.get(PROXIMAL_MU, 0.0)
+        if isinstance(proximal_mu, bool) or not isinstance(proximal_mu, int | float) or not 0 <= proximal_mu < math.inf:
+            raise ServerRefusedError(f"The server asks for a {PROXIMAL_MU} of {printable(proximal_mu, 40)}.", NO_SERVER)
+        proximal_mu = float(proximal_mu)
+        digest = record_digest(to_wire(weights))
+        asked = f"{number} {proximal_mu} {digest}"
+        if self._newest is not None and self._newest[0] == asked:
             return self._newest[1]
         # The weights of another round need not be in memory while this one is trained.
         self._newest = None
-        result = self._protected(self._train(weights, number, proximal_mu, str(key[2])), weights)
-        self._newest = (key, result)
+        self.rounds.begin(number, asked)
+        privacy = self.settings.privacy
+        if privacy is None or privacy.at != "client":
+            result = self._train(weights, number, proximal_mu, digest)
+        elif (given := self.rounds.given(asked)) is not None:
+            result = given
+        else:
+            result = self._train(weights, number, proximal_mu, digest)
+            deviation = noise_of_client(privacy, self.settings.min_clients)
+            sent = protected(result.weights, weights, privacy.clipping_norm, deviation)
+            result = dataclasses.replace(result, weights=sent)
+            self.rounds.give(asked, number, result, deviation / privacy.clipping_norm)
+        self._newest = (asked, result)
         return result
 
     def evaluate(self, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> EvaluateResult:
@@ -149,7 +172,12 @@ class FLTask:
         Args:
             weights: The global weights, by name.
             config: `server-round`; nothing in it changes the measurement.
+
+        Raises:
+            ModelError: Names or shapes differ from the trained tensors.
+            ServerRefusedError: The weights are not finite.
         """
+        _require_finite(weights)
         self.trainer.load_trained_weights(weights)
         if not self.trainer.validation_examples:
             return EvaluateResult(0, {})
@@ -158,7 +186,13 @@ class FLTask:
         return EvaluateResult(len(self.trainer.validation_examples), metrics)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Put weights into the model; one that was left without tensors takes the given ones themselves."""
+        """Put weights into the model; one that was left without tensors takes the given ones themselves.
+
+        Raises:
+            ModelError: Names or shapes differ from the trained tensors.
+            ServerRefusedError: The weights are not finite; the model is as it was.
+        """
+        _require_finite(weights)
         if not self._is_whole:
             for name, parameter in trainable(self.trainer.model).items():
                 if name in weights:
@@ -236,18 +270,6 @@ class FLTask:
         metrics = {"loss": result.loss, "steps": float(result.steps), "seconds": result.seconds}
         return FitResult(trained, len(trainer.train_examples), metrics)
 
-    def _protected(self, result: FitResult, received: Mapping[str, Tensor]) -> FitResult:
-        """Return a result with clipped weights and noise where the client sees to privacy.
-
-        It is done once a round, because the mean of several noises on the same weights would give them away.
-        """
-        privacy = self.settings.privacy
-        if privacy is None or privacy.at != "client":
-            return result
-        deviation = noise_of_client(privacy, self.settings.min_clients)
-        weights = protected(result.weights, received, privacy.clipping_norm, deviation)
-        return dataclasses.replace(result, weights=weights)
-
     def _round_directory(self, number: int, digest: str) -> Path | None:
         """Return the folder of a round's checkpoints; those of other rounds and other global weights are removed."""
         if self.work_directory is None:
@@ -257,3 +279,12 @@ class FLTask:
             if other != directory:
                 shutil.rmtree(other)
         return directory
+
+
+def _require_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ServerRefusedError(
+                f"The global model holds values that are not finite, in {name}; the model here stays as it was.",
+                "The server's owner finds in its messages what went wrong.",
+            )

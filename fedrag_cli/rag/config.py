@@ -36,6 +36,9 @@ class SentenceTransformerConfig:
     """Encoder of passages, where it is another than that of queries."""
     revision: str | None = None
     """Branch, tag or commit of hub models."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the model (`auto_map`, modules of its own), with all your rights; without it a
+    model that needs such code is refused."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """Score of a query and a passage."""
     query_prompt: str | None = None
@@ -61,6 +64,9 @@ class CausalLMConfig:
     """Hub id, directory, GGUF file, or package://name/path."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the model (`auto_map`, modules of its own), with all your rights; without it a
+    model that needs such code is refused."""
     adapter: PathStr | None = None
     """Directory of a saved LoRA adapter that is put on the model."""
     context_window: PositiveInt | None = None

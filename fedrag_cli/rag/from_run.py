@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource, load_config_with_source
+from fedrag_cli.config.fields import is_folder
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.runs.directory import RunDirectory
 
@@ -33,15 +34,11 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
     Raises:
         ConfigError: The run is not finished, the config is wrong, or an override names what the run has fixed.
     """
-    if path is None or not path.is_dir():
+    if path is None or not is_folder(path):
         source = load_config_with_source(path, overrides)
         return source.config, source
     run = RunDirectory.open(path)
-    status = run.manifest().get("status")
-    if status != "done":
-        raise ConfigError(
-            f"The run in '{path}' is not finished (status: {status}).", f"Go on with: fedrag resume {path}"
-        )
+    run.require_finished()
     evaluation = run.manifest().get("evaluation")
     if evaluation is not None:
         raise ConfigError(

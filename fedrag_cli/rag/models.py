@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,10 @@ def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
 
     Args:
         location: The model that is being loaded.
-        what: `retriever` or `generator`, for the message.
+        what: `retriever`, `generator` or `adapter`, for the message.
+
+    Raises:
+        ModelError: The enclosed code fails, or the model needs code of its own, which it may not run.
     """
     try:
         yield
@@ -39,8 +43,21 @@ def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
         ImportError,
         RuntimeError,
         SafetensorError,
+        pickle.UnpicklingError,
     ) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        # The libraries name the argument in every refusal of a model's own code.
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"The {what} '{location.reference}' comes with Python code of its own, which is not run.",
+                f"If you have read that code and trust it, set rag_system.{what}.trust_remote_code: true.",
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ModelError(
+                f"The {what} '{location.reference}' cannot be loaded: its weights are a Python pickle with more than "
+                "tensors in it, which is not read, or a damaged one.",
+                "Give a model with *.safetensors.",
+            ) from error
         if location.is_local:
             hint = "Check that the folder holds a whole model (config.json, tokenizer files, *.safetensors)."
         else:

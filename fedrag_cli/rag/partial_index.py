@@ -6,7 +6,6 @@ keys, their embeddings, and a checksum over all this. What a kill or a full disk
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.runs.temporary import lock
 
 FORMAT = "fedrag-partial-index-1"
 _CHUNK = struct.Struct("<4sII")
@@ -203,7 +203,7 @@ def _open_locked(path: Path, place: Path | str) -> FileIO:
     while True:
         file = FileIO(path, "a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError as error:
             file.close()
             raise KnowledgeStoreError(

@@ -1,36 +1,54 @@
 """From a query and its passages to token ids, with the answer's span known exactly.
 
-Prompt and answer are tokenised apart and their ids concatenated, so the answer's span cannot depend on a merge over
-the boundary. Truncation takes context from its end, never the question or the answer, and is counted.
+Prompt and answer are tokenised together, as the model has read them, and the answer's ids are those that it would
+write after the prompt. Truncation takes context from its end, never the question or the answer, and is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
+import regex
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.data.splitting import WITHOUT_BLANKS
 from fedrag_cli.errors import DataError, ModelError
+from fedrag_cli.rag.passages import PassageFormat
+from fedrag_cli.rag.tokens import TextTokens
+
+TODAY = date(2024, 7, 26)
+"""The date that chat templates are told, so that a prompt is the same on all days; it is the one that Llama's template
+takes where it is told none."""
+
+LONGEST_WORD = 40
+"""Characters without a blank between them that are cut only as a whole."""
+
+CHARACTER = regex.compile(r"\X")
+WITHOUT_BLANKS_BESIDE = regex.compile(WITHOUT_BLANKS, regex.V1)
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids.
+    """A prompt as token ids, and the answer where it is known.
 
     Args:
         ids: Token ids, with the tokenizer's start token where it has one.
         dropped_tokens: Tokens of context that did not fit.
         is_bare: Whether nothing of the context fitted.
+        answer: Token ids that follow `ids`; empty for a prompt that is to be answered.
     """
 
     ids: list[int]
     dropped_tokens: int = 0
     is_bare: bool = False
+    answer: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -52,9 +70,51 @@ class TruncationCount:
         return {"prompts": self.prompts, "truncated": self.truncated, "dropped_tokens": self.dropped_tokens}
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """What a chat template writes around an answer, after the prompt that it writes for generation.
+
+    Args:
+        opening: Text that the prompt needs besides, such as an empty block of thoughts.
+        joint: White space between prompt and answer, which the model writes itself.
+        ending: Text after the answer, up to the token that ends the turn.
+        end_token: The tokenizer's end token, where the text has no such token.
+    """
+
+    opening: str = ""
+    joint: str = ""
+    ending: str = ""
+    end_token: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A prompt that was cut to the context window.
+
+    Args:
+        text: The prompt's text.
+        ids: Of the text together with what follows it, without a start token.
+        dropped_tokens: Tokens of context that did not fit.
+        is_bare: Whether nothing of the context fitted.
+    """
+
+    text: str
+    ids: list[int]
+    dropped_tokens: int
+    is_bare: bool
+
+
 @dataclass
 class PromptEncoder:
     """Writes prompts for one tokenizer.
+
+    Texts of passages, questions, answers and the system message are text: a control token in them is split into
+    characters, while those of the chat template, and of the templates in the config, are control tokens.
+
+    With a chat template the prompt is what it writes before the answer of a conversation. Where the template writes
+    something there that its prompt for generation lacks, such as an empty block of thoughts, the prompt has it; where
+    the prompt for generation has more, that is taken, and an open block of thoughts is closed. So the model is asked
+    for the answer itself, in generation, scoring and training alike.
 
     Args:
         tokenizer: The generator's tokenizer.
@@ -65,7 +125,10 @@ class PromptEncoder:
     tokenizer: PreTrainedTokenizerBase
     config: PromptConfig
     context_window: int
-    _uses_chat_template: bool = field(init=False)
+    tokens: TextTokens = field(init=False)
+    passages: PassageFormat = field(init=False)
+    _chat_template: str = field(init=False)
+    _turn: _Turn = field(init=False)
     _end_ids: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,12 +139,16 @@ class PromptEncoder:
                 "rag_system.prompt.chat_template is 'always', but the tokenizer has no chat template.",
                 "Set it to auto or never, or use an instruction-tuned model.",
             )
-        self._uses_chat_template = has_template and self.config.chat_template != "never"
-        if self.config.system is not None and not self._uses_chat_template:
+        uses_template = has_template and self.config.chat_template != "never"
+        if self.config.system is not None and not uses_template:
             raise ModelError(
                 "rag_system.prompt.system is set, but no chat template is in use that could hold it.",
                 "Write the text into rag_system.prompt.template, or use a chat model.",
             )
+        self._chat_template = _chat_template_of(self.tokenizer) if uses_template else ""
+        self.tokens = TextTokens(self.tokenizer, self._chat_template)
+        self.passages = PassageFormat(self.config.passage_template)
+        self._turn = self._find_turn() if uses_template else _Turn(end_token=self._end_token())
         self._end_ids = self._find_end_ids()
 
     @property
@@ -90,11 +157,12 @@ class PromptEncoder:
         return list(self._end_ids)
 
     def context(self, passages: Sequence[KnowledgeNode]) -> str:
-        """Join passages into the context text, each by the passage template."""
-        return self.config.separator.join(self._format_passage(passage) for passage in passages)
+        """Join passages into the context text, each by the passage template; raises DataError as `encode_prompt`."""
+        self.passages.require_fields(passages)
+        return self.config.separator.join(self.passages.write(passage, self.tokens.as_text) for passage in passages)
 
     def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode], *, reserved_tokens: int) -> EncodedPrompt:
-        """Write and tokenise a prompt.
+        """Write and tokenise a prompt that is to be answered.
 
         Args:
             query: The question.
@@ -105,66 +173,56 @@ class PromptEncoder:
             The ids, at most `context_window - reserved_tokens` of them.
 
         Raises:
-            DataError: The question alone does not fit.
+            DataError: The question alone does not fit, or the passage template does not fit a passage.
         """
-        room = self.context_window - reserved_tokens
-        context = self.context(passages)
-        ids = self._tokenize(query, context)
-        if len(ids) <= room:
-            return EncodedPrompt(ids)
-        bare = len(self._tokenize(query, ""))
-        if bare > room:
-            raise DataError(
-                f"The question '{_shorten(query)}' needs {bare} tokens with its prompt and {reserved_tokens} for the "
-                f"answer, but the context window has {self.context_window}.",
-                "Shorten the question, lower rag_system.generator.max_new_tokens, or raise "
-                "rag_system.generator.context_window if the model allows it.",
-            )
-        shortened, words = self._longest_fitting(query, context, room)
-        return EncodedPrompt(shortened, dropped_tokens=len(ids) - len(shortened), is_bare=words == 0)
+        fitted = self._fitted(query, passages, lambda prompt: "", reserved_tokens)
+        return EncodedPrompt(self._started(fitted.ids), fitted.dropped_tokens, fitted.is_bare)
 
-    def encode_answer(self, answer: str) -> list[int]:
-        """Tokenise an answer with its end token; the ids follow a prompt's ids directly.
+    def encode_pair(
+        self, query: str, passages: Sequence[KnowledgeNode], answer: str, *, with_end: bool = True
+    ) -> EncodedPrompt:
+        """Write and tokenise a prompt together with its answer; see `TextTokens.pair` for where the answer begins.
+
+        Args:
+            query: The question.
+            passages: The context, best first.
+            answer: The answer; white space around it is left out.
+            with_end: Whether the answer has its end token: for training, and where its end counts.
+
+        Returns:
+            The ids of prompt and answer, at most `context_window` of them together.
 
         Raises:
-            DataError: The answer has no token of its own.
+            DataError: The answer has no token of its own, or as `encode_prompt`.
         """
-        text = answer.strip() if self._uses_chat_template else " " + answer.strip()
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not answer.strip() or not ids:
+        text = self.tokens.as_text(answer.strip())
+        if not self.tokens.ids(text):
             raise DataError(
                 f"The answer '{answer}' has no tokens to learn.", "Remove the example, or give it an answer."
             )
-        return ids + self._end_ids
+        ending, end_token = (self._turn.ending, self._turn.end_token) if with_end else ("", [])
+        fitted = self._fitted(query, passages, lambda prompt: self._joint(prompt) + text + ending, len(end_token))
+        ids, found = self.tokens.pair(fitted.text, self._joint(fitted.text), text + ending, fitted.ids)
+        return EncodedPrompt(self._started(ids), fitted.dropped_tokens, fitted.is_bare, found + end_token)
 
-    def answer_tokens(self, answer: str) -> list[int]:
-        """Tokenise an answer without its end token, for likelihoods."""
-        return self.encode_answer(answer)[: -len(self._end_ids)]
-
-    def _format_passage(self, passage: KnowledgeNode) -> str:
-        try:
-            return self.config.passage_template.format(**{**passage.metadata, "id": passage.id, "text": passage.text})
-        except (KeyError, IndexError) as error:
-            raise DataError(
-                f"The passage '{passage.id}' has no field {error}, which rag_system.prompt.passage_template names.",
-                f"Its fields: {', '.join(sorted({*passage.metadata, 'id', 'text'}))}.",
-            ) from error
-        except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(
-                f"The passage '{passage.id}' does not fit rag_system.prompt.passage_template: {error}.",
-                "Name plain fields there, such as {title}, or give every passage a value that the format takes.",
-            ) from error
+    def _joint(self, prompt: str) -> str:
+        if self._chat_template:
+            return self._turn.joint
+        return "" if prompt[-1:].isspace() else " "
 
     def _render(self, query: str, context: str) -> str:
-        text = self.config.template.format(context=context, query=query)
-        if not self._uses_chat_template:
+        text = self.config.template.format(context=context, query=self.tokens.as_text(query))
+        if not self._chat_template:
             return text
-        return self._apply_chat_template(self._messages(text), add_generation_prompt=True)
+        return self._apply_chat_template(self._messages(text), add_generation_prompt=True) + self._turn.opening
 
     def _apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         try:
             rendered: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except TemplateError as error:
             raise ModelError(
@@ -174,77 +232,163 @@ class PromptEncoder:
         return rendered
 
     def _messages(self, text: str) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.config.system}] if self.config.system is not None else []
-        return [*system, {"role": "user", "content": text}]
+        system = self.config.system
+        before = [{"role": "system", "content": self.tokens.as_text(system)}] if system is not None else []
+        return [*before, {"role": "user", "content": text}]
 
-    def _tokenize(self, query: str, context: str) -> list[int]:
-        text = self._render(query, context)
-        if self._uses_chat_template:
-            return self._ids(text)
-        # A tokenizer may add an end token of its own; a prompt must stay open for the answer.
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        bare = self._ids(text)
-        for start in range(len(ids) - len(bare) + 1):
-            if ids[start : start + len(bare)] == bare:
-                return ids[: start + len(bare)]
-        return bare
+    def _started(self, ids: list[int]) -> list[int]:
+        # A chat template writes the start token itself where the model wants one.
+        return ids if self._chat_template else self.tokens.with_start(ids)
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    def _fitted(
+        self, query: str, passages: Sequence[KnowledgeNode], following: Callable[[str], str], reserved_tokens: int
+    ) -> _Fitted:
+        """Write a prompt with as much of the context as fits, counted from its start.
 
-    def _longest_fitting(self, query: str, context: str, room: int) -> tuple[list[int], int]:
-        """Find by bisection how many of the context's words fit, counted from its start; return ids and words."""
-        ends = _word_ends(context)
-        low, high = 0, len(ends)
-        best = self._tokenize(query, "")
-        while low < high:
-            middle = (low + high + 1) // 2
-            ids = self._tokenize(query, context[: ends[middle - 1]])
-            if len(ids) <= room:
-                low, best = middle, ids
-            else:
-                high = middle - 1
-        return best, low
+        Args:
+            query: The question.
+            passages: The context.
+            following: Returns what follows a prompt, and has to fit too.
+            reserved_tokens: Tokens that are needed besides.
+        """
+        context = self.context(passages)
 
-    def _find_end_ids(self) -> list[int]:
-        """Return the ids after an answer, up to and including the token that ends the turn."""
+        def encode(length: int) -> list[int]:
+            prompt = self._render(query, context[:length])
+            return self.tokens.ids(prompt + following(prompt))
+
+        def size(ids: list[int]) -> int:
+            return len(self._started(ids)) + reserved_tokens
+
+        whole = ids = encode(len(context))
+        kept = len(context)
+        if size(whole) > self.context_window:
+            bare = size(encode(0))
+            if bare > self.context_window:
+                needed = len(self._started(self.tokens.ids(self._render(query, ""))))
+                raise DataError(
+                    f"The question '{_shorten(query)}' needs {needed} tokens with its prompt and {bare - needed} for "
+                    f"the answer, but the context window has {self.context_window}.",
+                    "Shorten the question, lower rag_system.generator.max_new_tokens, or raise "
+                    "rag_system.generator.context_window if the model allows it.",
+                )
+            kept = _longest_fitting(
+                context, lambda length: size(encode(length)) <= self.context_window, self.context_window
+            )
+            ids = encode(kept)
+        text = self._render(query, context[:kept])
+        return _Fitted(text, ids, len(whole) - len(ids), is_bare=kept == 0 and bool(context))
+
+    def _end_token(self) -> list[int]:
         end = self.tokenizer.eos_token_id
-        endless = ModelError(
-            "The tokenizer has no end token, so an answer could never end.", "Use a model whose tokenizer has one."
-        )
-        if not self._uses_chat_template:
-            if end is None:
-                raise endless
-            return [int(end)]
-        prompt, answer = self._render("question", "context"), "answer"
-        conversation = [*self._messages(self.config.template.format(context="context", query="question"))]
-        full = self._apply_chat_template([*conversation, {"role": "assistant", "content": answer}])
-        if not full.startswith(prompt + answer) or self._ids(full)[: len(self._ids(prompt))] != self._ids(prompt):
+        if end is None:
+            raise ModelError(
+                "The tokenizer has no end token, so an answer could never end.", "Use a model whose tokenizer has one."
+            )
+        return [int(end)]
+
+    def _find_turn(self) -> _Turn:
+        """Find what the chat template writes around an answer."""
+        question, answer = "fedrag-question", "fedrag-answer"
+        messages = self._messages(question)
+        prompt = self._apply_chat_template(messages, add_generation_prompt=True)
+        full = self._apply_chat_template([*messages, {"role": "assistant", "content": answer}])
+        if self.config.system is not None and messages[0]["content"].strip() not in prompt:
+            raise ModelError(
+                "The tokenizer's chat template leaves the system message out.",
+                "Remove rag_system.prompt.system, and write its text into rag_system.prompt.template.",
+            )
+        conversation, _, rest = full.rpartition(answer)
+        # What comes before the question is the prompt's alone: some templates write the system message elsewhere
+        # as soon as an answer follows.
+        after_question = prompt.rpartition(question)[2]
+        before_answer = conversation.rpartition(question)[2]
+        if question in prompt and question in conversation and before_answer.startswith(after_question):
+            opening = before_answer[len(after_question) :]
+        elif question in prompt and question in conversation and after_question.startswith(before_answer):
+            opening = _end_of_thoughts(after_question[len(before_answer) :])
+        else:
             raise ModelError(
                 "The tokenizer's chat template writes a prompt that is no prefix of the whole conversation, so the "
                 "answer's tokens cannot be told apart.",
                 "Set rag_system.prompt.chat_template: never.",
             )
-        suffix = self._ids(full[len(prompt + answer) :])
-        special = set(self.tokenizer.all_special_ids)
-        for position, token in enumerate(suffix):
-            if token == end or token in special:
-                return suffix[: position + 1]
-        if end is not None:
-            return [*suffix, int(end)]
-        if not suffix:
-            raise endless
-        return suffix
+        joint = opening[len(opening.rstrip()) :]
+        before, together = self.tokens.ids(prompt + opening), self.tokens.ids(prompt + opening + answer)
+        if joint != opening and together[: len(before)] == before:
+            joint = ""
+        ending = self.tokens.control.search(rest)
+        return _Turn(
+            opening.removesuffix(joint),
+            joint,
+            rest[: ending.end()] if ending else rest,
+            [] if ending else self._end_token(),
+        )
+
+    def _find_end_ids(self) -> list[int]:
+        """Return the ids after an answer, up to and including the token that ends the turn."""
+        prompt = self._render("question", "context")
+        answered = [self.tokens.pair(prompt, self._turn.joint, "answer" + end)[1] for end in ("", self._turn.ending)]
+        return answered[1][len(answered[0]) :] + self._turn.end_token
 
 
-def _word_ends(text: str) -> list[int]:
-    """Return the character positions at which a word ends."""
-    return [
-        position
-        for position in range(1, len(text) + 1)
-        if not text[position - 1].isspace() and (position == len(text) or text[position].isspace())
-    ]
+def _chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template, in which today is always the same day."""
+    try:
+        chat_template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            "The tokenizer has several chat templates, and none of them is called 'default'.",
+            "Set rag_system.prompt.chat_template: never.",
+        ) from error
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(TODAY.strftime(call[2])), chat_template)
+
+
+def _end_of_thoughts(opening: str) -> str:
+    """Return what closes a block of thoughts that a prompt opens, if it does, without any thoughts."""
+    if "<think>" not in opening or "</think>" in opening:
+        return ""
+    return "\n\n</think>\n\n".removeprefix(opening[len(opening.rstrip("\n")) :])
+
+
+def _longest_fitting(text: str, fits: Callable[[int], bool], first: int) -> int:
+    """Return how many characters of a text are kept, which as a whole does not fit.
+
+    Args:
+        text: The text.
+        fits: Whether so many characters fit. It takes time that grows with their number, so it is never asked about
+            many more than fit.
+        first: A number of characters to begin with.
+    """
+    low, high = 0, first
+    while high < len(text) and fits(high):
+        low, high = high, 2 * high
+    high = min(high, len(text))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    place = _cut_place(text, low)
+    while place and not fits(place):
+        place = _cut_place(text, place - 1)
+    return place
+
+
+def _cut_place(text: str, most: int) -> int:
+    """Return the last place up to `most` at which a text may be cut: after a word.
+
+    Words are cut where they belong to a script without blanks, or are longer than words are; but never inside what is
+    seen as one character, such as a letter with its accents.
+    """
+    left = re.findall(r"\S*\Z", text[max(0, most - LONGEST_WORD) : most])[0]
+    right = re.findall(r"\A\S*", text[most : most + LONGEST_WORD])[0]
+    if left and right:
+        word, start = left + right, most - len(left)
+        ends = [character.end() for character in CHARACTER.finditer(word) if character.end() <= len(left)]
+        for end in reversed(ends):
+            if len(word) > LONGEST_WORD or WITHOUT_BLANKS_BESIDE.search(word[end - 1 : end + 1]):
+                return start + end
+        most = start
+    return len(text[:most].rstrip())
 
 
 def _shorten(text: str, length: int = 60) -> str:
@@ -263,7 +407,8 @@ def token_limit(config: Any, tokenizer: PreTrainedTokenizerBase, wanted: int | N
         ModelError: More is wanted than the model has positions for.
     """
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limits = [int(getattr(config, name)) for name in names if getattr(config, name, None)]
+    # XLNet, which has no limit, says -1.
+    limits = [int(getattr(config, name)) for name in names if (getattr(config, name, None) or 0) > 0]
     if tokenizer.model_max_length and tokenizer.model_max_length < 10**9:
         limits.append(int(tokenizer.model_max_length))
     limit = min(limits) if limits else None

@@ -64,6 +64,18 @@ class RAGSystem:
     inference: Literal["concat", "ensemble"] = "concat"
     ensemble_temperature: float = ENSEMBLE_TEMPERATURE
 
+    def __post_init__(self) -> None:
+        """Look which fields the passages have, because what some of them have may be absent from others.
+
+        Raises:
+            DataError: The passage template names a field that no passage has.
+        """
+        if self.generator is not None:
+            size = len(self.knowledge_store)
+            chunks = (range(start, min(start + 1000, size)) for start in range(0, size, 1000))
+            passages = (node for chunk in chunks for node in self.knowledge_store.nodes_at(chunk))
+            self.generator.prompts.passages.require_fields(passages)
+
     @property
     def prompt_config(self) -> PromptConfig:
         """How prompts are written."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.runs.plots import LINE_COLOURS, new_figure, save_figure, tidy
+from fedrag_cli.runs.plots import LINE_COLOURS, label_of, new_figure, save_figure, tidy
 
 MOST_COLUMNS = 3
 COLOURS = {"untuned": "#6E6E6E", "federated": LINE_COLOURS[0], "pooled": LINE_COLOURS[2]}
@@ -41,7 +41,7 @@ def plot_baselines(comparison: Mapping[str, Any], path: Path) -> None:
                 note, (found["mean"], place), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center"
             )
         panel.axvline(rows[0]["metrics"][metric]["mean"], color=COLOURS["untuned"], linewidth=0.8, linestyle=":")
-        panel.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=9)
+        panel.set_yticks(range(len(rows)), [label_of(row["name"]) for row in rows], fontsize=9)
         panel.set_ylim(len(rows) - 0.5, -0.7)
         panel.set_title(metric, fontsize=10)
         panel.set_xlabel(

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedrag_cli.config.fields import is_folder, is_there
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.runs.atomic import write_bytes_atomically
-from fedrag_cli.runs.plots import VERDICT_COLOURS, new_figure, picture_of, tidy
+from fedrag_cli.runs.plots import VERDICT_COLOURS, label_of, new_figure, picture_of, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +54,9 @@ def require_plot_file(path: Path, *, force: bool) -> None:
             f"'{path}' does not end in a format that plots are written in.",
             f"Name a file that ends in {' or '.join(f'.{known}' for known in METADATA)} with --plot.",
         )
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"'{path}' is a folder.", "Name a file, such as difference.png, with --plot.")
-    if force or not path.exists():
+    if force or not is_there(path):
         return
     if path.stat().st_size > LARGEST_PLOT or MARKS[format] not in path.read_bytes():
         raise ConfigError(
@@ -105,7 +106,7 @@ def _draw_title(axes: Axes, item: Mapping[str, Any], place: float) -> None:
     title = axes.text(
         0.01,
         place,
-        f"{item['label']}  against  {item['baseline_label']}",
+        f"{label_of(item['label'])}  against  {label_of(item['baseline_label'])}",
         transform=axes.get_yaxis_transform(),
         fontsize=9,
         weight="bold",

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedrag_cli.runs.markdown import table
 from fedrag_cli.runs.metrics_log import latest_by_step
+from fedrag_cli.text import markdown_code, markdown_text
 
 # The fields of `train_step` that are diagnostics, and what they are.
 LABELS = {
@@ -94,7 +95,7 @@ def diagnostics_section(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
         for name, change in part["steps"].items()
     ]
     moved = [
-        f"- {phase}: {', '.join(_movement(item) for item in part['moved'])}"
+        f"- {markdown_text(phase)}: {', '.join(_movement(item) for item in part['moved'])}"
         for phase, part in diagnostics.items()
         if part["moved"]
     ]
@@ -109,7 +110,7 @@ def diagnostics_section(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _movement(item: Mapping[str, Any]) -> str:
-    return f"`{item['module']}` {100 * item['relative']:.3g} %"
+    return f"{markdown_code(item['module'])} {100 * item['relative']:.3g} %"
 
 
 def _first_and_last(points: Points) -> dict[str, float]:

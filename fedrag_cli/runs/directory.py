@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedrag_cli.config.fields import is_there
 from fedrag_cli.errors import ConfigError, DataError, FedRAGError
 from fedrag_cli.runs.atomic import (
     os_errors,
@@ -24,6 +26,7 @@ from fedrag_cli.runs.atomic import (
     write_text_atomically,
 )
 from fedrag_cli.runs.metrics_log import MetricsLog, read_events
+from fedrag_cli.runs.temporary import lock
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "accelerate", "flwr", "fedrag-cli")
@@ -41,7 +44,17 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def create(cls, output_dir: str, name: str, config_yaml: str, *, command: Sequence[str], seed: int) -> RunDirectory:
+    def create(
+        cls,
+        output_dir: str,
+        name: str,
+        config_yaml: str,
+        *,
+        command: Sequence[str],
+        seed: int,
+        outside: Mapping[str, tuple[str, Any]] | None = None,
+        **fields: Any,
+    ) -> RunDirectory:
         """Make a new run directory with its config and manifest.
 
         Args:
@@ -50,6 +63,9 @@ class RunDirectory:
             config_yaml: The whole config, secrets as references.
             command: The command line.
             seed: The run's seed.
+            outside: References and values of settings that come from outside of the config, by key path. Texts among
+                the values are kept as hashes, as they may be secrets; a number or a switch is none.
+            fields: What else the manifest says.
 
         Raises:
             FedRAGError: The folder cannot be written.
@@ -59,17 +75,23 @@ class RunDirectory:
         with os_errors(path):
             path.mkdir(parents=True)
         run = cls(path)
-        write_text_atomically(run.config_file, config_yaml)
-        run.update_manifest(
-            schema_version=SCHEMA_VERSION,
-            run=name,
-            status="running",
-            command=list(command),
-            seed=seed,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=library_versions(),
-            git=_git_state(),
-        )
+        try:
+            write_text_atomically(run.config_file, config_yaml)
+            run.update_manifest(
+                schema_version=SCHEMA_VERSION,
+                run=name,
+                status="running",
+                command=list(command),
+                seed=seed,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                versions=library_versions(),
+                git=_git_state(),
+                outside=_record(outside or {}, secrets.token_hex(16)),
+                **fields,
+            )
+        except BaseException:
+            run.remove()
+            raise
         return run
 
     @classmethod
@@ -81,7 +103,7 @@ class RunDirectory:
             DataError: Its manifest is damaged.
         """
         run = cls(path)
-        if not path.exists():
+        if not is_there(path):
             raise ConfigError(
                 f"'{path}' does not exist.", "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID."
             )
@@ -133,6 +155,45 @@ class RunDirectory:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json_atomically(self.path / "manifest.json", {**known, **fields, "updated": now})
 
+    def require_same_outside(self, outside: Mapping[str, tuple[str, Any]]) -> None:
+        """Compare settings that come from outside of the config with those that the run started with.
+
+        One whose reference is another by now was changed in the run's config on purpose.
+
+        Args:
+            outside: References and values by key path, as `create` takes them.
+
+        Raises:
+            ConfigError: The environment gives other values.
+        """
+        known = self.manifest().get("outside")
+        if known is None:
+            return
+        # Where a run is kept does not matter to what it computes, and it may have been moved.
+        now = _record({key: found for key, found in outside.items() if key != "run.output_dir"}, known["salt"])
+        changed = [
+            _change(key, known["settings"][key], setting)
+            for key, setting in now["settings"].items()
+            if key in known["settings"]
+            and known["settings"][key] != setting
+            and known["settings"][key]["reference"] == setting["reference"]
+        ]
+        if changed:
+            raise ConfigError(
+                f"The environment gives other values than when this run started: {'; '.join(changed)}.",
+                "Set the variables as they were, start a new run, or write what you mean into "
+                f"'{self.config_file}' in the place of the reference.",
+            )
+
+    def require_finished(self) -> None:
+        """Raise ConfigError where the run has not come to its end."""
+        status = self.manifest().get("status")
+        if status != "done":
+            raise ConfigError(
+                f"The run in '{self.path}' is not finished (status: {status}).",
+                f"Go on with: fedrag resume {self.path}",
+            )
+
     def federation_role(self) -> str | None:
         """Return which part of a federation the run is (server, client or simulation); None for a training."""
         federation = self.manifest().get("federation")
@@ -160,6 +221,11 @@ class RunDirectory:
         """Return a JSON file of the run, or None where it was not written yet."""
         return self._read_json(name) if (self.path / name).is_file() else None
 
+    def log_size(self) -> int:
+        """Return how many bytes `metrics.jsonl` has; 0 where it is not there yet."""
+        log = self.path / "metrics.jsonl"
+        return log.stat().st_size if log.is_file() else 0
+
     def open_log(self) -> MetricsLog:
         """Open `metrics.jsonl` for appending."""
         return MetricsLog(self.path / "metrics.jsonl")
@@ -182,9 +248,9 @@ class RunDirectory:
         Raises:
             FedRAGError: Another process works in it.
         """
-        with os_errors(self.path), (self.path / ".lock").open("w") as file:
+        with os_errors(self.path), (self.path / ".lock").open("wb") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
             except BlockingIOError as error:
                 raise FedRAGError(f"Another process is working in '{self.path}'.", "Wait for it or stop it.") from error
             remove_leftovers(self.path)
@@ -199,6 +265,25 @@ class RunDirectory:
         if not isinstance(value, dict):
             raise DataError(f"'{self.path / name}' cannot be read: it holds no JSON object", hint)
         return value
+
+
+def _record(outside: Mapping[str, tuple[str, Any]], salt: str) -> dict[str, Any]:
+    """Return references and values as a manifest may hold them: numbers in clear, all else as hashes."""
+
+    def shown(value: Any) -> dict[str, Any]:
+        if value is None or isinstance(value, bool | int | float):
+            return {"value": value}
+        text = json.dumps(value, sort_keys=True)
+        # A slow hash, because few secrets are as hard to guess as they should be.
+        return {"hash": hashlib.scrypt(text.encode(), salt=bytes.fromhex(salt), n=2**14, r=8, p=1, dklen=16).hex()}
+
+    settings = {key: {"reference": reference, **shown(value)} for key, (reference, value) in outside.items()}
+    return {"salt": salt, "settings": settings}
+
+
+def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    values = f" was {old['value']}, is {new['value']}" if "value" in old and "value" in new else ""
+    return f"{key} ({old['reference']}){values}"
 
 
 def library_versions() -> dict[str, str]:

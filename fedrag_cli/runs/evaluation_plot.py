@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config.metrics import METRIC_UNBOUNDED
-from fedrag_cli.runs.plots import LINE_COLOURS, new_figure, save_figure, tidy
+from fedrag_cli.runs.plots import LINE_COLOURS, label_of, new_figure, save_figure, tidy
 
 ALL = "all"
 
@@ -48,4 +48,4 @@ def plot_evaluation(summary: Mapping[str, Any], path: Path) -> None:
 
 def _label(name: str, found: Mapping[str, Any], metrics: list[str]) -> str:
     counts = [found[metric]["n"] for metric in metrics if metric in found]
-    return f"{name} (n = {max(counts)})" if counts else name
+    return f"{label_of(name)} (n = {max(counts)})" if counts else label_of(name)

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedrag_cli.runs.plots import LINE_COLOURS, LINE_MARKERS, REFUSED_COLOUR, new_figure, save_figure, tidy
+from fedrag_cli.runs.plots import LINE_COLOURS, LINE_MARKERS, REFUSED_COLOUR, label_of, new_figure, save_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WHOSE = {"clients": "clients' validation questions", "server": "server's questions"}
 Series = dict[str, dict[int, float]]
 
 
@@ -86,7 +87,9 @@ def _draw_series(axes: Axes, series: Series, label: str) -> None:
             marker=LINE_MARKERS[position % len(LINE_MARKERS)],
             markersize=5,
             linewidth=1.6,
-            label={"clients": "clients' validation questions", "server": "server's questions"}.get(name, name),
+            label={"clients": "clients' validation questions", "server": "server's questions"}.get(
+                name, label_of(name)
+            ),
         )
     axes.legend(frameon=False, fontsize=9)
     axes.set_xlabel("round")

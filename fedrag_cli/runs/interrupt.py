@@ -1,14 +1,21 @@
-"""Ctrl-C and SIGTERM: finish the step, save, then stop."""
+"""Ctrl-C, SIGTERM and SIGHUP: finish the step, save, then stop."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has no SIGHUP.
+SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 class InterruptGuard:
@@ -21,6 +28,7 @@ class InterruptGuard:
         """Whether a second signal means no more than the first: a launcher hands on what the terminal sends too."""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        _drop_lost_terminal(number)
         if self.requested and not self.ignores_repeats:
             raise KeyboardInterrupt
         self.requested = True
@@ -34,38 +42,64 @@ def deferred_interrupts() -> Iterator[InterruptGuard]:
         A guard whose `requested` tells whether a signal has come.
     """
     guard = InterruptGuard()
-    if threading.current_thread() is not threading.main_thread():
-        yield guard
-        return
-    previous = {number: signal.signal(number, guard._note) for number in SIGNALS}
-    try:
-        yield guard
-    finally:
-        over = guard.requested and guard.ignores_repeats
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if over else handler)
+    with _handling(SIGNALS, guard._note) as handled:
+        try:
+            yield guard
+        finally:
+            if guard.requested and guard.ignores_repeats:
+                for number in handled:
+                    handled[number] = signal.SIG_IGN
 
 
 @contextmanager
 def terminable(*, once: bool = False) -> Iterator[None]:
-    """Let SIGTERM interrupt the enclosed code as Ctrl-C does, so that it can leave its state whole.
+    """Let SIGTERM and SIGHUP interrupt the enclosed code as Ctrl-C does, so that it can leave its state whole.
 
     Args:
         once: Whether signals after the first mean no more than that: a launcher hands on what the terminal sends too.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        _drop_lost_terminal(number)
         if once:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, interrupt) for number in (SIGNALS if once else (signal.SIGTERM,))}
-    try:
+    with _handling(SIGNALS if once else SIGNALS[1:], interrupt):
         yield
+
+
+@contextmanager
+def _handling(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[dict[signal.Signals, Any]]:
+    """Handle signals while the enclosed code runs; what runs under `nohup` goes on ignoring SIGHUP.
+
+    Yields:
+        The handlers that are put back afterwards, by signal.
+    """
+    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
+    try:
+        yield previous
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, former in previous.items():
+            signal.signal(number, former)
+
+
+def _drop_lost_terminal(number: int) -> None:
+    """Let output go nowhere where SIGHUP says that the terminal is gone; else the message of the end would fail."""
+    if sys.platform == "win32" or number != signal.SIGHUP:
+        return
+    import termios
+
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

@@ -29,6 +29,7 @@ def append_line(path: Path, record: Any) -> None:
         record: Anything that JSON can hold.
     """
     with path.open("ab") as file:
-        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        # Lone surrogates, which UTF-8 cannot hold, become the escapes that JSON has for them.
+        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
         file.flush()
         os.fsync(file.fileno())

@@ -65,7 +65,9 @@ class MetricsLog:
 
     def _write(self, line: bytes) -> None:
         # One call of os.write has no buffer that a kill could lose, and O_APPEND keeps the lines of two writers whole.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # Without O_BINARY, Windows writes other ends of lines.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(self.path, flags, 0o644)
         try:
             # The disk takes part of a line only when it is full; the next call then raises the error that says so.
             while line:

@@ -10,7 +10,9 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from fedrag_cli.runs.diagnostics import diagnostics_section
-from fedrag_cli.runs.markdown import table
+from fedrag_cli.runs.markdown import LONGEST_CELL, fenced, table
+from fedrag_cli.runs.reporting import epsilon_text
+from fedrag_cli.text import markdown_code, markdown_text
 
 
 class TunedRetriever(TypedDict):
@@ -120,10 +122,10 @@ def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
 
 def _head(summary: Mapping[str, Any]) -> str:
     front_matter = yaml.safe_dump({"tags": ["fedrag", "rag"]}, sort_keys=False)
-    title = f"---\n{front_matter}---\n\n# {summary['run_name']}"
+    title = f"---\n{front_matter}---\n\n# {markdown_text(summary['run_name'])}"
     if summary["status"] == "done":
         return title
-    return f"{title}\n\n**This run did not finish: its status is `{summary['status']}`.**"
+    return f"{title}\n\n**This run did not finish: its status is {markdown_code(summary['status'])}.**"
 
 
 def _tuned(tuned: Mapping[str, Any]) -> str:
@@ -133,13 +135,13 @@ def _tuned(tuned: Mapping[str, Any]) -> str:
         if part is None:
             lines.append(f"- **{side.capitalize()}**: not tuned.")
             continue
-        details = [f"trainer `{part['trainer']}`"]
+        details = [f"trainer {markdown_code(part['trainer'])}"]
         if part.get("train"):
             encoders = {"query": "query encoder only", "both": "query and passage encoder"}
             details.append(encoders.get(part["train"], part["train"]))
         if "adapter" in part:
             details.append("LoRA adapter" if part["adapter"] else "all weights")
-        lines.append(f"- **{side.capitalize()}**: `{portable(part['model'])}`, {', '.join(details)}.")
+        lines.append(f"- **{side.capitalize()}**: {markdown_code(portable(part['model']))}, {', '.join(details)}.")
     return "\n".join(lines)
 
 
@@ -180,14 +182,29 @@ def _federation(summary: Mapping[str, Any]) -> str:
         loss = row.get("loss")
         clients = ", ".join(row["clients"]) if "clients" in row else "this one"
         refused = "; ".join(f"{name}: {reason}" for name, reason in row.get("refused", {}).items())
-        cells = [str(row["round"]), clients, refused, str(row["examples"])]
-        rows.append([*cells, f"{loss:.4f}" if loss is not None else ""])
-    listed = table(["Round", "Clients", "Refused", "Examples", "Loss"], rows, numbers=(0, 3, 4))
-    if "epsilon" in rounds[-1]:
-        listed += (
-            f"\n\nDifferential privacy of each client's part in these weights: epsilon {rounds[-1]['epsilon']:.4g} at "
-            f"delta {rounds[-1]['delta']:g}. What clients reported beside them has none."
+        outliers = "; ".join(f"{name}: {reason}" for name, reason in row.get("outliers", {}).items())
+        rows.append(
+            [
+                str(row["round"]),
+                clients,
+                refused,
+                outliers,
+                str(row["examples"]),
+                f"{loss:.4f}" if loss is not None else "",
+            ]
         )
+    columns = ["Round", "Clients", "Refused", "Outliers", "Examples", "Loss"]
+    used = [place for place, name in enumerate(columns) if name != "Outliers" or any(row[place] for row in rows)]
+    cells = [[row[place] for place in used] for row in rows]
+    listed = table([columns[place] for place in used], cells, numbers=(0, len(used) - 2, len(used) - 1))
+    if spent := epsilon_text(rounds[-1], long=True):
+        listed += (
+            f"\n\nDifferential privacy of each client's part in these weights: {spent}, over all rounds. The noise on "
+            "the mean of a round was its noise multiplier times the clipping norm over the number of its updates. "
+            "What clients reported beside them has none."
+        )
+    if own := epsilon_text(rounds[-1], prefix="own_", long=True):
+        listed += f"\n\nThis client's own noise on the updates that it sent, by its own account: {own}."
     parts = {
         "server": "This is the global model, as the server of a federation keeps it.",
         "client": "This is the global model, as a client of a federation keeps it; the loss is its own.",
@@ -208,7 +225,7 @@ def _comparison(summary: Mapping[str, Any]) -> str:
             rows.append([row["name"], metric, str(found["n"]), f"{found['mean']:.4f}", cell])
     level = f"{100 * comparison['confidence']:g} %"
     listed = table(["Model", "Metric", "n", "Mean", f"Difference to untuned, {level}"], rows, numbers=(2, 3))
-    verdicts = "\n".join(f"- {verdict}" for verdict in comparison["verdicts"])
+    verdicts = "\n".join(f"- {markdown_text(verdict, LONGEST_CELL)}" for verdict in comparison["verdicts"])
     return (
         "## What federating is worth\n\nPooled and alone: the same settings and as many passes over the examples. All "
         f"answered the same questions over the whole corpus.\n\n{listed}\n\n{verdicts}"
@@ -247,16 +264,14 @@ def _loading(tuned: Mapping[str, Any]) -> str:
         )
     if not blocks:
         return ""
-    code = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    code = "\n\n".join(fenced(block, "python") for block in blocks)
     return f"## How to load\n\nIn this folder:\n\n{code}"
 
 
 def _data(counts: Mapping[str, int], fingerprints: Mapping[str, str]) -> str:
     names = dict.fromkeys([*counts, *fingerprints])
-    rows = [
-        [name, str(counts.get(name, "")), f"`{fingerprints[name]}`" if name in fingerprints else ""] for name in names
-    ]
-    return "## Data\n\n" + table(["Part", "Count", "Fingerprint"], rows, numbers=[1])
+    rows = [[name, str(counts.get(name, "")), fingerprints.get(name, "")] for name in names]
+    return "## Data\n\n" + table(["Part", "Count", "Fingerprint"], rows, numbers=[1], code=[2])
 
 
 def _base_model(reference: str) -> str:
@@ -287,11 +302,11 @@ def _training(summary: Mapping[str, Any]) -> str:
         lines.append(f"- Mean training loss: {summary['loss']:.4g}")
     if summary.get("seconds") is not None:
         lines.append(f"- Time of the training: {summary['seconds']:.0f} s")
-    text = "## Training\n\n" + "\n".join(lines) + f"\n\n```sh\n{command}\n```"
+    text = "## Training\n\n" + "\n".join(lines) + "\n\n" + fenced(command, "sh")
     settings = summary.get("settings")
     if settings:
         dumped = yaml.safe_dump(portable(settings), sort_keys=False, allow_unicode=True)
-        text += f"\n\nSettings of the trainer:\n\n```yaml\n{dumped}```"
+        text += "\n\nSettings of the trainer:\n\n" + fenced(dumped, "yaml")
     return text
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedrag_cli.errors import FedRAGError
 from fedrag_cli.runs.atomic import write_bytes_atomically
 from fedrag_cli.runs.metrics_log import latest_by_step
+from fedrag_cli.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +32,7 @@ _DOTS_PER_INCH = 150
 FEWEST_POINTS_TO_SMOOTH = 20
 
 Points = list[tuple[float, float]]
+LONGEST_LABEL = 60
 
 
 def plot_curves(events: Iterable[Mapping[str, Any]], directory: Path | str) -> list[Path]:
@@ -250,6 +252,13 @@ def new_figure(size: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout=_spaced_layout())
+
+
+def label_of(text: str) -> str:
+    """Return a foreign text, such as a client's or a group's name, as a picture may show it: without mathematics."""
+    shown = printable(text, LONGEST_LABEL).replace("$", r"\$")
+    # matplotlib leaves labels out that begin with an underscore.
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def tidy(axes: Axes, grid: str) -> None:

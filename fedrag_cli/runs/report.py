@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedrag_cli.config.fields import is_folder, is_there
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ConfigError
+from fedrag_cli.text import readable
 
 GENERATOR = "fedrag report"
 VERDICT_MARKS = {"better": "✓", "worse": "✗", "no difference shown": "○"}
@@ -48,6 +50,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("fedrag_cli.runs", "report_page"),
         autoescape=True,
+        finalize=shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -75,6 +78,11 @@ def render_report(report: Mapping[str, Any]) -> str:
     return page.render(report, generator=GENERATOR, policy=policy, script=script).lstrip()
 
 
+def shown(value: Any) -> Any:
+    """Return a value as the page may show it; what is marked as safe is ours."""
+    return readable(value) if type(value) is str else value
+
+
 def explain_metric(name: str) -> str:
     """Say in a sentence what a metric measures, for one question."""
     for pattern, text in EXPLANATIONS.items():
@@ -93,9 +101,9 @@ def require_replaceable(path: Path, *, force: bool) -> None:
     Raises:
         ConfigError: It is a folder, or a file that is no report of ours.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"'{path}' is a folder.", "Name a file, such as report.html, with --output.")
-    if force or not path.exists():
+    if force or not is_there(path):
         return
     with path.open("rb") as file:
         beginning = file.read(2000)

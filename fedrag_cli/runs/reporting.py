@@ -5,7 +5,7 @@ Libraries call a `Reporter`; what becomes of it is up to the caller (files, a te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -54,3 +54,26 @@ class SilentReporter:
 
     def note(self, message: str) -> None:
         """Do nothing."""
+
+
+def epsilon_text(record: Mapping[str, Any], *, prefix: str = "", long: bool = False) -> str:
+    """Return what rounds have spent of privacy, from a round's record; an empty text where there is no privacy.
+
+    Args:
+        record: `epsilon`, `epsilon_replaced` and `delta`; an epsilon of None is without bound.
+        prefix: What stands before the names of the first two; `own_` for what a client's own noise has spent.
+        long: Whether to say all of it, with its meaning, instead of the first epsilon alone.
+    """
+    if f"{prefix}epsilon" not in record:
+        return ""
+
+    def number(name: str) -> str:
+        epsilon = record[prefix + name]
+        return "unbounded" if epsilon is None else f"{epsilon:.4g}"
+
+    if not long:
+        return number("epsilon")
+    return (
+        f"epsilon {number('epsilon')} at delta {record['delta']:g}, and {number('epsilon_replaced')} against replacing "
+        "instead of zeroing one site's updates"
+    )

@@ -9,12 +9,34 @@ import glob
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import IOBase
 from pathlib import Path
 
 LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>[0-9a-f]{8}|old)\.tmp")
+
+
+def lock(file: IOBase) -> None:
+    """Lock an open file for this process until it is closed.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(0)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(error.errno, error.strerror) from error
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def temporary_name(path: Path) -> Path:

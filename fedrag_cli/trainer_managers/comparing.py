@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.config.fields import is_there
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.evaluation.comparison import Comparison, Evaluated, compare, metric_table
@@ -67,10 +68,14 @@ def load_compared(names: Sequence[str]) -> list[Evaluated]:
         names: Run directories, or RUN:STAGE for another evaluation of the run than its last.
 
     Raises:
-        ConfigError: There is nothing to compare, or a folder is no run.
+        ConfigError: There is nothing to compare, or a folder is no run or one that is not finished.
         DataError: Records are missing or damaged.
     """
-    return [load_evaluated(name) for name in with_baseline(names)]
+    compared = with_baseline(names)
+    for name in compared:
+        # Half of a run must not pass for the whole in CI.
+        RunDirectory.open(split_stage(name)[0]).require_finished()
+    return [load_evaluated(name) for name in compared]
 
 
 def load_evaluated(name: str) -> Evaluated:
@@ -81,7 +86,7 @@ def load_evaluated(name: str) -> Evaluated:
 
     Raises:
         ConfigError: The folder is no run, or it has no such evaluation.
-        DataError: The records are damaged.
+        DataError: The records are damaged, or those of a finished run's end are gone.
     """
     path, stage = split_stage(name)
     run = RunDirectory.open(path)
@@ -93,6 +98,11 @@ def load_evaluated(name: str) -> Evaluated:
         )
     if stage is None:
         stage = next((known for known in NEWEST_FIRST if known in stages), stages[-1])
+        if stage == "before" and run.manifest().get("status") == "done":
+            raise DataError(
+                f"The run in '{path}' is finished, but what it has recorded after training is gone.",
+                f"Restore 'evaluation/after{SUFFIX}' in it, or name the evaluation before training: {path}:before",
+            )
     if stage not in stages:
         raise ConfigError(f"The run in '{path}' has no evaluation '{stage}'.", f"It has: {', '.join(stages)}.")
     rows = _read(run.path / "evaluation" / f"{stage}{SUFFIX}")
@@ -153,7 +163,7 @@ def stages_of(run: RunDirectory) -> list[str]:
 
 def split_stage(name: str) -> tuple[Path, str | None]:
     """Return the run directory and the stage of RUN or RUN:STAGE."""
-    if Path(name).exists() or ":" not in name:
+    if is_there(name) or ":" not in name:
         return Path(name), None
     path, _, stage = name.rpartition(":")
     return Path(path), stage
@@ -161,7 +171,8 @@ def split_stage(name: str) -> tuple[Path, str | None]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Questions may hold other ends of lines than the one that JSON lines end with.
+        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
         if not all(isinstance(row["metrics"], dict) and "id" in row and "query" in row for row in rows):
             raise ValueError("a line has no id, query or metrics")
     except (OSError, ValueError, KeyError, TypeError) as error:

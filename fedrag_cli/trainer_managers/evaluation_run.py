@@ -31,11 +31,10 @@ from fedrag_cli.trainer_managers.run_parts import (
     chosen_metrics,
     data_fingerprints,
     evaluate_once,
+    life_cycle,
     load_questions,
     model_fingerprints,
-    nothing_computed_yet,
     record_fingerprints,
-    recorded_end,
     require_unchanged,
 )
 
@@ -63,18 +62,26 @@ def start_evaluation(
     config = _config_of(source, evaluated_run)
     data, metrics = _load(config)
     name = f"{config.run.name}-evaluation"
-    run = RunDirectory.create(config.run.output_dir, name, source.to_yaml(), command=command, seed=config.run.seed)
     of = str(evaluated_run.resolve()) if evaluated_run is not None else None
-    run.update_manifest(evaluation={"of": of})
-    reporter.note(f"Run directory: {run.path}")
-    with run.locked(), terminable():
-        with nothing_computed_yet(run):
-            rag_system = _build(config, data, metrics, reporter)
+    with terminable():
+        run = RunDirectory.create(
+            config.run.output_dir,
+            name,
+            source.to_yaml(),
+            command=command,
+            seed=config.run.seed,
+            outside=source.outside_values(),
+            evaluation={"of": of},
+        )
         try:
-            return _see_through(run, config, data, metrics, rag_system, reporter)
+            with life_cycle(run, is_new=True):
+                reporter.note(f"Run directory: {run.path}")
+                rag_system = _build(config, data, metrics, reporter)
+                return _see_through(run, config, data, metrics, rag_system, reporter)
         except KnowledgeStoreError:
             # Passages that a store leaves on disk turn out to be damaged when they are read, before anything is kept.
-            run.remove()
+            if run.path.exists():
+                run.remove()
             raise
 
 
@@ -82,10 +89,9 @@ def resume_evaluation(run: RunDirectory, source: ConfigSource, reporter: Reporte
     """Go on with an evaluation after its newest batch; see `start_evaluation`."""
     of = run.manifest()["evaluation"]["of"]
     config = _config_of(source, Path(of) if of is not None else None)
-    data, metrics = _load(config)
-    require_unchanged(run, "data", data_fingerprints(data))
-    with run.locked():
-        run.update_manifest(status="running", error=None)
+    with life_cycle(run):
+        data, metrics = _load(config)
+        require_unchanged(run, "data", data_fingerprints(data))
         rag_system = _build(config, data, metrics, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, metrics, rag_system, reporter)
@@ -133,15 +139,14 @@ def _see_through(
     reporter = RunReporter(run.open_log(), reporter)
     # A run that goes on counts what its earlier parts have taken.
     started = time.monotonic() - seconds_spent(run.events())
-    with recorded_end(run):
-        record_fingerprints(run, rag_system, data)
-        reporter.event("started", mode="evaluation", **data.counts())
-        evaluation = evaluate_once(run, STAGE, config, data, rag_system, metrics, reporter)
-        assert evaluation is not None
-        summary = _summary(run, config, data, evaluation, time.monotonic() - started)
-        plot_evaluation(summary, run.plots / "metrics.png")
-        run.write_json("summary.json", summary)
-        run.update_manifest(status="done", error=None)
+    record_fingerprints(run, rag_system, data)
+    reporter.event("started", mode="evaluation", **data.counts())
+    evaluation = evaluate_once(run, STAGE, config, data, rag_system, metrics, reporter)
+    assert evaluation is not None
+    summary = _summary(run, config, data, evaluation, time.monotonic() - started)
+    plot_evaluation(summary, run.plots / "metrics.png")
+    run.write_json("summary.json", summary)
+    run.update_manifest(status="done", error=None)
     return summary
 
 

@@ -61,11 +61,15 @@ def create_run(source: ConfigSource, command: Sequence[str], **federation: Any) 
         federation: `role`, and what `fedrag resume` needs to take it up again.
     """
     run_config = source.config.run
-    run = RunDirectory.create(
-        run_config.output_dir, run_config.name, source.to_yaml(), command=command, seed=run_config.seed
+    return RunDirectory.create(
+        run_config.output_dir,
+        run_config.name,
+        source.to_yaml(),
+        command=command,
+        seed=run_config.seed,
+        outside=source.outside_values(),
+        federation=federation,
     )
-    run.update_manifest(federation=federation)
-    return run
 
 
 def run_federation(

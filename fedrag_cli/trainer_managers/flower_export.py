@@ -107,9 +107,13 @@ def export_flower_app(source: ConfigSource, directory: Path) -> list[Path]:
 
 
 def _public_yaml(source: ConfigSource) -> str:
-    """Return the config without where the server's data and keys are: the app goes to every node."""
+    """Return the config without what concerns this machine alone, such as data and keys: the app goes to every node."""
     config = yaml.safe_load(source.to_yaml())
     del config["dataset"]
+    for component in config["rag_system"].values():
+        if isinstance(component, dict):
+            # Whoever runs the app decides for their machine.
+            component.pop("trust_remote_code", None)
     if config.get("federated") is not None:
         config["federated"] = public_settings(config["federated"])
     text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -162,4 +166,8 @@ def _task_of(config_file: str) -> FLTask:
     data = load_run_data(config)
     rag_system = build_rag_system(config, nodes=data.nodes, with_generator=trains_with_generator(config))
     manager = build_manager(config, rag_system, train=data.train, validation=data.validation)
-    return manager.get_federated_task(settings_of(config))
+    settings = settings_of(config)
+    # Flower may start a process for each message, and noise that was given must not be drawn again by the next one.
+    adds_noise = settings.privacy is not None and settings.privacy.at == "client"
+    record = Path(config.run.output_dir) / f"{Path(config_file).stem}-flower-app" if adds_noise else None
+    return manager.get_federated_task(settings, record)

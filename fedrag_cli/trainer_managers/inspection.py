@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from typing import Any
 
@@ -50,10 +49,18 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
         trained = {side: _count(trainable(trainer.model)) for side, trainer in manager.trainers.items() if trainer}
         report["trained_parameters"] = trained
     report["parameters"] = _parameters(rag_system)
-    # Linux counts in KiB, macOS in bytes.
+    return report | _peak_memory()
+
+
+def _peak_memory() -> dict[str, int]:
+    """Return the most memory that this process has had; nothing on Windows, which keeps no such account."""
+    try:
+        import resource
+    except ImportError:
+        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report["peak_memory_bytes"] = peak if sys.platform == "darwin" else peak * 1024
-    return report
+    # Linux counts in KiB, macOS in bytes.
+    return {"peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
 def _parameters(rag_system: RAGSystem) -> dict[str, int]:

@@ -12,17 +12,20 @@ from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training
-from fedrag_cli.errors import ConnectionFailedError, FedRAGError
+from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.endpoint import ServerAddress, client_authority, parse_address
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_or_make_key, load_private_key
+from fedrag_cli.federated.rounds import ClientRounds
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.launch import resume_command
+from fedrag_cli.runs.metrics_log import seconds_spent
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.federated_parts import (
@@ -36,11 +39,11 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunReporter,
     chosen_metrics,
     evaluate_once,
+    life_cycle,
     load_rag_system,
     load_run_data,
     model_fingerprints,
     record_fingerprints,
-    recorded_end,
     require_unchanged,
     save_models,
     write_results,
@@ -80,15 +83,11 @@ def start_joining(
         load_private_key(Path(own_key))
     data = load_run_data(config)
     chosen_metrics(config, data)
-    run = create_run(source, command, role=CLIENT, side=side, address=address, insecure=insecure)
-    reporter.note(f"Run directory: {run.path}")
-    with run.locked():
-        try:
+    with terminable():
+        run = create_run(source, command, role=CLIENT, side=side, address=address, insecure=insecure)
+        with life_cycle(run, is_new=True):
+            reporter.note(f"Run directory: {run.path}")
             return _see_through(run, config, data, address, insecure=insecure, reporter=reporter)
-        except (FedRAGError, KeyboardInterrupt):
-            if not (run.path / "metrics.jsonl").exists():
-                run.remove()
-            raise
 
 
 def resume_joining(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -100,9 +99,8 @@ def resume_joining(run: RunDirectory, source: ConfigSource, reporter: Reporter) 
         reporter: Shows what happens.
     """
     federation, config = run.manifest()["federation"], source.config
-    data = load_run_data(config)
-    with run.locked():
-        run.update_manifest(status="running", error=None)
+    with life_cycle(run):
+        data = load_run_data(config)
         return _see_through(
             run, config, data, federation["address"], insecure=federation["insecure"], reporter=reporter
         )
@@ -111,7 +109,6 @@ def resume_joining(run: RunDirectory, source: ConfigSource, reporter: Reporter) 
 def _see_through(
     run: RunDirectory, config: Config, data: RunData, address: str, *, insecure: bool, reporter: Reporter
 ) -> dict[str, Any]:
-    started = time.monotonic()
     settings = settings_of(config)
     key = load_private_key(Path(settings.key)) if settings.key is not None else load_or_make_key(run.path / KEY_FILE)
     server = _dialled(config, address, insecure=insecure)
@@ -121,34 +118,37 @@ def _see_through(
         reporter.note(f"The server at {address} does not answer yet; loading meanwhile")
     rag_system = load_rag_system(config, data, reporter)
     reporter = RunReporter(run.open_log(), reporter)
-    with recorded_end(run), terminable():
-        record_fingerprints(run, rag_system)
-        require_unchanged(run, "base models", model_fingerprints(rag_system))
-        metrics = chosen_metrics(config, data)
-        before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
-        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
-        task = manager.get_federated_task(settings, run.path / WORK)
-        if done:
-            task.load(load_weights(run.path / WORK / FINAL_WEIGHTS))
-        else:
-            _take_part(run, config, task, node, reporter)
-        after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
-        if after is None:
-            reporter.note("Nothing was measured here: the config has neither dataset.test nor dataset.validation")
-        rounds = _rounds(run)
-        summary = federation_summary(
-            run,
-            config,
-            role=CLIENT,
-            counts=data.counts(),
-            split=data.split,
-            before=before,
-            after=after,
-            rounds=rounds,
-            evaluations=_evaluations(run),
-            seconds=time.monotonic() - started,
-        )
-        write_results(run, summary)
+    # A run that goes on counts what its earlier parts have taken.
+    started = time.monotonic() - seconds_spent(run.events())
+    record_fingerprints(run, rag_system)
+    require_unchanged(run, "base models", model_fingerprints(rag_system))
+    reporter.event("started", mode=config.trainer.mode, role=CLIENT)
+    metrics = chosen_metrics(config, data)
+    before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
+    manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
+    task = manager.get_federated_task(settings, run.path / WORK)
+    _note_earlier_noise(run, settings, reporter)
+    if done:
+        task.load(load_weights(run.path / WORK / FINAL_WEIGHTS))
+    else:
+        _take_part(run, config, task, node, reporter)
+    after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
+    if after is None:
+        reporter.note("Nothing was measured here: the config has neither dataset.test nor dataset.validation")
+    rounds = _rounds(run)
+    summary = federation_summary(
+        run,
+        config,
+        role=CLIENT,
+        counts=data.counts(),
+        split=data.split,
+        before=before,
+        after=after,
+        rounds=rounds,
+        evaluations=_evaluations(run),
+        seconds=time.monotonic() - started,
+    )
+    write_results(run, summary)
     return summary
 
 
@@ -178,10 +178,26 @@ def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode,
         raise handler.failure
 
 
+def _note_earlier_noise(run: RunDirectory, settings: FederatedConfig, reporter: Reporter) -> None:
+    """Say that other runs of this name have sent noisy updates too, which the account of this one leaves out."""
+    others = [path.parent for path in run.path.parent.glob(f"*/{WORK}") if path.parent != run.path]
+    given = sum(len(ClientRounds(other / WORK, settings).noises) for other in others)
+    if given:
+        reporter.note(
+            f"{given} noisy updates were sent by other runs in '{run.path.parent}'; where they are of the same data, "
+            "they spend its privacy beside those of this run"
+        )
+
+
 def _rounds(run: RunDirectory) -> list[dict[str, Any]]:
     """Return what this client did in each round, once where a round was repeated."""
     events = [event for event in run.events() if event["event"] == "client_round"]
-    by_round = {event["round"]: {"examples": event["examples"], **event["metrics"]} for event in events}
+    spent = ("own_epsilon", "own_epsilon_replaced", "delta")
+    by_round = {
+        event["round"]: {"examples": event["examples"], **event["metrics"]}
+        | {key: event[key] for key in spent if key in event}
+        for event in events
+    }
     return [{"round": number, **by_round[number]} for number in sorted(by_round)]
 
 

@@ -14,6 +14,7 @@ from fedrag_cli.errors import DataError
 from fedrag_cli.federated.config import public_settings
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.model_card import portable, portable_argument
+from fedrag_cli.runs.reporting import epsilon_text
 from fedrag_cli.trainer_managers.comparing import short_name
 
 KINDS = {
@@ -148,14 +149,15 @@ def _rounds(rounds: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any])
             str(row.get("examples", "")),
             _number(row.get("loss")) or "",
             f"{row['seconds']:.0f}" if row.get("seconds") is not None else "",
-            f"{row['epsilon']:.4g}" if "epsilon" in row else "",
+            epsilon_text(row),
+            "; ".join(f"{name}: {reason}" for name, reason in (row.get("outliers") or {}).items()),
         ]
         rows.append(cells + [_number(found.get(who, {}).get("metrics", {}).get(name)) or "" for name, who in measured])
-    columns = ["Round", "Clients", "Refused", "Examples", "Loss", "Seconds", "Epsilon", *metrics]
+    columns = ["Round", "Clients", "Refused", "Examples", "Loss", "Seconds", "Epsilon", "Outliers", *metrics]
     used = [place for place in range(len(columns)) if any(row[place] for row in rows)]
     return {
         "columns": [columns[place] for place in used],
-        "numbers": [name for name in columns if name not in ("Clients", "Refused")],
+        "numbers": [name for name in columns if name not in ("Clients", "Refused", "Outliers")],
         "rows": [[row[place] for place in used] for row in rows],
     }
 

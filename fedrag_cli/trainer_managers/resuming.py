@@ -28,6 +28,7 @@ def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> d
         The summary; that of a finished run as it is, but for where the run is now.
 
     Raises:
+        ConfigError: The environment gives settings other values than when the run started.
         DataError: The run is finished, but what it has tuned is gone.
         RunInterruptedError: The user or a signal interrupted it; it can go on again.
     """
@@ -50,6 +51,7 @@ def resume_run(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> d
 
 
 def _go_on(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
+    run.require_same_outside(source.outside_values())
     of_training = run.manifest().get("evaluation") is None and run.federation_role() is None
     if process_count() > 1 and not of_training:
         raise ConfigError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from fedrag_cli.runs.diagnostics import summarise
 from fedrag_cli.runs.diagnostics_plot import plot_diagnostics, plot_movement
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.federation_plot import plot_federation
+from fedrag_cli.runs.interrupt import deferred_interrupts
 from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.metrics_log import MetricsLog
 from fedrag_cli.runs.model_card import model_card
@@ -135,6 +137,10 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
     )
     if trains_with_generator(config):
         _require_room(rag_system.require_generator(), [*data.train, *data.validation])
+    # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
+    # all live on, are most of what it would look through.
+    gc.collect()
+    gc.freeze()
     return rag_system
 
 
@@ -145,8 +151,7 @@ def uses_generator(config: Config, data: RunData) -> bool:
 
 def _require_room(generator: CausalLMGenerator, examples: Sequence[Example]) -> None:
     for example in examples:
-        answer = generator.prompts.encode_answer(example.response)
-        generator.encode_prompt(example.query, [], answer_tokens=len(answer))
+        generator.prompts.encode_pair(example.query, [], example.response)
 
 
 def chosen_metrics(config: Config, data: RunData) -> list[str]:
@@ -307,45 +312,52 @@ def differences_of(config: Config, before: Evaluation | None, after: Evaluation 
 
 
 @contextmanager
-def nothing_computed_yet(run: RunDirectory) -> Iterator[None]:
-    """Remove a new run where the enclosed code, which loads its models, fails or is interrupted.
+def life_cycle(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
+    """Hold a run while the enclosed code loads and works, and write into the manifest how it ended.
+
+    Until it writes its first event it loads: where it ends before, a new run is removed, and one that goes on is as it
+    was. Errors after which a run can go on say how.
+
+    Args:
+        run: The run directory.
+        is_new: Whether it was just made.
 
     Raises:
+        FedRAGError: Another process works in it.
         RunInterruptedError: The user or a signal interrupted the enclosed code.
     """
-    try:
-        yield
-    except FedRAGError:
-        run.remove()
-        raise
-    except KeyboardInterrupt as error:
-        run.remove()
-        raise RunInterruptedError(
-            f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed.",
-            "Give the command again.",
-        ) from error
-
-
-@contextmanager
-def recorded_end(run: RunDirectory) -> Iterator[None]:
-    """Write into the manifest how a run ended; errors after which it can go on say how.
-
-    Raises:
-        RunInterruptedError: The user or a signal interrupted the enclosed code.
-    """
-    try:
-        yield
-    except BaseException as error:
-        code = getattr(error, "exit_code", None)
-        interrupted = isinstance(error, KeyboardInterrupt) or code == EXIT_INTERRUPTED
-        run.update_manifest(status="interrupted" if interrupted else "failed", error=str(error))
-        run.open_log().append("stopped")
-        if interrupted:
-            own = error.message if isinstance(error, RunInterruptedError) else ""
-            raise RunInterruptedError(
-                own or "Interrupted; what was computed is saved.",
-                f"Go on with: {resume_command(run.path)}",
-            ) from error
-        if isinstance(error, FederationError):
-            error.hint = f"{error.hint} Then go on with: {resume_command(run.path)}".strip()
-        raise
+    former, logged, is_held = {"status": "running"}, 0, is_new
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(run.locked())
+            former, logged, is_held = run.manifest(), run.log_size(), True
+            run.update_manifest(status="running", error=None)
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == EXIT_INTERRUPTED
+            with deferred_interrupts() as guard:
+                # An impatient second signal does not keep the end from being written down.
+                guard.ignores_repeats = True
+                worked = is_held and run.log_size() > logged
+                is_left = is_new and not worked and (interrupted or isinstance(error, FedRAGError))
+                if is_left:
+                    run.remove()
+                elif is_held:
+                    end = {"status": "interrupted" if interrupted else "failed", "error": str(error)}
+                    is_as_before = not worked and not is_new and former["status"] != "running"
+                    run.update_manifest(**({key: former.get(key) for key in end} if is_as_before else end))
+                    if worked:
+                        run.open_log().append("stopped")
+            if is_left and interrupted:
+                raise RunInterruptedError(
+                    f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed.",
+                    "Give the command again.",
+                ) from error
+            hint = f"Go on with: {resume_command(run.path)}"
+            if interrupted:
+                own = error.message if isinstance(error, RunInterruptedError) else ""
+                done = "what was computed is saved" if worked else "before the run went on; it is as it was"
+                raise RunInterruptedError(own or f"Interrupted{';' if worked else ''} {done}.", hint) from error
+            if isinstance(error, FederationError):
+                error.hint = f"{error.hint} Then {hint[0].lower()}{hint[1:]}".strip()
+            raise

@@ -12,8 +12,14 @@ from typing import Any
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import trains_with_generator
 from fedrag_cli.config.schema import FederatedConfig
-from fedrag_cli.errors import ConfigError, FedRAGError
-from fedrag_cli.federated.endpoint import Address, ServerCertificate, check_server_settings, parse_address
+from fedrag_cli.errors import ConfigError
+from fedrag_cli.federated.endpoint import (
+    Address,
+    ServerCertificate,
+    check_server_settings,
+    expiry_note,
+    parse_address,
+)
 from fedrag_cli.federated.fleet.server import FleetServer, listen
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_allowed_keys
@@ -24,6 +30,7 @@ from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_pass
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.launch import resume_command
+from fedrag_cli.runs.metrics_log import seconds_spent
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_trainers
 from fedrag_cli.trainer_managers.federated_parts import (
@@ -37,10 +44,10 @@ from fedrag_cli.trainer_managers.federated_parts import (
 from fedrag_cli.trainer_managers.run_parts import (
     RunData,
     RunReporter,
+    life_cycle,
     load_run_data,
     model_fingerprints,
     record_fingerprints,
-    recorded_end,
     require_unchanged,
     save_models,
     uses_generator,
@@ -98,23 +105,21 @@ def start_serving(
     where = parse_address(address)
     protection = _protection(settings_of(config), where, insecure=insecure)
     _check_free(where)
-    _note_missing_keys(protection, settings_of(config), reporter)
-    evaluates = "evaluation" in source.tree.tree
+    _note_weak_points(protection, settings_of(config), reporter)
+    evaluates = ("evaluation",) in source.tree.positions
     if evaluates and config.dataset.corpus is None:
         raise ConfigError(
             "The config has an evaluation section, so the server measures the global model, but no dataset.corpus.",
             "Add corpus and test data, or remove the evaluation section.",
         )
-    data = load_run_data(config) if evaluates else None
-    run = create_run(source, command, role=SERVER, side=side, address=address, insecure=insecure, evaluates=evaluates)
-    reporter.note(f"Run directory: {run.path}")
-    with run.locked():
-        try:
+    with terminable():
+        data = load_run_data(config) if evaluates else None
+        settings = {"address": address, "insecure": insecure, "evaluates": evaluates}
+        run = create_run(source, command, role=SERVER, side=side, **settings)
+        with life_cycle(run, is_new=True):
+            reporter.note(f"Run directory: {run.path}")
             task = _build_task(config, side, data, reporter)
-        except (FedRAGError, KeyboardInterrupt):
-            run.remove()
-            raise
-        return _see_through(run, config, data, task, where, protection, reporter)
+            return _see_through(run, config, data, task, where, protection, reporter)
 
 
 def resume_serving(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -129,10 +134,9 @@ def resume_serving(run: RunDirectory, source: ConfigSource, reporter: Reporter) 
     where = parse_address(federation["address"])
     protection = _protection(settings_of(config), where, insecure=federation["insecure"])
     _check_free(where)
-    _note_missing_keys(protection, settings_of(config), reporter)
-    data = load_run_data(config) if federation["evaluates"] else None
-    with run.locked():
-        run.update_manifest(status="running", error=None)
+    _note_weak_points(protection, settings_of(config), reporter)
+    with life_cycle(run):
+        data = load_run_data(config) if federation["evaluates"] else None
         task = _build_task(config, federation["side"], data, reporter)
         return _see_through(run, config, data, task, where, protection, reporter)
 
@@ -155,50 +159,49 @@ def _see_through(
     protection: Protection,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    started = time.monotonic()
     settings = task.settings
     reporter = RunReporter(run.open_log(), reporter)
-    with recorded_end(run), terminable():
-        rag_system = task.trainer.rag_system
-        record_fingerprints(run, rag_system)
-        require_unchanged(run, "base models", model_fingerprints(rag_system))
-        done = load_newest_round(run.checkpoints)
-        with _server(where, protection, task, run.path / PIECES, reporter) as server:
-            assert server.grid is not None
-            port = server.address[1]
-            run.update_manifest(listening=str(Address(where.host, port)))
-            reporter.event(
-                "listening",
-                address=str(Address(where.host, port)),
-                tls=protection.certificate is not None,
-                keys=protection.allowed is not None,
-                rounds=settings.rounds,
-                done=done.number if done is not None else 0,
-                min_clients=settings.min_clients,
-            )
-            state = run_federation(
-                run, config, data, server.grid, task, rag_system, settings, reporter, shares_model=False
-            )
-        save_models(run, rag_system, config)
-        summary = federation_summary(
-            run,
-            config,
-            role=SERVER,
-            counts=data.counts() if data is not None else {},
-            split=data.split if data is not None else None,
-            before=stored_evaluation(run, "before"),
-            after=stored_evaluation(run, "after"),
-            rounds=state.history,
-            evaluations=state.evaluations,
-            seconds=time.monotonic() - started,
+    # A run that goes on counts what its earlier parts have taken.
+    started = time.monotonic() - seconds_spent(run.events())
+    rag_system = task.trainer.rag_system
+    record_fingerprints(run, rag_system)
+    require_unchanged(run, "base models", model_fingerprints(rag_system))
+    done = load_newest_round(run.checkpoints)
+    with _server(where, protection, task, run.path / PIECES, reporter) as server:
+        assert server.grid is not None
+        port = server.address[1]
+        run.update_manifest(listening=str(Address(where.host, port)))
+        reporter.event("started", mode=config.trainer.mode, role=SERVER)
+        reporter.event(
+            "listening",
+            address=str(Address(where.host, port)),
+            tls=protection.certificate is not None,
+            keys=protection.allowed is not None,
+            rounds=settings.rounds,
+            done=done.number if done is not None else 0,
+            min_clients=settings.min_clients,
         )
-        summary["missing"] = state.missing or []
-        write_results(run, summary)
-        if state.missing:
-            reporter.note(
-                f"Without the final model: {', '.join(state.missing)}. When they are back, hand it out with: "
-                f"{resume_command(run.path)}"
-            )
+        state = run_federation(run, config, data, server.grid, task, rag_system, settings, reporter, shares_model=False)
+    save_models(run, rag_system, config)
+    summary = federation_summary(
+        run,
+        config,
+        role=SERVER,
+        counts=data.counts() if data is not None else {},
+        split=data.split if data is not None else None,
+        before=stored_evaluation(run, "before"),
+        after=stored_evaluation(run, "after"),
+        rounds=state.history,
+        evaluations=state.evaluations,
+        seconds=time.monotonic() - started,
+    )
+    summary["missing"] = state.missing or []
+    write_results(run, summary)
+    if state.missing:
+        reporter.note(
+            f"Without the final model: {', '.join(state.missing)}. When they are back, hand it out with: "
+            f"{resume_command(run.path)}"
+        )
     return summary
 
 
@@ -217,8 +220,10 @@ def _check_free(where: Address) -> None:
     listen(where.host, where.port).close()
 
 
-def _note_missing_keys(protection: Protection, settings: FederatedConfig, reporter: Reporter) -> None:
-    """Say where too few keys are there for a first round; more may be added while the server runs."""
+def _note_weak_points(protection: Protection, settings: FederatedConfig, reporter: Reporter) -> None:
+    """Say that the certificate expires soon, and that too few keys are there; more may be added while it runs."""
+    if protection.certificate is not None and (expiry := expiry_note(protection.certificate.certificate)):
+        reporter.note(expiry)
     if protection.allowed is None or len(protection.allowed) >= settings.min_clients:
         return
     count = len(protection.allowed)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training
@@ -18,7 +20,7 @@ from fedrag_cli.data.sites import (
     split_by_dirichlet,
     split_by_owner,
 )
-from fedrag_cli.errors import ConfigError, FedRAGError
+from fedrag_cli.errors import ConfigError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.local import LocalGrid
 from fedrag_cli.federated.task import FLTask
@@ -27,6 +29,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.baselines_plot import plot_baselines
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
+from fedrag_cli.runs.metrics_log import seconds_spent
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.federated_parts import (
@@ -43,11 +46,11 @@ from fedrag_cli.trainer_managers.run_parts import (
     RunReporter,
     chosen_metrics,
     data_fingerprints,
+    life_cycle,
     load_rag_system,
     load_run_data,
     model_fingerprints,
     record_fingerprints,
-    recorded_end,
     require_unchanged,
     save_models,
     write_results,
@@ -97,15 +100,12 @@ def start_simulation(
         require_questions(data)
     sites = split_sites(config, data, clients)
     _require_quorum(config, sites)
-    run = create_run(source, command, role=SIMULATION, side=side, clients=clients, compare=with_baselines)
-    reporter.note(f"Run directory: {run.path}")
-    with run.locked():
-        try:
+    with terminable():
+        run = create_run(source, command, role=SIMULATION, side=side, clients=clients, compare=with_baselines)
+        with life_cycle(run, is_new=True):
+            reporter.note(f"Run directory: {run.path}")
             rag_system = load_rag_system(config, data, reporter)
-        except (FedRAGError, KeyboardInterrupt):
-            run.remove()
-            raise
-        return _see_through(run, config, data, sites, rag_system, reporter)
+            return _see_through(run, config, data, sites, rag_system, reporter)
 
 
 def resume_simulation(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
@@ -120,15 +120,19 @@ def resume_simulation(run: RunDirectory, source: ConfigSource, reporter: Reporte
         FedRAGError: Beside what `start_simulation` raises: the data or a base model has changed since it started.
     """
     config = source.config
-    data = load_run_data(config)
-    require_unchanged(run, "data", data_fingerprints(data))
-    sites = split_sites(config, data, run.manifest()["federation"]["clients"])
-    _require_quorum(config, sites)
-    with run.locked():
-        run.update_manifest(status="running", error=None)
+    with life_cycle(run):
+        data = load_run_data(config)
+        require_unchanged(run, "data", data_fingerprints(data))
+        sites = split_sites(config, data, run.manifest()["federation"]["clients"])
+        _require_quorum(config, sites)
         rag_system = load_rag_system(config, data, reporter)
         require_unchanged(run, "base models", model_fingerprints(rag_system))
         return _see_through(run, config, data, sites, rag_system, reporter)
+
+
+def site_name(column: str, owner: str) -> str:
+    """Return the name of an owner's site, which names folders too: what paths are made of is quoted as in URLs."""
+    return re.sub(r"[^\w .,+=@()-]", lambda found: quote(found[0], safe="", errors="replace"), f"{column}-{owner}")
 
 
 def split_sites(config: Config, data: RunData, clients: int | None) -> dict[str, Site]:
@@ -146,7 +150,7 @@ def split_sites(config: Config, data: RunData, clients: int | None) -> dict[str,
     settings, seed = settings_of(config).sites, config.run.seed
     by = settings.by
     if by == "auto":
-        by = "owner" if all(settings.column in example.metadata for example in data.train) else "random"
+        by = "owner" if any(settings.column in example.metadata for example in data.train) else "random"
     if by == "owner":
         train = split_by_owner(data.train, settings.column)
         require_sites(train, clients, settings.column)
@@ -159,7 +163,7 @@ def split_sites(config: Config, data: RunData, clients: int | None) -> dict[str,
                 "Give the passages the same owners, or leave the column out of the corpus to share it.",
             )
         return {
-            f"{settings.column}-{owner}": Site(corpus[owner], train[owner], validation.get(owner, []))
+            site_name(settings.column, owner): Site(corpus[owner], train[owner], validation.get(owner, []))
             for owner in train
         }
     if clients is None:
@@ -195,7 +199,6 @@ def _see_through(
     rag_system: RAGSystem,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    started = time.monotonic()
     settings = settings_of(config)
     if (wanted := settings.wait_for_clients or 0) > len(sites):
         reporter.note(
@@ -205,37 +208,38 @@ def _see_through(
     # All clients are here, so nobody is waited for.
     settings = dataclasses.replace(settings, rejoin_timeout=1e-3, wait_for_clients=None)
     reporter = RunReporter(run.open_log(), reporter)
-    with recorded_end(run), terminable():
-        record_fingerprints(run, rag_system, data)
-        reporter.event("started", mode=config.trainer.mode, clients=len(sites), **data.counts())
-        handlers = {
-            name: ClientHandler(_task_of(run, config, data, site, rag_system, name, reporter), name)
-            for name, site in sites.items()
-        }
-        task = next(iter(handlers.values())).task
-        initial = task.weights()
-        state = run_federation(
-            run, config, data, LocalGrid(handlers, reporter), task, rag_system, settings, reporter, shares_model=True
-        )
-        save_models(run, rag_system, config)
-        summary = federation_summary(
-            run,
-            config,
-            role=SIMULATION,
-            counts=data.counts() | {name: len(site.train) for name, site in sites.items()},
-            split=data.split,
-            before=stored_evaluation(run, "before"),
-            after=stored_evaluation(run, "after"),
-            rounds=state.history,
-            evaluations=state.evaluations,
-            seconds=time.monotonic() - started,
-        )
-        if run.manifest()["federation"].get("compare"):
-            tasks = {name: handler.task for name, handler in handlers.items()}
-            summary["comparison"] = run_baselines(run, config, data, tasks, rag_system, initial, reporter)
-            plot_baselines(summary["comparison"], run.plots / "comparison.png")
-        summary["seconds"] = time.monotonic() - started
-        write_results(run, summary)
+    # A run that goes on counts what its earlier parts have taken.
+    started = time.monotonic() - seconds_spent(run.events())
+    record_fingerprints(run, rag_system, data)
+    reporter.event("started", mode=config.trainer.mode, clients=len(sites), **data.counts())
+    handlers = {
+        name: ClientHandler(_task_of(run, config, data, site, rag_system, name, reporter), name)
+        for name, site in sites.items()
+    }
+    task = next(iter(handlers.values())).task
+    initial = task.weights()
+    state = run_federation(
+        run, config, data, LocalGrid(handlers, reporter), task, rag_system, settings, reporter, shares_model=True
+    )
+    save_models(run, rag_system, config)
+    summary = federation_summary(
+        run,
+        config,
+        role=SIMULATION,
+        counts=data.counts() | {name: len(site.train) for name, site in sites.items()},
+        split=data.split,
+        before=stored_evaluation(run, "before"),
+        after=stored_evaluation(run, "after"),
+        rounds=state.history,
+        evaluations=state.evaluations,
+        seconds=time.monotonic() - started,
+    )
+    if run.manifest()["federation"].get("compare"):
+        tasks = {name: handler.task for name, handler in handlers.items()}
+        summary["comparison"] = run_baselines(run, config, data, tasks, rag_system, initial, reporter)
+        plot_baselines(summary["comparison"], run.plots / "comparison.png")
+    summary["seconds"] = time.monotonic() - started
+    write_results(run, summary)
     return summary
 
 

@@ -30,12 +30,11 @@ from fedrag_cli.trainer_managers.run_parts import (
     data_fingerprints,
     differences_of,
     evaluate_once,
+    life_cycle,
     load_rag_system,
     load_run_data,
     model_fingerprints,
-    nothing_computed_yet,
     record_fingerprints,
-    recorded_end,
     require_unchanged,
     save_models,
     tuned_models,
@@ -71,12 +70,16 @@ def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, pro
     data = load_run_data(config)
     chosen_metrics(config, data)
     run = RunDirectory.create(
-        config.run.output_dir, config.run.name, source.to_yaml(), command=command, seed=config.run.seed
+        config.run.output_dir,
+        config.run.name,
+        source.to_yaml(),
+        command=command,
+        seed=config.run.seed,
+        outside=source.outside_values(),
     )
-    reporter.note(f"Run directory: {run.path}")
-    with run.locked():
-        with nothing_computed_yet(run):
-            rag_system = load_rag_system(config, data, reporter)
+    with life_cycle(run, is_new=True):
+        reporter.note(f"Run directory: {run.path}")
+        rag_system = load_rag_system(config, data, reporter)
         return _see_through(run, config, data, rag_system, reporter, processes)
 
 
@@ -99,7 +102,7 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
 
 
 def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Processes) -> dict[str, Any]:
-    with run.locked():
+    with life_cycle(run):
         data = load_run_data(config)
         require_unchanged(run, "data", data_fingerprints(data))
         rag_system = load_rag_system(config, data, reporter)
@@ -139,8 +142,7 @@ def _see_through(
     reporter = RunReporter(run.open_log(), reporter)
     # A run that goes on counts what its earlier parts have taken.
     started = time.monotonic() - seconds_spent(run.events())
-    with recorded_end(run), processes.failures_told():
-        run.update_manifest(status="running", error=None)
+    with processes.failures_told():
         processes.main_does(lambda: run.checkpoints)
         record_fingerprints(run, rag_system, data)
         reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())

@@ -127,13 +127,12 @@ def single_forwards(generator: CausalLMGenerator, pairs: Sequence[Pair]) -> Tens
     """Score one sequence at a time, with the logits of all positions."""
     found = []
     for example, nodes in pairs:
-        target = generator.prompts.answer_tokens(example.response)
-        prompt = generator.encode_prompt(example.query, nodes, answer_tokens=len(target)).ids
-        ids = torch.tensor([prompt + target], device=generator.device)
+        encoded = generator.prompts.encode_pair(example.query, nodes, example.response, with_end=False)
+        ids = torch.tensor([encoded.ids + encoded.answer], device=generator.device)
         with torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.computes_in_bfloat16):
             logits = generator.model(input_ids=ids).logits
         log_probs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
-        found.append(log_probs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().cpu())
+        found.append(log_probs.gather(1, ids[0, 1:, None])[len(encoded.ids) - 1 :].sum().cpu())
     return torch.stack(found)
 
 
@@ -165,8 +164,8 @@ def tokens(generator: CausalLMGenerator, pairs: Sequence[Pair]) -> float:
 def length_of(generator: CausalLMGenerator, pair: Pair) -> int:
     """Return the tokens of a prompt and its answer."""
     example, nodes = pair
-    answer = generator.prompts.answer_tokens(example.response)
-    return len(generator.encode_prompt(example.query, nodes, answer_tokens=len(answer)).ids) + len(answer)
+    encoded = generator.prompts.encode_pair(example.query, nodes, example.response, with_end=False)
+    return len(encoded.ids) + len(encoded.answer)
 
 
 if __name__ == "__main__":

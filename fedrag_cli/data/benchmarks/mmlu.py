@@ -52,4 +52,4 @@ def _letter(answer: Any) -> str:
         raise MissingLabelError("answer is empty")
     if isinstance(answer, bool) or answer not in range(len(LETTERS)):
         raise BadValueError(f"answer is '{answer}', not a number from 0 to {len(LETTERS) - 1}")
-    return LETTERS[answer]
+    return LETTERS[int(answer)]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from fedrag_cli.data.columns import get_value
+from fedrag_cli.data.columns import get_value, is_missing
 from fedrag_cli.data.problems import BadValueError
 from fedrag_cli.data.readers import kind_of
 
@@ -60,7 +60,7 @@ def label_value(values: Mapping[str, Any], column: str, labels: tuple[str, ...])
         BadValueError: The row has no such column, or the label is another one.
     """
     label = get_value(values, column)
-    if label is None or label == "":
+    if is_missing(label) or label == "":
         raise MissingLabelError(f"{column} is empty")
     if str(label) not in labels:
         raise BadValueError(f"{column} is '{label}', not one of: {', '.join(labels)}")
@@ -74,4 +74,4 @@ def kept_metadata(values: Mapping[str, Any], *columns: str) -> dict[str, Any]:
         values: The row.
         columns: Names of columns with texts; blank ones are left out.
     """
-    return {column: values[column] for column in columns if values.get(column) not in (None, "")}
+    return {column: values[column] for column in columns if not is_missing(values.get(column)) and values[column] != ""}

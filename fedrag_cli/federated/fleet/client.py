@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 import ssl
 import tempfile
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
-from fedrag_cli.federated.endpoint import ServerAddress
+from fedrag_cli.federated.endpoint import ServerAddress, distrust, parse_address, trusting
 from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet.auth import CLOCK, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
 from fedrag_cli.federated.fleet.http import POLL_SECONDS
@@ -35,8 +36,7 @@ from fedrag_cli.federated.keys import fingerprint
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter
 
-HEARTBEAT_SECONDS = 10.0
-SECONDS_BETWEEN_NOTES, ANSWER_SECONDS = 30.0, 30.0
+HEARTBEAT_SECONDS, SECONDS_BETWEEN_NOTES, ANSWER_SECONDS = 10.0, 30.0, 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.3, 1.0
 # A slow line may take long for what is large.
 SECONDS = {flower.DEACTIVATE: 5.0, flower.HEARTBEAT: 10.0, flower.PULL_MESSAGES: POLL_SECONDS + ANSWER_SECONDS}
@@ -48,7 +48,6 @@ MEANINGS = {
     400: "it runs another version",
     403: "a proxy before it, or it runs another version",
     404: "no server of fedrag, or of another version",
-    413: "what was sent is too large for it",
     429: "a proxy before it limits requests",
     500: "an error within it",
 }
@@ -181,7 +180,7 @@ class FleetNode:
         try:
             return httpx.Client(
                 base_url=f"{'https' if self._server.tls else 'http'}://{self._server.address}",
-                verify=self._server.context() if self._server.tls else False,
+                verify=trusting(self._server.ca_certificate) if self._server.tls else False,
                 # Environment variables name proxies also for this machine itself.
                 trust_env=False,
                 proxy=self._server.proxy,
@@ -299,15 +298,15 @@ class FleetNode:
 
     def _raise_if_hopeless(self, error: httpx.TransportError) -> None:
         """Raise ConnectionFailedError where trying again cannot help: no trust, or no TLS."""
-        text = str(error)
-        if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+        if refusal := _verification(error):
+            reason = distrust(parse_address(self._server.address), refusal)
             raise ConnectionFailedError(
-                f"The certificate of the server at {self._where} is not trusted: {_verification(text)}.",
+                f"The certificate of the server at {self._where} is not trusted: {reason}.",
                 "Set federated.ca_certificate to the authority that signed it, and use a host name it is made for.",
             ) from error
-        if not self._was_connected and ("WRONG_VERSION" in text or "record layer" in text):
+        if not self._was_connected and re.search("WRONG_VERSION|record layer", str(error)):
             raise ConnectionFailedError(
-                f"The server at {self._where} speaks no TLS ({text}).",
+                f"The server at {self._where} speaks no TLS ({error}).",
                 "Check the port; for a server that was started with --insecure, join with --insecure.",
             ) from error
 
@@ -459,6 +458,8 @@ def _bounded(response: httpx.Response, most_bytes: int, seconds: float) -> bytes
     return bytes(content)
 
 
-def _verification(text: str) -> str:
-    reason = text.partition("certificate verify failed:")[2] or text
-    return reason.partition("(_ssl")[0].strip(" :.]")
+def _verification(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    return cause

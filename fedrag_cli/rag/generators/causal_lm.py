@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,17 @@ from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
-from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches, token_log_probs
+from fedrag_cli.rag.generators.likelihood import (
+    TokenPair,
+    alike,
+    base_model,
+    length_sorted_batches,
+    padded,
+    padding_rule,
+    stretched_beyond,
+    token_log_probs,
+    trial_ids,
+)
 from fedrag_cli.rag.generators.packing import can_pack, packed_log_probs, packs
 from fedrag_cli.rag.models import (
     FingerprintMemory,
@@ -39,6 +49,8 @@ from fedrag_cli.rag.placement import placement_note, placement_options, settled
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
 
 OnTexts = Callable[[list[int], list[str]], None]
+Together = Literal["ragged", "equal", "single"]
+"""Which prompts a model answers together as each alone: all, those of the same length, or none."""
 
 
 class CausalLMGenerator:
@@ -50,6 +62,9 @@ class CausalLMGenerator:
         config: Generation settings.
         prompt: How prompts are written.
         seed: Seed of sampling, where the temperature is above 0.
+
+    Raises:
+        ModelError: The model is not causal, or needs more than token ids.
     """
 
     def __init__(
@@ -60,7 +75,7 @@ class CausalLMGenerator:
         prompt: PromptConfig | None = None,
         seed: int = 42,
     ) -> None:
-        """Put the model in eval mode and give the tokenizer a padding token where it has none."""
+        """Put the model in eval mode, choose a padding token and find out how the model takes padding."""
         self.model = model.eval()
         self.seed = seed
         self._fingerprint_memory = FingerprintMemory()
@@ -70,6 +85,8 @@ class CausalLMGenerator:
         self.prompts = PromptEncoder(tokenizer, prompt or PromptConfig(), self.context_window)
         end = self.prompts.end_ids[-1]
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+        self.padding_rule = padding_rule(self.model, self.pad_id)
+        self._together: Together | None = None
         self.notes: tuple[str, ...] = ()
         """What is worth knowing about how the model was loaded, a line each."""
 
@@ -96,7 +113,7 @@ class CausalLMGenerator:
             require_bfloat16(target, "rag_system.generator.precision")
         placement = placement_options(config, location, target)
         with model_errors(location, "generator"):
-            options = _location_options(location, config.revision)
+            options = _location_options(location, config)
             tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **options)
             require_vocabulary(tokenizer)
             model = AutoModelForCausalLM.from_pretrained(location.name_or_path, dtype=dtype, **options, **placement)
@@ -130,12 +147,9 @@ class CausalLMGenerator:
         """Return a hash of the weights as they are now, adapters included."""
         return self._fingerprint_memory.fingerprint(self.model)
 
-    def encode_prompt(
-        self, query: str, passages: Sequence[KnowledgeNode], answer_tokens: int | None = None
-    ) -> EncodedPrompt:
-        """Write a prompt that leaves room for an answer (of `max_new_tokens` where no length is given)."""
-        reserved = self.config.max_new_tokens if answer_tokens is None else answer_tokens
-        return self.prompts.encode_prompt(query, passages, reserved_tokens=reserved)
+    def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode]) -> EncodedPrompt:
+        """Write a prompt that leaves room for an answer of `max_new_tokens`."""
+        return self.prompts.encode_prompt(query, passages, reserved_tokens=self.config.max_new_tokens)
 
     def generate(self, prompt: str) -> str:
         """Continue one prompt; see `batch_generate`."""
@@ -145,7 +159,7 @@ class CausalLMGenerator:
         """Continue prompts that are used as they are, without template.
 
         Args:
-            prompts: Texts of any lengths.
+            prompts: Texts of any lengths. They are the caller's own: a control token in them is a control token.
 
         Returns:
             The answers, in the order of the prompts.
@@ -153,7 +167,7 @@ class CausalLMGenerator:
         return self.generate_from_ids([self._prompt_ids(prompt) for prompt in prompts])
 
     def generate_from_ids(self, prompts: Sequence[list[int]], on_batch: OnTexts | None = None) -> list[str]:
-        """Answer tokenised prompts in length-sorted batches, padded on the left.
+        """Answer tokenised prompts in length-sorted batches, padded on the left where the model allows.
 
         Args:
             prompts: Token ids.
@@ -171,7 +185,9 @@ class CausalLMGenerator:
         with torch.random.fork_rng(enabled=self.config.temperature > 0):
             if self.config.temperature > 0:
                 torch.manual_seed(self.seed)
-            for batch in length_sorted_batches(lengths, self.config.batch_tokens):
+            together = self.generates_together(max(lengths)) if lengths else "ragged"
+            budget = 1 if together == "single" else self.config.batch_tokens
+            for batch in length_sorted_batches(lengths, budget, equal=together == "equal"):
                 texts = self.generate_batch([prompts[position] for position in batch])
                 for position, text in zip(batch, texts, strict=True):
                     answers[position] = text
@@ -199,19 +215,87 @@ class CausalLMGenerator:
             prompts: Token ids.
             chooser: Takes the choice of the next tokens over, by leaving each row one token that is not -inf.
         """
-        self.model.eval()
-        width = max(len(prompt) for prompt in prompts)
-        rows = [[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
-        masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         with self._autocast():
-            output = self.model.generate(
-                input_ids=torch.tensor(rows, device=self.device),
-                attention_mask=torch.tensor(masks, device=self.device),
-                generation_config=self._generation_config(sampling=chooser is None),
-                logits_processor=LogitsProcessorList([chooser] if chooser is not None else []),
-            )
+            output = self._generate(prompts, self._generation_config(sampling=chooser is None), chooser)
+        width = max(len(prompt) for prompt in prompts)
         texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def _generate(
+        self, prompts: Sequence[list[int]], config: GenerationConfig, chooser: LogitsProcessor | None = None
+    ) -> Any:
+        """Continue tokenised prompts and return what the model's `generate` gives."""
+        self.model.eval()
+        pairs: list[TokenPair] = [(prompt, []) for prompt in prompts]
+        input_ids, mask, _ = padded(pairs, self.pad_id, "left")
+        # Transformers counts positions from 0 where it is not given any, in RoBERTa and its kin too.
+        positions = self.padding_rule.positions(mask) if self.padding_rule.first_position else {}
+        return self.model.generate(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([chooser] if chooser is not None else []),
+            **{name: value.to(self.device) for name, value in positions.items()},
+        )
+
+    def generates_together(self, longest: int) -> Together:
+        """Return which prompts can be answered together and get the answers that they get alone; tried once.
+
+        Args:
+            longest: Tokens of the longest prompt with its answer.
+
+        Raises:
+            ModelError: The model does not generate what its forward pass says.
+        """
+        if self._together is None:
+            self._together = self._try_generation()
+        return "equal" if self._together == "ragged" and self._stretches(longest) else self._together
+
+    @torch.inference_mode()
+    def _try_generation(self) -> Together:
+        long = trial_ids(self.model)
+        if self.padding_rule.on_left and self._generates_as_it_reads([long[:11], long]):
+            return "ragged"
+        if self._generates_as_it_reads([long[:8], long[8:]]):
+            return "equal"
+        if self._generates_as_it_reads([long], slack=3):
+            return "single"
+        raise ModelError(
+            f"The generator {type(base_model(self.model)).__name__} does not generate what its forward pass predicts.",
+            "Use another model, or an objective and metrics that need no generated answers.",
+        )
+
+    def _generates_as_it_reads(self, prompts: Sequence[list[int]], slack: float = 1) -> bool:
+        count = 3
+        config = GenerationConfig(
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.pad_id,
+            eos_token_id=self.prompts.end_ids[-1],
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        try:
+            output = self._generate(prompts, config)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+            return False
+        answers = output.sequences[:, -count:].tolist()
+        found = torch.stack(output.logits, dim=1).float().log_softmax(dim=-1)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            logits = self.model(input_ids=torch.tensor([prompt + answer], device=self.device), use_cache=False).logits
+            expected = logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+            if not alike(self.model, found[row], expected, slack):
+                return False
+        return True
+
+    def _stretches(self, longest: int) -> bool:
+        """Return whether the rotary positions of a batch depend on its longest row."""
+        limit = stretched_beyond(self.model)
+        return limit is not None and longest > limit
 
     def _generation_config(self, *, sampling: bool) -> GenerationConfig:
         options: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
@@ -226,10 +310,10 @@ class CausalLMGenerator:
     def target_log_probs(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """Return log p(target | prompt), summed over the target's tokens, for each row.
 
-        Prompt and target are tokenised apart, so the target's tokens do not depend on the prompt.
+        Prompt and target are tokenised together; see `TextTokens.pair` for where the target begins.
 
         Args:
-            prompts: Texts used as they are, without template.
+            prompts: Texts used as they are, without template; a control token in them is a control token.
             targets: Texts to score, used as they are.
 
         Returns:
@@ -240,9 +324,9 @@ class CausalLMGenerator:
         """
         if len(prompts) != len(targets):
             raise DataError(f"There are {len(prompts)} prompts but {len(targets)} targets.")
-        ids = [self.tokenizer(target, add_special_tokens=False)["input_ids"] for target in targets]
-        pairs = [(self._prompt_ids(prompt), target) for prompt, target in zip(prompts, ids, strict=True)]
-        return self.log_probs_of_ids(pairs)
+        tokens = self.prompts.tokens
+        pairs = [tokens.pair(prompt, "", target) for prompt, target in zip(prompts, targets, strict=True)]
+        return self.log_probs_of_ids([(tokens.with_start(prompt), target) for prompt, target in pairs])
 
     def log_probs_of_ids(
         self, pairs: Sequence[TokenPair], on_batch: Callable[[list[int], Tensor], None] | None = None
@@ -293,9 +377,13 @@ class CausalLMGenerator:
         """
         self._require_scorable(pairs)
         lengths = [len(prompt) + len(target) for prompt, target in pairs]
-        packing = bool(pairs) and self._can_pack(max(lengths))
+        longest = max(lengths, default=0)
         budget = self.config.batch_tokens
-        for batch in packs(pairs, budget) if packing else length_sorted_batches(lengths, budget):
+        packing = self._can_pack(longest)
+        batches = (
+            packs(pairs, budget) if packing else length_sorted_batches(lengths, budget, equal=self._stretches(longest))
+        )
+        for batch in batches:
             rows = self._score([pairs[position] for position in batch], packing)
             on_batch(batch, [row.cpu() for row in rows])
 
@@ -303,13 +391,13 @@ class CausalLMGenerator:
     def _score(self, pairs: Sequence[TokenPair], packing: bool) -> list[Tensor]:
         with self._evaluating(), self._autocast():
             if packing:
-                return packed_log_probs(self.model, pairs)
+                return packed_log_probs(self.model, pairs, self.padding_rule.first_position or 0)
             return token_log_probs(self.model, pairs, pad_id=self.pad_id)
 
     @torch.inference_mode()
     def _can_pack(self, longest: int) -> bool:
         with self._evaluating():
-            return can_pack(self.model, longest)
+            return longest > 0 and can_pack(self.model, longest, self.padding_rule.first_position)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -329,17 +417,19 @@ class CausalLMGenerator:
         self.tokenizer.save_pretrained(directory)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        end = _as_list(self.tokenizer.eos_token_id)
-        return ids[:-1] if len(ids) > 1 and ids[-1] in end and not prompt.endswith(self.tokenizer.eos_token) else ids
+        return self.prompts.tokens.with_start(self.prompts.tokens.ids(prompt))
 
 
-def _location_options(location: ModelLocation, revision: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"local_files_only": location.is_local}
+def _location_options(location: ModelLocation, config: CausalLMConfig) -> dict[str, Any]:
+    # Left out, transformers would ask on stdin whether to run a model's own code.
+    options: dict[str, Any] = {
+        "local_files_only": location.is_local,
+        "trust_remote_code": config.trust_remote_code,
+    }
     if location.gguf_file is not None:
         options["gguf_file"] = location.gguf_file
-    if revision is not None:
-        options["revision"] = revision
+    if config.revision is not None:
+        options["revision"] = config.revision
     return options
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from fedrag_cli.errors import ModelError
 from fedrag_cli.losses import ensemble_log_probs
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import length_sorted_batches
+from fedrag_cli.rag.generators.likelihood import base_model, length_sorted_batches
 
 MOST_SAMPLED = 50
 
@@ -75,9 +76,11 @@ def generate_ensemble(
 
     Raises:
         DataError: A prompt is empty or leaves no room for an answer.
+        ModelError: The model cannot answer prompts of different lengths together.
     """
     generator.require_room([prompt for group in prompts for prompt in group])
     room = generator.config.max_new_tokens
+    _require_together(generator, prompts)
     sizes = [len(group) * (max(map(len, group)) + room) for group in prompts]
     answers = [""] * len(prompts)
     temperature = generator.config.temperature
@@ -93,6 +96,20 @@ def generate_ensemble(
             if on_batch is not None:
                 on_batch(batch, texts)
     return answers
+
+
+def _require_together(generator: CausalLMGenerator, prompts: Sequence[Sequence[list[int]]]) -> None:
+    """Raise ModelError where a model would answer the prompts of a question in another way than each alone."""
+    lengths = [{len(prompt) for prompt in group} for group in prompts if len(group) > 1]
+    if not lengths:
+        return
+    together = generator.generates_together(max(map(max, lengths)) + generator.config.max_new_tokens)
+    if together == "single" or (together == "equal" and any(len(group) > 1 for group in lengths)):
+        raise ModelError(
+            f"The generator {type(base_model(generator.model)).__name__} cannot answer from several prompts at once: "
+            "they change each other's answers.",
+            "Set rag_system.inference: concat, or use another generator.",
+        )
 
 
 def _first_of_each(texts: Sequence[str], sizes: Sequence[int]) -> list[str]:

@@ -1,24 +1,172 @@
-"""Log-likelihoods of answers under a causal language model, for ragged batches."""
+"""Log-likelihoods of answers under a causal language model, for ragged batches.
+
+Padding goes to the right: no token of a causal model sees what comes after it, whether it attends to what came before,
+keeps it in a state, or counts its positions in a way of its own. Padding on the left, as in generation, is right for
+some models only, which is tried.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from fedrag_cli.errors import ModelError
+
 TokenPair = tuple[list[int], list[int]]
 
 
-def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+@dataclass(frozen=True)
+class PaddingRule:
+    """How a model takes rows that are padded on the left.
+
+    Args:
+        on_left: Whether each row gets what it gets alone.
+        first_position: Where the model's own positions begin; None where they are not given to it.
+    """
+
+    on_left: bool
+    first_position: int | None
+
+    def positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Return the model's argument for the positions of padded rows, if any, from their mask."""
+        if self.first_position is None:
+            return {}
+        return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0) + self.first_position}
+
+
+@torch.no_grad()
+def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
+    """Find out how a model takes padding, from four or a few more forward passes of 16 tokens.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+        pad_id: The id that rows are padded with.
+
+    Raises:
+        ModelError: The model needs more than token ids, or its predictions depend on tokens that come after.
+    """
+    name = type(base_model(model)).__name__
+    config: Any = base_model(model).config
+    long = trial_ids(model)
+    # Five tokens of padding shift the blocks that some models compress, which must be whole to be seen.
+    short = long[:11]
+    try:
+        alone = {len(row): _all_log_probs(model, torch.tensor([row]))[0] for row in (short, long)}
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(
+            f"The generator {name} cannot read a text by itself: {reason}",
+            "Use a causal language model that takes token ids alone.",
+        ) from error
+    if _chooses_blocks(model) or not alike(model, alone[len(long)][: len(short)], alone[len(short)], slack=3):
+        raise ModelError(
+            f"The generator {name} is not causal: what it predicts depends on the tokens that come after, so the "
+            "likelihood of an answer has no meaning.",
+            "Use a causal language model; where this one was trained as such, set is_decoder: true in its config.json, "
+            "and attention_type: original_full where it has blocks.",
+        )
+    pairs: list[TokenPair] = [(short, []), (long, [])]
+    if not _pads_alike(model, pairs, pad_id, "right", None, alone, slack=3):
+        raise ModelError(
+            f"The generator {name} predicts something else for texts of different lengths together than for each.",
+            "Use another causal language model.",
+        )
+    # Positions begin at 0, or, in RoBERTa and its kin, after the one of the padding.
+    firsts = [0, (getattr(config, "pad_token_id", None) or 0) + 1, None]
+    for first in firsts if "position_ids" in accepted_arguments(model) else [None]:
+        if _pads_alike(model, pairs, pad_id, "left", first, alone):
+            return PaddingRule(True, first)
+    return PaddingRule(False, None)
+
+
+def _pads_alike(
+    model: nn.Module,
+    pairs: Sequence[TokenPair],
+    pad_id: int,
+    padding_side: Literal["left", "right"],
+    first_position: int | None,
+    alone: Mapping[int, Tensor],
+    slack: float = 1,
+) -> bool:
+    """Return whether rows that are padded get what they get alone, by their length."""
+    ids, mask, starts = padded(pairs, pad_id, padding_side)
+    positions = PaddingRule(True, first_position).positions(mask)
+    try:
+        rows = _all_log_probs(model, ids, attention_mask=mask, **positions)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    spans = [row[start : start + len(prompt)] for row, start, (prompt, _) in zip(rows, starts, pairs, strict=True)]
+    return all(alike(model, span, alone[len(span)], slack) for span in spans)
+
+
+def trial_ids(model: nn.Module) -> list[int]:
+    """Return some token ids for trials of a model, from a place in the vocabulary where no special tokens are."""
+    start = text_config(model).vocab_size // 4
+    return [start + number for number in (0, 5, 12, 7, 1, 14, 6, 3, 9, 2, 15, 4, 11, 8, 13, 10)]
+
+
+def stretched_beyond(model: nn.Module) -> int | None:
+    """Return the tokens beyond which a model's positions depend on the longest row of a batch; None where never.
+
+    Dynamic NTK scaling and LongRoPE choose the frequencies of all rotary positions by the length of the input.
+    """
+    config = text_config(model)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Some models have one set of parameters, others one for each kind of layer.
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    stretching = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    known = [kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in stretching]
+    return min(known) if known else None
+
+
+def _chooses_blocks(model: nn.Module) -> bool:
+    """Return whether a model attends to blocks that it chooses by a whole text of more than a few, as two do."""
+    sparse = any(getattr(module, "attention_type", None) == "block_sparse" for module in base_model(model).modules())
+    return sparse or "lsh" in getattr(base_model(model).config, "attn_layers", ())
+
+
+def alike(model: nn.Module, found: Tensor, expected: Tensor, slack: float = 1) -> bool:
+    """Return whether log-probabilities are the same but for the rounding of the model's number format.
+
+    Args:
+        model: The model that they are from.
+        found: Log-probabilities.
+        expected: The same, computed in the plainest way.
+        slack: Factor of the difference that is let through.
+    """
+    # In bfloat16 a model of 30 layers differs from itself by some hundredths; a wrong position or state by far more.
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-1
+    difference = (found - expected).square().mean().sqrt()
+    return bool(difference <= slack * tolerance * expected.std())
+
+
+def _all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    placed = {name: value.to(device) for name, value in arguments.items()}
+    with torch.autocast(device.type, enabled=False):
+        logits: Tensor = model(input_ids=input_ids.to(device), use_cache=False, **placed).logits
+    if logits.shape[:2] != input_ids.shape:
+        raise ValueError(f"its logits have the shape {tuple(logits.shape)} for {tuple(input_ids.shape)} tokens")
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def length_sorted_batches(lengths: Sequence[int], token_budget: int, *, equal: bool = False) -> Iterator[list[int]]:
     """Group positions into batches of similar length, longest first.
 
     Args:
         lengths: Tokens of each sequence.
         token_budget: Most tokens of a batch, padding included; a longer sequence is a batch by itself.
+        equal: Whether only sequences of the same length share a batch.
 
     Yields:
         Lists of positions into `lengths`; every position occurs once.
@@ -26,7 +174,8 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> Iterator
     order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     batch: list[int] = []
     for position in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > token_budget:
+        longest = lengths[batch[0]] if batch else 0
+        if batch and (longest * (len(batch) + 1) > token_budget or (equal and lengths[position] != longest)):
             yield batch
             batch = []
         batch.append(position)
@@ -34,40 +183,31 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> Iterator
         yield batch
 
 
-def token_log_probs(
-    model: nn.Module,
-    pairs: Sequence[TokenPair],
-    *,
-    pad_id: int,
-    padding_side: Literal["left", "right"] = "right",
-) -> list[Tensor]:
+def token_log_probs(model: nn.Module, pairs: Sequence[TokenPair], *, pad_id: int) -> list[Tensor]:
     """Return the log-probability of each token of each target after its prompt, in one forward pass.
 
     Args:
         model: A causal language model of transformers, in eval mode.
         pairs: (prompt ids, target ids), neither of them empty.
         pad_id: Any token id; padding never reaches a result.
-        padding_side: Where the padding goes. The results agree but for rounding.
 
     Returns:
         For each pair a float32 tensor of shape (target tokens,) on the model's device, each value at most 0.
     """
     device = next(model.parameters()).device
-    input_ids, mask, starts = _padded(pairs, pad_id, padding_side)
+    input_ids, mask, _ = padded(pairs, pad_id, "right")
     # The logits at a position predict the token after it.
-    first = min(start + len(prompt) for (prompt, _), start in zip(pairs, starts, strict=True)) - 1
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    keep = input_ids.shape[1] - first
-    logits = _tail_logits(model, input_ids.to(device), mask.to(device), positions.to(device), keep)
+    first = min(len(prompt) for prompt, _ in pairs) - 1
+    logits = _tail_logits(model, input_ids.to(device), mask.to(device), input_ids.shape[1] - first)
     found = []
-    for row, ((prompt, target), start) in enumerate(zip(pairs, starts, strict=True)):
-        begin = start + len(prompt) - 1 - first
+    for row, (prompt, target) in enumerate(pairs):
+        begin = len(prompt) - 1 - first
         log_probs = torch.log_softmax(logits[row, begin : begin + len(target)].float(), dim=-1)
         found.append(log_probs.gather(1, torch.tensor(target, device=device)[:, None]).squeeze(1))
     return found
 
 
-def _padded(
+def padded(
     pairs: Sequence[TokenPair], pad_id: int, padding_side: Literal["left", "right"]
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Put prompts with their targets into the rows of one tensor.
@@ -78,7 +218,8 @@ def _padded(
         padding_side: Where it does.
 
     Returns:
-        Token ids and mask, of shape (len(pairs), tokens), and the column in which each row starts.
+        Token ids and mask, of shape (len(pairs), tokens), and the column in which each row starts. The mask comes from
+        the lengths, never from the id, because padding is often the end token.
     """
     lengths = [len(prompt) + len(target) for prompt, target in pairs]
     width = max(lengths)
@@ -96,18 +237,19 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def text_config(model: nn.Module) -> Any:
+    """Return the config of a language model, that of its text part where it has others."""
+    config: Any = base_model(model).config
+    return config.get_text_config()
+
+
 def accepted_arguments(model: nn.Module) -> frozenset[str]:
     """Return the names that a language model's `forward` takes, that of the model inside where it has an adapter."""
     return frozenset(inspect.signature(base_model(model).forward).parameters)
 
 
-def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
+def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) -> Tensor:
     """Run the model and return the logits of the last `keep` columns, computing no others where it can."""
-    accepted = accepted_arguments(model)
-    options: dict[str, object] = {"use_cache": False}
-    if "position_ids" in accepted:
-        options["position_ids"] = positions
-    if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = keep
-    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, **options).logits
+    options = {"logits_to_keep": keep} if "logits_to_keep" in accepted_arguments(model) else {}
+    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **options).logits
     return logits[:, -keep:]

@@ -14,7 +14,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fedrag_cli.rag.generators.likelihood import TokenPair, accepted_arguments, base_model, token_log_probs
+from fedrag_cli.rag.generators.likelihood import (
+    TokenPair,
+    accepted_arguments,
+    alike,
+    base_model,
+    stretched_beyond,
+    text_config,
+    token_log_probs,
+    trial_ids,
+)
 
 PACK_TOKENS = 512
 """Tokens of a pack. In smaller ones matrix products are less efficient; in larger ones attention looks at more tokens
@@ -57,12 +66,13 @@ def packs(pairs: Sequence[TokenPair], token_budget: int) -> Iterator[Pack]:
         yield pack
 
 
-def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair]) -> list[Tensor]:
+def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair], first_position: int = 0) -> list[Tensor]:
     """Return the log-probability of each token of each target after its prompt, in one forward pass of one row.
 
     Args:
         model: A causal language model of transformers for which `can_pack` holds, in eval mode.
         pairs: (prompt ids, target ids), neither of them empty; neighbours share what they begin with alike.
+        first_position: Where the model's own positions begin.
 
     Returns:
         For each pair a float32 tensor of shape (target tokens,) on the model's device, each value at most 0.
@@ -76,7 +86,7 @@ def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair]) -> list[Tenso
     logits = model(
         input_ids=torch.tensor([ids + ids[:1] * filler], device=device),
         attention_mask=_visible(len(ids) + filler, paths).to(device)[None, None],
-        position_ids=torch.tensor([depths + [0] * filler], device=device),
+        position_ids=torch.tensor([depths + [0] * filler], device=device) + first_position,
         logits_to_keep=torch.tensor(rows + rows[-1:] * _filler(len(rows)), device=device),
         use_cache=False,
     ).logits[0, : len(rows)]
@@ -84,7 +94,7 @@ def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair]) -> list[Tenso
     return list(log_probs.split([len(target) for _, target in pairs]))
 
 
-def can_pack(model: nn.Module, longest: int) -> bool:
+def can_pack(model: nn.Module, longest: int, first_position: int | None = 0) -> bool:
     """Return whether a model computes the same in packs: what its config says, and then a trial of three sequences.
 
     The trial is made once for a model, because a step of training may ask for the likelihoods of a few new pairs only.
@@ -92,9 +102,10 @@ def can_pack(model: nn.Module, longest: int) -> bool:
     Args:
         model: A causal language model of transformers, in eval mode.
         longest: Tokens of the longest sequence to come.
+        first_position: Where the model's own positions begin; None where they cannot be given to it.
     """
-    config: Any = base_model(model).config
-    if not {"position_ids", "logits_to_keep"} <= accepted_arguments(model):
+    config = text_config(model)
+    if first_position is None or not {"position_ids", "logits_to_keep"} <= accepted_arguments(model):
         return False
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return False
@@ -102,23 +113,22 @@ def can_pack(model: nn.Module, longest: int) -> bool:
         return False
     if longest > (getattr(config, "sliding_window", None) or longest):
         return False
-    # These stretch their positions with the length of the row, which a pack makes longer than its sequences.
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+    if stretched_beyond(model) is not None:
         return False
     forward = type(base_model(model)).forward
     if model not in _trials or _trials[model][0] is not forward:
-        _trials[model] = (forward, _packs_alike(model))
+        _trials[model] = (forward, _packs_alike(model, first_position))
     return _trials[model][1]
 
 
-def _packs_alike(model: nn.Module) -> bool:
+def _packs_alike(model: nn.Module, first_position: int) -> bool:
     """Try whether packing gives what single forwards give."""
-    pairs: list[TokenPair] = [([1, 2, 3], [4, 3]), ([1, 2, 3, 3], [2, 1, 4]), ([2, 4], [3])]
+    a, b, c, d, *_ = trial_ids(model)
+    pairs: list[TokenPair] = [([a, b, c], [d, c]), ([a, b, c, c], [b, a, d]), ([b, d], [c])]
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        packed = torch.cat(packed_log_probs(model, pairs))
+        packed = torch.cat(packed_log_probs(model, pairs, first_position))
         apart = torch.cat([row for pair in pairs for row in token_log_probs(model, [pair], pad_id=0)])
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    return bool(torch.allclose(packed, apart, rtol=tolerance, atol=tolerance))
+    return alike(model, packed, apart)
 
 
 def _sequence(pair: TokenPair) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.rag.config import SentenceTransformerConfig
 
@@ -48,6 +49,15 @@ def prompts_note(given: SentenceTransformerConfig, settled: SentenceTransformerC
     if not used:
         return ""
     return f"The retriever's own prompts are used: {', '.join(used)} (query_prompt and passage_prompt change them)."
+
+
+def take_texts_as_text(encoder: SentenceTransformer, prompts: Sequence[str]) -> None:
+    """Let an encoder's tokenizer split control tokens in texts, such as [SEP], unless a prompt has some of its own."""
+    for module in encoder.modules():
+        tokenizer = getattr(module, "tokenizer", None)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            special = tokenizer.all_special_tokens
+            tokenizer.split_special_tokens = not any(token in prompt for token in special for prompt in prompts)
 
 
 def prompted_features(encoder: SentenceTransformer, texts: Sequence[str], prompt: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fedrag_cli.rag.retrievers.own_prompts import (
     pools_without_prompt,
     prompted_features,
     prompts_note,
+    take_texts_as_text,
     with_own_prompts,
 )
 from fedrag_cli.rag.retrievers.structure import structure_fingerprint
@@ -51,12 +52,14 @@ class SentenceTransformerRetriever:
         passage_encoder: SentenceTransformer | None = None,
         config: SentenceTransformerConfig | None = None,
     ) -> None:
-        """Put both encoders in eval mode, and settle the prompts."""
+        """Put both encoders in eval mode, settle the prompts, and take control tokens in texts as text."""
         self.query_encoder = query_encoder.eval()
         self.passage_encoder = (passage_encoder or query_encoder).eval()
         self.config = with_own_prompts(
             config or SentenceTransformerConfig(model="model"), self.query_encoder, self.passage_encoder
         )
+        for encoder in (self.query_encoder, self.passage_encoder):
+            take_texts_as_text(encoder, (self.query_prompt, self.passage_prompt))
         self.notes: tuple[str, ...] = ()
         """What is worth knowing about how the models were loaded, a line each."""
         self._memory_of_passages, self._memory_of_queries = FingerprintMemory(), FingerprintMemory()
@@ -269,6 +272,7 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
             device=str(target),
             revision=config.revision,
             local_files_only=location.is_local,
+            trust_remote_code=config.trust_remote_code,
             model_kwargs={
                 "dtype": choose_dtype(config.dtype, target, small=True, setting="rag_system.retriever.dtype")
             },

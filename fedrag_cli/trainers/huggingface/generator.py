@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import accepted_arguments
+from fedrag_cli.rag.generators.likelihood import accepted_arguments, padded
 from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import GeneratorTrainingConfig
@@ -138,11 +138,11 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         return {"loss": loss, **(self.extra_validation() if self.extra_validation else {})}
 
     def _instance(self, context: Context, truncation: TruncationCount | None) -> AnswerInstance:
-        answer = self._generator.prompts.encode_answer(context.example.response)
-        prompt = self._generator.encode_prompt(context.example.query, context.nodes, answer_tokens=len(answer))
+        example = context.example
+        prompt = self._generator.prompts.encode_pair(example.query, context.nodes, example.response)
         if truncation is not None:
             truncation.add(prompt)
-        return AnswerInstance(prompt.ids, answer, context.weight)
+        return AnswerInstance(prompt.ids, prompt.answer, context.weight)
 
     def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[AnswerInstance]:
         self._truncation = TruncationCount()
@@ -157,27 +157,26 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         return [len(item.prompt) + len(item.answer) for item in instances]
 
     def _collate(self, instances: list[AnswerInstance]) -> dict[str, Any]:
-        """Pad on the left, so that all answers end together and logits are needed for the last columns only.
+        """Pad the instances and label their answers.
 
-        Mask and labels follow from the lengths, never from the padding token's id.
+        Padding on the left lets all answers end together, so that logits are needed for the last columns only. A model
+        that this would change gets its padding on the right.
         """
-        width = max(len(item.prompt) + len(item.answer) for item in instances)
-        input_ids = torch.full((len(instances), width), self._generator.pad_id)
-        labels = torch.full((len(instances), width), IGNORED)
-        mask = torch.zeros((len(instances), width), dtype=torch.long)
-        for row, item in enumerate(instances):
-            length = len(item.prompt) + len(item.answer)
-            input_ids[row, width - length :] = torch.tensor(item.prompt + item.answer)
-            labels[row, width - len(item.answer) :] = torch.tensor(item.answer)
-            mask[row, width - length :] = 1
+        rule = self._generator.padding_rule
+        pairs = [(item.prompt, item.answer) for item in instances]
+        input_ids, mask, starts = padded(pairs, self._generator.pad_id, "left" if rule.on_left else "right")
+        labels = torch.full_like(input_ids, IGNORED)
+        begins = [start + len(item.prompt) for start, item in zip(starts, instances, strict=True)]
+        for row, (begin, item) in enumerate(zip(begins, instances, strict=True)):
+            labels[row, begin : begin + len(item.answer)] = torch.tensor(item.answer)
         batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         if any(item.weight != 1.0 for item in instances):
             batch["weights"] = torch.tensor([item.weight for item in instances])
-        accepted = accepted_arguments(self.model)
-        if "position_ids" in accepted:
-            batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        if "logits_to_keep" in accepted:
-            batch["logits_to_keep"] = max(len(item.answer) for item in instances) + 1
+        if rule.on_left:
+            batch |= rule.positions(mask)
+        if "logits_to_keep" in accepted_arguments(self.model):
+            # The first answer's first token is predicted one column earlier.
+            batch["logits_to_keep"] = input_ids.shape[1] - min(begins) + 1
         return batch
 
     def _on_batches(self, batches: Batches) -> None:

@@ -162,11 +162,10 @@ class LikelihoodScorer:
         return self._identified[texts]
 
     def _encode(self, example: Example, nodes: Sequence[KnowledgeNode]) -> TokenPair:
-        target = self.generator.prompts.answer_tokens(example.response)
-        prompt = self.generator.encode_prompt(example.query, nodes, answer_tokens=len(target))
+        prompt = self.generator.prompts.encode_pair(example.query, nodes, example.response, with_end=False)
         if prompt.dropped_tokens:
             self._truncated[self._texts(example, nodes)] = prompt
-        return prompt.ids, target
+        return prompt.ids, prompt.answer
 
     def _texts(self, example: Example, nodes: Sequence[KnowledgeNode]) -> tuple[str, ...]:
         return (example.query, example.response, self.generator.prompts.context(nodes))
