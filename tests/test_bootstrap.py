@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from fedrag_cli.errors import ConfigError, DataError
-from fedrag_cli.evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from fedrag_cli.evaluation.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    metric_difference,
+    metric_interval,
+    paired_difference,
+)
 
 
 def test_the_mean_and_n() -> None:
@@ -69,6 +75,15 @@ def test_the_difference_is_paired() -> None:
     assert interval.mean == pytest.approx(0.1, abs=0.01)
     assert interval.high - interval.low < 0.01
     assert interval.excludes_zero()
+
+
+def test_the_difference_of_geometric_means_is_paired() -> None:
+    """Every question gains 1 %: so does every resample, if both sides draw the same questions."""
+    before = np.random.default_rng(7).uniform(2, 50, 40)
+    found = metric_difference("perplexity", before.tolist(), (before * 1.01).tolist(), seed=3)
+    means = metric_interval("perplexity", before.tolist(), seed=3)
+    assert found.mean == pytest.approx(0.01 * means.mean)
+    assert (found.low, found.high) == pytest.approx((0.01 * means.low, 0.01 * means.high))
 
 
 def test_the_difference_points_from_before_to_after() -> None:

@@ -23,6 +23,7 @@ from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.data.examples import Example
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
+from fedrag_cli.evaluation.likelihoods import Candidate, choose
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.system import RAGSystem
 
@@ -178,6 +179,12 @@ def test_choices_are_scored_by_likelihood(system: RAGSystem, score: Any) -> None
         asked = dataclasses.replace(RED, responses=(right,))
         value = evaluate(system, [asked], ["accuracy"], EvaluationConfig(choice_score=score)).values["accuracy"]
         assert value == [float(right == record["chosen"])]
+
+
+def test_of_choices_that_are_equally_likely_the_first_is_taken() -> None:
+    candidates = [Candidate(str(number), text, torch.zeros(1)) for number, text in enumerate(RED.choices)]
+    totals = {"0": -3.0, "1": -2.0, "2": -2.0}
+    assert choose(RED, candidates, totals, EvaluationConfig(), {}) == ("red", [-3.0, -2.0, -2.0])
 
 
 def test_which_metrics_questions_with_choices_have() -> None:

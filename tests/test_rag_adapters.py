@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,29 @@ def test_named_layers_get_the_adapter(models: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("targets", [("no_such_layer",), "no_such_layer"])
 def test_names_of_no_layer_are_a_config_error(models: dict[str, Path], targets: object) -> None:
-    with pytest.raises(ConfigError, match="target_modules does not fit the model") as caught:
+    with pytest.raises(ConfigError, match=r"target_modules (does not fit|names no layer of) the model") as caught:
         adapted(models["generator"], target_modules=targets)
     assert "all-linear" in caught.value.hint
+
+
+def test_one_misspelt_layer_among_right_ones_is_refused_with_those_near_it(models: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapted(models["generator"], target_modules=("q_proj", "v_porj", "self_attn.k_proj", "q", "all-linear"))
+    assert "'v_porj' (did you mean 'v_proj'" in caught.value.message
+    assert "'q'" in caught.value.message
+    assert "'all-linear'" in caught.value.message
+    assert "'q_proj'," not in caught.value.message
+    assert "k_proj'," not in caught.value.message
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        adapted(models["generator"], target_modules="q_proj(")
+    with pytest.raises(ConfigError, match="it is empty"):
+        adapted(models["generator"], target_modules=())
+
+
+def test_the_saved_settings_do_not_depend_on_the_order_of_a_set(models: dict[str, Path], tmp_path: Path) -> None:
+    names = ("q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
+    adapted(models["generator"], target_modules=names).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
 
 
 def test_a_model_with_an_adapter_keeps_it(models: dict[str, Path]) -> None:

@@ -95,6 +95,21 @@ def test_ranking_values_equal_those_worked_out_by_hand(system: RAGSystem) -> Non
     assert result.means()["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 2) / 4)
 
 
+def test_a_passage_with_the_text_of_a_relevant_one_is_relevant_too(system: RAGSystem) -> None:
+    """p3 says what p1 says, in other capitals and spaces."""
+    node = KnowledgeNode("p3", "THE  barn number 1")
+    system.knowledge_store.add([node], system.knowledge_store.embeddings_at(torch.tensor([3])))
+    examples = [asked("twin", ("p3",)), asked("both", ("p1", "p3", "p5"))]
+    result = evaluate(system, examples, ["mrr", "hit@2", "recall@5", "recall@10"])
+    assert result.values["mrr"] == pytest.approx([1 / 2, 1 / 2])
+    assert result.values["hit@2"] == [1.0, 1.0]
+    assert result.values["recall@5"] == [1.0, 0.5]
+    assert result.values["recall@10"] == [1.0, 1.0]
+    assert [passage.get("same_as") for passage in result.predictions[0]["passages"]] == [None, "p3"]
+    oracle = evaluate(system, examples, ["f1"], EvaluationConfig(context="oracle"))
+    assert [passage["id"] for passage in oracle.predictions[1]["passages"]] == ["p1", "p5"]
+
+
 @pytest.mark.parametrize(("depth", "expected"), [(100, 1 / 8), (8, 1 / 8), (7, 0.0), (1, 0.0)])
 def test_rankings_go_down_to_the_depth(system: RAGSystem, depth: int, expected: float) -> None:
     assert evaluate(system, [asked("1", ("p7",))], ["mrr"], EvaluationConfig(depth=depth)).values[

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import (
+    BoW,
+    Pooling,
+    StaticEmbedding,
+    Transformer,
+    WordEmbeddings,
+)
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+from transformers import AutoTokenizer
 
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import SentenceTransformerConfig
@@ -30,7 +40,7 @@ TEXTS = [
 LONG = " ".join(["the cat lives in the red house and the owl in the tree"] * 12)
 
 
-def load(folder: Path | None, *, device: str = "cpu", **settings: Any) -> SentenceTransformerRetriever:
+def load(folder: Path | str | None, *, device: str = "cpu", **settings: Any) -> SentenceTransformerRetriever:
     model = {} if folder is None else {"model": str(folder)}
     return SentenceTransformerRetriever.from_config(SentenceTransformerConfig(**model, **settings), device=device)
 
@@ -463,6 +473,64 @@ def test_a_file_is_no_model_of_a_retriever(tmp_path: Path) -> None:
 def test_an_absent_device_is_a_model_error(models: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="no device 'cuda'"):
         load(models["retriever"], device="cuda")
+
+
+def _saved(folder: Path, *modules: torch.nn.Module) -> str:
+    SentenceTransformer(modules=list(modules), device="cpu").save(str(folder), create_model_card=False)
+    return str(folder)
+
+
+def _words(**options: Any) -> WordEmbeddings:
+    words = ["the", "cat", "is", "red"]
+    return WordEmbeddings(WhitespaceTokenizer(words, stop_words=set()), torch.rand(4, 8).numpy(), **options)
+
+
+def test_encoders_without_a_limit_cut_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models["retriever"])
+    static = _saved(tmp_path / "static", StaticEmbedding(tokenizer, embedding_dim=8))
+    words = _saved(tmp_path / "words", BoW(["the", "cat", "is", "red"]))
+    for model in (static, words):
+        retriever = load(model)
+        assert retriever.count_truncated([LONG, "the cat"], queries=True) == 0
+        assert retriever.measure([LONG], "passages", queries=False).message == ""
+        assert retriever.encode_queries(["the cat", LONG]).shape[0] == 2
+        with pytest.raises(ModelError, match=r"max_length is 5, but the retriever .* reads texts of any length"):
+            load(model, max_length=5)
+
+
+def test_word_embeddings_are_cut_at_their_own_limit(tmp_path: Path) -> None:
+    model = _saved(tmp_path / "words", _words(max_seq_length=3), Pooling(8))
+    measured = load(model).measure(["the cat is red", "the cat"], "passages", queries=False)
+    assert (measured.truncated, measured.tokens, measured.dropped, measured.limit) == (1, 6, 1, 3)
+    assert load(model, max_length=4).count_truncated(["the cat is red"], queries=False) == 0
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "MPNet", "DistilBert"])
+def test_a_limit_above_the_positions_is_refused_and_one_at_them_works(
+    kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """RoBERTa and MPNet leave the first two of their 34 positions out."""
+    size = 34 if kind in ("Roberta", "MPNet") else 32
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "DistilBert":
+        sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=400, max_position_embeddings=size, **sizes)
+    if size == 34:
+        config.pad_token_id = 1
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(models["retriever"])
+    tokenizer.model_max_length = 1000
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = _saved(tmp_path / "model", Transformer(str(tmp_path / "base")), Pooling(16))
+    with pytest.raises(ModelError, match=r"max_length is 33, but the retriever .* has 32 positions") as caught:
+        load(model, max_length=33)
+    assert caught.value.hint == "Set it to 32 or less, or leave it out."
+    for limit in (32, None):
+        retriever = load(model, max_length=limit)
+        assert retriever.encode_passages([LONG * 10]).shape == (1, 16)
+        measured = retriever.measure([LONG * 10], "passages", queries=False)
+        assert (measured.truncated, measured.limit) == (1, 32)
+        assert measured.advice.startswith("Take an encoder that reads longer texts, or split")
 
 
 def test_control_tokens_in_texts_are_text_unless_a_prompt_has_some(models: dict[str, Path]) -> None:

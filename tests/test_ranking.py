@@ -99,3 +99,19 @@ def test_a_passage_twice_is_an_error() -> None:
 def test_other_names_are_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         ranking_metrics([["a"]], [["a"]], [name])
+
+
+def test_the_same_text_under_two_ids_counts_once_at_the_rank_of_the_first() -> None:
+    """a and A say the same, as do b and B; the question's passages are a and c, or (second question) a, A and c."""
+    same = {"a": "a", "A": "a", "b": "b", "B": "b", "c": "c"}
+    rankings = [["b", "A", "a", "c"]] * 2
+    relevant = [["a", "c"], ["a", "A", "c"]]
+    found = ranking_metrics(rankings, relevant, ["mrr", "hit@1", "recall@2", "recall@3", "recall@4", "ndcg@4"], same)
+    assert found["mrr"] == [0.5, 0.5]
+    assert found["hit@1"] == [0.0, 0.0]
+    assert found["recall@2"] == found["recall@3"] == [0.5, 0.5]
+    assert found["recall@4"] == [1.0, 1.0]
+    gain = (1 / math.log2(3) + 1 / math.log2(5)) / (1 + 1 / math.log2(3))
+    assert found["ndcg@4"] == pytest.approx([gain, gain])
+    # Repetitions of what is not relevant take up their ranks too.
+    assert ranking_metrics([["b", "B", "c"]], [["c"]], ["mrr"], same)["mrr"] == pytest.approx([1 / 3])

@@ -140,6 +140,21 @@ def test_a_ranking_metric_needs_judged_validation_examples(write_config: Callabl
         HuggingFaceRAGTrainerManager("retriever", trainer)
 
 
+def test_the_loss_of_alternating_training_is_the_mean_over_the_steps_of_all_phases(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three phases of 1, 4 and 3 steps with the losses 8, 2 and 4: (8 + 8 + 12) / 8."""
+    given = iter([TrainResult(8.0, 1), TrainResult(2.0, 4), TrainResult(4.0, 3), TrainResult(0.0, 0)])
+    monkeypatch.setattr(HuggingFaceTrainer, "train", lambda self, **_: next(given))
+    rag_system = _system(write_config)
+    trainers = HuggingFaceTrainerForLSR(rag_system), HuggingFaceTrainerForRALT(rag_system)
+    result = HuggingFaceRAGTrainerManager("alternating", *trainers, cycles=2).train()
+    assert (result.loss, result.steps) == (28 / 8, 8)
+    losses = {phase: (part["loss"], part["steps"]) for phase, part in result.metrics.items()}
+    names = ("1-retriever", "2-generator", "3-retriever", "4-generator")
+    assert losses == dict(zip(names, [(8.0, 1), (2.0, 4), (4.0, 3), (0.0, 0)], strict=True))
+
+
 def test_a_finished_phase_is_not_run_again(write_config: Callable[..., Path], tmp_path: Path) -> None:
     def manage() -> HuggingFaceRAGTrainerManager:
         rag_system = _system(write_config)

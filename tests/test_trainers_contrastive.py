@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import data_rows, write_rows
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config
@@ -16,7 +17,7 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.errors import DataError
 from fedrag_cli.losses import contrastive_loss
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.trainers.config import ContrastiveConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForContrastive
 
@@ -82,6 +83,52 @@ def test_the_first_loss_is_the_formula_on_columns_chosen_by_hand(rag_system: RAG
     assert trainer.train().loss == pytest.approx(sum(expected) / 3, rel=1e-4)
 
 
+@pytest.fixture
+def twins(write_config: Callable[..., Path]) -> RAGSystem:
+    """A system whose store has the cat's and the dog's passages under further ids."""
+    config = write_config()
+    copies = [
+        {"id": f"again-{animal}", "text": f"The colour of  the {animal} is {colour} .", "title": "copy"}
+        for animal, colour in (("cat", "red"), ("dog", "blue"))
+    ]
+    write_rows(config.parent / "corpus.jsonl", [*data_rows()["corpus"], *copies])
+    return build_rag_system(load_config(config), with_generator=False)
+
+
+def test_what_answers_a_query_under_another_id_or_in_another_row_is_no_negative(twins: RAGSystem) -> None:
+    """The cat's passage has a twin, and another row that asks the same has home-cat for its answer."""
+    config = ContrastiveConfig(batch_size=4, learning_rate=1e-3, scale=5.0, hard_negatives=26)
+    examples = [_example(CAT, "colour-cat", "again-cat"), _example(DOG, "again-dog")]
+    examples += [Example("same", CAT.upper().replace(" ?", "?"), (), ("home-cat",))]
+    trainer = HuggingFaceTrainerForContrastive(twins, examples, [], config)
+    pairs = trainer.pairs(examples)
+    nodes = twins.knowledge_store.nodes
+    ids = [nodes[pair.passage].id for pair in pairs]
+    assert ids == ["colour-cat", "again-dog", "home-cat"]
+    of_cat, of_dog = {"colour-cat", "again-cat", "home-cat"}, {"colour-dog", "again-dog"}
+    everything = {node.id for node in nodes}
+    for pair, own in zip(pairs, (of_cat, of_dog, of_cat), strict=True):
+        assert {nodes[place].id for place in pair.negatives} == everything - own
+    # In the batch: the columns of the other cat are none for it, nor are the dog's mined negatives that answer it.
+    embeddings = dict(zip((node.id for node in nodes), twins.knowledge_store.embeddings, strict=True))
+    columns = [*ids, *(nodes[place].id for pair in pairs for place in pair.negatives)]
+    expected = []
+    for example, own_id, own in zip(examples, ids, (of_cat, of_dog, of_cat), strict=True):
+        [query] = twins.retriever.encode_queries([example.query])
+        others = [query @ embeddings[name] for name in columns if name not in own]
+        expected.append(-torch.log_softmax(5.0 * torch.stack([query @ embeddings[own_id], *others]), dim=0)[0].item())
+    assert trainer.train().loss == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+def test_a_validation_row_that_asks_the_same_spares_its_passage(twins: RAGSystem) -> None:
+    config = ContrastiveConfig(hard_negatives=26)
+    trainer = HuggingFaceTrainerForContrastive(twins, [_example(CAT, "home-cat")], [_example(CAT, "again-cat")], config)
+    [pair] = trainer.pairs(trainer.train_examples)
+    nodes = twins.knowledge_store.nodes
+    spared = {node.id for node in nodes} - {nodes[place].id for place in pair.negatives}
+    assert spared == {"home-cat", "again-cat", "colour-cat"}
+
+
 def test_the_relevant_passage_ranks_first_after_training(rag_system: RAGSystem) -> None:
     trainer = HuggingFaceTrainerForContrastive(
         rag_system, config=ContrastiveConfig(batch_size=14, learning_rate=3e-3, epochs=40, validation=NEVER)
@@ -122,6 +169,37 @@ def test_training_both_moves_passages_and_refreshes_the_store(rag_system: RAGSys
     assert rag_system.retriever.is_shared
     assert rag_system.retriever.fingerprint() != before
     rag_system.require_matching_store()
+
+
+def test_validation_compares_with_passages_as_they_are_encoded_now(rag_system: RAGSystem) -> None:
+    trainer = HuggingFaceTrainerForContrastive(rag_system, config=ContrastiveConfig(train="both", batch_size=4))
+    stale = trainer.validate()["loss"]
+    with torch.no_grad():
+        for parameter in rag_system.retriever.passage_encoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    found = trainer.validate()["loss"]
+    # Metrics of the whole system, which come with it, search the store.
+    rag_system.require_matching_store()
+    refresh_store(rag_system)
+    assert found == pytest.approx(trainer.validate()["loss"], rel=1e-5)
+    assert found != pytest.approx(stale, rel=1e-3)
+
+
+def test_scores_are_computed_in_float32_under_mixed_precision(
+    rag_system: RAGSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 has three digits, too few for cosines that are multiplied by 20."""
+    given: list[torch.Tensor] = []
+
+    def noted(scores: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        given.append(scores.detach().clone())
+        return contrastive_loss(scores, *arguments)
+
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.contrastive.contrastive_loss", noted)
+    config = ContrastiveConfig(precision="bfloat16", batch_size=4, learning_rate=1e-3, max_steps=1, validation=NEVER)
+    HuggingFaceTrainerForContrastive(rag_system, config=config).train()
+    assert given[0].dtype == torch.float32
+    assert not torch.equal(given[0], given[0].bfloat16().float())
 
 
 def test_examples_without_relevant_ids_are_left_out_and_counted(rag_system: RAGSystem) -> None:

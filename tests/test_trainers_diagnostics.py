@@ -149,12 +149,12 @@ def test_names_of_modules(name: str, module: str) -> None:
 def test_distances_by_hand() -> None:
     before = {"layers.0.a": torch.tensor([3.0]), "layers.0.b": torch.tensor([4.0, 0.0]), "head.w": torch.zeros(2)}
     after = {
-        "layers.0.a": torch.tensor([6.0]),
-        "layers.0.b": torch.tensor([4.0, 4.0]),
+        "layers.0.a": torch.tensor([9.0]),
+        "layers.0.b": torch.tensor([4.0, 8.0]),
         "head.w": torch.tensor([0.0, 2.0]),
     }
     assert movement(before, after) == {
-        "layers.0": {"distance": 5.0, "relative": 1.0},
+        "layers.0": {"distance": 10.0, "relative": 2.0},
         "head": {"distance": 2.0, "relative": None},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, TrainingError
 from fedrag_cli.losses import lsr_loss
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.trainers.config import LSRConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 
+NEVER = ValidationConfig(every="never")
 QUICK: dict[str, Any] = {"top_k": 4, "batch_size": 4, "learning_rate": 1e-3}
 
 
@@ -121,6 +123,71 @@ def test_training_both_moves_passages_and_refreshes_the_store(rag_system: RAGSys
     torch.testing.assert_close(store.embeddings, fresh)
     assert not torch.allclose(embeddings, fresh)
     rag_system.retrieve("what is the colour of the cat ?")
+
+
+@pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 6]), (3, [3, 6]), (None, [4])])
+def test_the_index_is_refreshed_when_it_is_due_and_searched_as_it_is_then(
+    rag_system: RAGSystem, monkeypatch: pytest.MonkeyPatch, every: int | None, expected: list[int]
+) -> None:
+    """14 examples in batches of 4 make an epoch of 4 steps; after the last of 7 the index follows."""
+    store, retriever = rag_system.knowledge_store, rag_system.retriever
+    config = LSRConfig(train="both", max_steps=7, refresh_every=every, validation=NEVER, **QUICK)
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=config)
+    replace, search, on_step = store.replace_embeddings, store.search_positions, trainer._on_step
+    steps, refreshed, searched = [0], [], []
+
+    def replacing(embeddings: torch.Tensor) -> None:
+        refreshed.append(steps[-1])
+        replace(embeddings)
+
+    def searching(queries: torch.Tensor, top_k: int) -> Any:
+        searched.append((steps[-1], store.embeddings.clone()))
+        return search(queries, top_k)
+
+    def stepped(step: int, last: bool) -> None:
+        steps.append(step)
+        on_step(step, last)
+        if step in expected:
+            fresh = retriever.encode_passages([node.text for node in store.nodes])
+            torch.testing.assert_close(store.embeddings, fresh)
+
+    monkeypatch.setattr(store, "replace_embeddings", replacing)
+    monkeypatch.setattr(store, "search_positions", searching)
+    monkeypatch.setattr(trainer, "_on_step", stepped)
+    trainer.train()
+    assert refreshed == [*expected, 7]
+    # What steps search is the index of the newest refresh.
+    for (step, before), (_, after) in itertools.pairwise(searched):
+        assert torch.equal(before, after) is (step + 1 not in expected), step
+
+
+def test_validation_searches_passages_as_they_are_encoded_now(rag_system: RAGSystem) -> None:
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=LSRConfig(train="both", **QUICK))
+    stale = trainer.validate()["loss"]
+    with torch.no_grad():
+        for parameter in rag_system.retriever.passage_encoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    found = trainer.validate()["loss"]
+    refresh_store(rag_system)
+    assert found == pytest.approx(trainer.validate()["loss"], rel=1e-5)
+    assert found != pytest.approx(stale, rel=1e-3)
+
+
+def test_scores_are_computed_in_float32_under_mixed_precision(
+    rag_system: RAGSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 has three digits, too few for cosines that are divided by a temperature of .05."""
+    given: list[torch.Tensor] = []
+
+    def noted(scores: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+        given.append(scores.detach().clone())
+        return lsr_loss(scores, *arguments, **settings)
+
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.lsr.lsr_loss", noted)
+    config = LSRConfig(precision="bfloat16", max_steps=1, validation=NEVER, **QUICK)
+    HuggingFaceTrainerForLSR(rag_system, config=config).train()
+    assert given[0].dtype == torch.float32
+    assert not torch.equal(given[0], given[0].bfloat16().float())
 
 
 def test_training_both_gives_gradient_to_separate_passage_encoders(rag_system: RAGSystem) -> None:
@@ -270,6 +337,40 @@ def test_the_proximal_term_holds_the_weights_back(rag_system: RAGSystem) -> None
     trainer.add_proximal_term(10.0)
     trainer.train()
     assert 0 < distance() < 0.5 * free
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_best_weights_are_kept_only_where_that_is_asked_for(rag_system: RAGSystem, keep_best: bool) -> None:
+    """The validation loss falls and then rises, whatever the weights are."""
+    validation = ValidationConfig(every=1, keep_best=keep_best)
+    config = LSRConfig(max_steps=4, validation=validation, **QUICK)
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=config)
+    seen: list[dict[str, torch.Tensor]] = []
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+
+    def validate() -> dict[str, float]:
+        seen.append(trainer.trained_weights())
+        return {"loss": next(losses)}
+
+    trainer.validate = validate  # type: ignore[method-assign]
+    result = trainer.train()
+    wanted = seen[1] if keep_best else seen[3]
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in trainer.trained_weights().items())
+    assert not all(torch.equal(seen[1][name], seen[3][name]) for name in wanted)
+    assert result.metrics["validation"]["loss"] == (1.0 if keep_best else 2.5)
+    assert result.metrics["validation_step"] == (2 if keep_best else 4)
+
+
+@pytest.mark.parametrize(("losses", "steps"), [([2.0, 1.0, 1.0, 1.0, 0.5], 4), ([2.0, 1.0, 1.5, 0.9, 1.0, 1.0], 6)])
+def test_a_tie_is_no_gain_for_patience(rag_system: RAGSystem, losses: list[float], steps: int) -> None:
+    config = LSRConfig(epochs=10, validation=ValidationConfig(every=1, patience=2), **QUICK)
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=config)
+    given = iter(losses)
+    trainer.validate = lambda: {"loss": next(given)}  # type: ignore[method-assign]
+    result = trainer.train()
+    assert result.steps == steps
+    # Of equally good ones the first is the best.
+    assert result.metrics["validation_step"] == losses.index(min(losses[:steps])) + 1
 
 
 def test_early_stopping_and_the_best_checkpoint(write_config: Callable[..., Path], tmp_path: Path) -> None:

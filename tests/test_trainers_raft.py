@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import data_rows, write_rows
 
 from fedrag_cli.config import load_config
 from fedrag_cli.data.examples import Example
@@ -53,6 +54,25 @@ def test_distractors_are_the_best_passages_that_are_not_relevant(rag_system: RAG
     others = [node_id for node_id in ranking if node_id not in example.relevant_ids]
     expected = {"colour-cat", "home-cat", *others[:2]} if share else set(others[:4])
     assert {node.id for node in context.nodes} == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_what_answers_the_question_is_no_distractor(write_config: Callable[..., Path], share: float) -> None:
+    """Neither a twin of the relevant passage, nor what is relevant to the same question in another row."""
+    config = write_config()
+    copy = {"id": "again-cat", "text": "The colour of  the cat is red .", "title": "copy"}
+    write_rows(config.parent / "corpus.jsonl", [*data_rows()["corpus"], copy])
+    examples = [
+        Example("1", QUERY, ("red",), ("again-cat", "colour-cat")),
+        Example("2", QUERY.upper().replace(" ?", "?"), ("red",), ("home-cat",)),
+    ]
+    trainer = HuggingFaceTrainerForRAFT(
+        build_rag_system(load_config(config)), examples, [], RAFTConfig(top_k=25, gold_share=share)
+    )
+    others = {node.id for node in trainer.rag_system.knowledge_store.nodes} - {"again-cat", "colour-cat", "home-cat"}
+    first, second = ([node.id for node in context.nodes] for context in trainer.contexts(examples))
+    assert sorted(first) == sorted([*others, *(["again-cat"] if share else [])])
+    assert sorted(second) == sorted([*others, *(["home-cat"] if share else [])])
 
 
 def test_more_gold_than_room_and_a_small_store(rag_system: RAGSystem) -> None:

@@ -164,6 +164,18 @@ def test_instances_are_weighted_by_the_retriever(rag_system: RAGSystem) -> None:
     assert trainer.train().loss == pytest.approx(weighted, rel=1e-4)
 
 
+def test_the_validation_loss_is_weighted_like_that_of_training(rag_system: RAGSystem) -> None:
+    config = RALTConfig(top_k=3, passage_weights="retriever", retriever_temperature=0.0005)
+    trainer = HuggingFaceTrainerForRALT(rag_system, config=config)
+    instances = trainer.instances(trainer.validation_examples)
+    pairs = [(item.prompt, item.answer) for item in instances]
+    totals = rag_system.require_generator().log_probs_of_ids(pairs).tolist()
+    tokens = sum(len(item.answer) for item in instances)
+    weighted = -sum(item.weight * total for item, total in zip(instances, totals, strict=True)) / tokens
+    assert weighted != pytest.approx(-sum(totals) / tokens, rel=1e-4)
+    assert trainer.validate()["loss"] == pytest.approx(weighted, rel=1e-5)
+
+
 def test_weighted_accumulated_batches_equal_one_large_batch(write_config: Callable[..., Path]) -> None:
     settings: dict[str, Any] = {"optimizer": "sgd", "passage_weights": "retriever"}
     large = _train(write_config, "large", batch_size=8, **settings)

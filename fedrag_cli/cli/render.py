@@ -21,6 +21,7 @@ NO_ROOM = (
     "The context window has no room for any of the passages: raise rag_system.generator.context_window, or lower "
     "max_new_tokens."
 )
+WITHOUT_OVERLAP = "Take these questions out of one of the two."
 LONGEST_CELL = 1000
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
 
@@ -85,20 +86,31 @@ class Renderer:
         level = round(100 * summary["differences"][0]["confidence"])
         self.line(f"Before and after training, on the {summary['split']} split:")
         self.table(["metric", "n", "before", "after", "difference", f"{level} % interval", "verdict"], rows)
+        self.overlaps(summary.get("overlaps") or ())
 
-    def truncated(self, counts: Mapping[str, int]) -> None:
-        """Print how much was cut; nothing where nothing was."""
+    def overlaps(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Print which splits share questions; nothing where none do."""
+        for overlap in found:
+            self.line(Text.assemble(("Warning: ", "bold yellow"), f"{overlap['message']}. {WITHOUT_OVERLAP}"))
+
+    def truncated(self, counts: Mapping[str, int], lengths: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Print how much was cut and what to do about it; nothing where nothing was."""
         cut = {name: count for name, count in counts.items() if count}
         if cut:
             self.line("Truncated: " + ", ".join(f"{count} {name}" for name, count in cut.items()))
+        for item in lengths:
+            if item["message"]:
+                self.line(item["message"])
         if any(name.endswith("contexts cut to nothing") for name in cut):
             self.line(NO_ROOM)
 
     def training_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a training run ended with."""
         self.differences(summary)
-        self.truncated(summary["truncated"])
-        self.line(f"{summary['steps']} steps, mean loss {summary['loss']:.4f}, {duration(summary['seconds'])}")
+        self.truncated(summary["truncated"], summary.get("lengths") or ())
+        phases = ", ".join(f"{name} {part['loss']:.4f}" for name, part in (summary.get("phases") or {}).items())
+        loss = f"mean loss {summary['loss']:.4f}" + (f" ({phases})" if phases else "")
+        self.line(f"{summary['steps']} steps, {loss}, {duration(summary['seconds'])}")
         self.line(f"Everything is in {summary['run_dir']} (README.md is its model card)")
         # Without a generator there is nobody to answer.
         if "generator" in summary["fingerprints"]:
@@ -165,7 +177,10 @@ class Renderer:
         for item in document["warnings"]:
             place = f"{item['file']}:{item['line']}" if item["line"] else item["file"]
             self.line(Text.assemble(("Warning: ", "bold yellow"), f"{place}: {item['path']}: {item['message']}"))
-        for name, values in document.get("loaded", {}).items():
+        loaded = dict(document.get("loaded", {}))
+        self.overlaps(loaded.pop("overlaps", ()))
+        self.truncated({}, loaded.pop("lengths", ()))
+        for name, values in loaded.items():
             self.line(f"  {name.removesuffix('_bytes').replace('_', ' ')}: {_loaded_value(name, values)}")
 
     def components(self, listed: Sequence[Mapping[str, Any]], *, settings: bool) -> None:
@@ -247,7 +262,7 @@ class Renderer:
             rows += [[f"  {summary['group_by']} {group}: {row[0]}", *row[1:]] for row in _evaluation_rows(metrics)]
         level = round(100 * summary["confidence"])
         self.table(["metric", "n", "mean", f"{level} % interval"], rows)
-        self.truncated(summary["truncated"])
+        self.truncated(summary["truncated"], summary.get("lengths") or ())
         self.line(f"Everything is in {summary['run_dir']}, the questions in {summary['predictions']}")
 
 

@@ -22,7 +22,6 @@ def command(
     """Check a config and report every error with its line; what it names and is not there is a warning."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.config import load_config_with_source
-        from fedrag_cli.config.checks import tuned_sides
         from fedrag_cli.config.warnings import config_warnings
 
         given = sort_arguments(arguments)
@@ -36,5 +35,5 @@ def command(
         if load:
             from fedrag_cli.trainer_managers.inspection import inspect_config
 
-            document |= {"loaded": inspect_config(source.config, tuned_sides(source.config), current.reporter())}
+            document |= {"loaded": inspect_config(source.config, current.reporter())}
         current.result(document, lambda renderer: renderer.validation(document))

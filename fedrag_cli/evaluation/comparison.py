@@ -8,6 +8,7 @@ from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.config.metrics import LOWER_IS_BETTER
+from fedrag_cli.data.relevance import Overlap
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.bootstrap import metric_interval
 from fedrag_cli.evaluation.difference import MetricDifference, Verdict, compare_metrics
@@ -50,6 +51,7 @@ class Comparison:
         questions: Number of questions that both were asked.
         left_out: Number of questions that only one of them was asked.
         skipped_metrics: Metrics that only one of them has.
+        in_train: Number of questions that one of them was trained on.
     """
 
     baseline: Evaluated
@@ -60,6 +62,7 @@ class Comparison:
     questions: int
     left_out: int
     skipped_metrics: list[str] = field(default_factory=list)
+    in_train: int = 0
 
     def statements(self) -> dict[Verdict, str]:
         """Say for each verdict that there is in which metrics it holds."""
@@ -68,9 +71,17 @@ class Comparison:
             found[item.verdict].append(item.metric if item.verdict == "no difference shown" else _gain(item))
         return {verdict: f"{verdict} in {', '.join(metrics)}" for verdict, metrics in found.items() if metrics}
 
+    def leak(self) -> str:
+        """Say how many of the questions were trained on; empty where none was."""
+        if not self.in_train:
+            return ""
+        overlap = Overlap("compared", "train", self.in_train, self.questions, is_measured=True)
+        return f"{overlap.message}."
+
     def verdict(self) -> str:
-        """Say in a sentence what the comparison shows."""
-        return f"{self.other.title} against {self.baseline.title}: {'; '.join(self.statements().values())}."
+        """Say in a sentence what the comparison shows, and in a second one where it shows less than it seems to."""
+        shown = f"{self.other.title} against {self.baseline.title}: {'; '.join(self.statements().values())}."
+        return f"{shown} {self.leak()}".strip()
 
     def is_worse(self) -> bool:
         """Return whether a metric is shown to be worse."""
@@ -92,6 +103,8 @@ class Comparison:
             ],
             "won": self.won,
             "lost": self.lost,
+            "in_train": self.in_train,
+            "leak": self.leak(),
             "verdict": self.verdict(),
         }
 
@@ -138,7 +151,8 @@ def compare(baseline: Evaluated, other: Evaluated, settings: EvaluationConfig, s
         )
     left_out = len(baseline.predictions) + len(other.predictions) - 2 * len(pairs)
     skipped = sorted(first ^ second)
-    return Comparison(baseline, other, differences, won, lost, len(pairs), left_out, skipped)
+    in_train = sum(any("in_train" in row for row in pair) for pair in pairs)
+    return Comparison(baseline, other, differences, won, lost, len(pairs), left_out, skipped, in_train)
 
 
 def metric_table(evaluated: Evaluated, settings: EvaluationConfig, seed: int = 0) -> dict[str, dict[str, float]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.config.metrics import ANSWER_METRICS, generator_metrics_of, ranking_metrics_of
 from fedrag_cli.data.examples import Example
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.data.relevance import distinct_ids, first_ids
 from fedrag_cli.errors import DataError
-from fedrag_cli.evaluation.generator_metrics import answer_values, likelihood_values
+from fedrag_cli.evaluation.generator_metrics import answer_values, is_scored, likelihood_values
 from fedrag_cli.evaluation.memory import EvaluationMemory
 from fedrag_cli.evaluation.ranking import ranking_metrics
 from fedrag_cli.evaluation.result import Evaluation, Values
@@ -60,6 +62,36 @@ def choose_metrics(
     return list(wanted)
 
 
+def require_questions(examples: Sequence[Example], metrics: Sequence[str], settings: EvaluationConfig) -> None:
+    """Check that questions have what an evaluation of them looks at.
+
+    Args:
+        examples: The questions.
+        metrics: Names as in the config.
+        settings: Say what answers are given from, and by which column questions are grouped.
+
+    Raises:
+        DataError: A metric or the context has no question that it applies to, or a question has no group.
+    """
+    judged = any(example.relevant_ids for example in examples)
+    ranking, answers = ranking_metrics_of(metrics), [name for name in metrics if name in ANSWER_METRICS]
+    if ranking and not judged:
+        raise DataError(f"{', '.join(ranking)} need relevant ids, but no example has any.")
+    if settings.context == "oracle" and not judged:
+        raise DataError(
+            "evaluation.context is oracle, but no example has relevant ids.",
+            "Add a relevant_ids column (columns.relevant_ids names it), or take the context retrieved.",
+        )
+    if answers and not any(example.responses for example in examples):
+        raise DataError(f"{', '.join(answers)} need accepted answers, but no example has any.")
+    for name in generator_metrics_of(metrics):
+        if name not in answers and not any(is_scored(example, name) for example in examples):
+            needed = "choices and accepted answers" if name == "accuracy" else "an accepted answer with text"
+            raise DataError(f"{name} applies to no example: none has {needed}.")
+    for example in examples:
+        _group_of(example, settings.group_by)
+
+
 def evaluate(
     rag_system: RAGSystem,
     examples: Sequence[Example],
@@ -73,7 +105,8 @@ def evaluate(
 
     Args:
         rag_system: What to evaluate, as it is.
-        examples: Questions with accepted answers and relevant ids; relevant ids name passages of the store.
+        examples: Questions with accepted answers and relevant ids; relevant ids name passages of the store. A passage
+            with the text of a relevant one is relevant too; how often such twins count, `ranking_metrics` says.
         metrics: Names as in the config.
         settings: Context, scoring of choices, groups and depth of the rankings; the defaults where left out.
         reporter: Shows the progress.
@@ -83,30 +116,43 @@ def evaluate(
         DataError: A metric has no question that it applies to, or a question lacks the column of its group.
     """
     settings = settings or EvaluationConfig()
+    require_questions(examples, metrics, settings)
     reporter = reporter or SilentReporter()
     known = EvaluationMemory(memory)
     queries = [example.query for example in examples]
     rankings = _rankings(rag_system, examples, metrics, settings, reporter)
-    sources = _sources(rag_system, examples, rankings, settings)
-    predictions = [_prediction(example, found, settings) for example, found in zip(examples, sources, strict=True)]
-    truncated = {"queries": rag_system.retriever.count_truncated(queries, queries=True) if rankings else 0}
-    values: dict[str, Values] = {}
     ranking = ranking_metrics_of(metrics)
+    gold = _relevant_passages(rag_system, examples) if ranking or settings.context == "oracle" else {}
+    sources = _sources(examples, rankings, gold, rag_system.top_k, settings)
+    retrieved = {scored.node.id: scored.node for found in rankings for scored in found} if gold else {}
+    same = first_ids((gold | retrieved).values())
+    predictions = [_prediction(example, row, same, settings) for example, row in zip(examples, sources, strict=True)]
+    lengths = [rag_system.retriever.measure(queries, "evaluation questions", queries=True)] if rankings else []
+    truncated = {"queries": sum(item.truncated for item in lengths)}
+    values: dict[str, Values] = {}
     if ranking:
-        values |= _ranking_values(examples, rankings, ranking, max(settings.depth, rag_system.top_k))
+        values |= _ranking_values(examples, rankings, same, ranking, max(settings.depth, rag_system.top_k))
     answering = [name for name in metrics if name in ANSWER_METRICS]
     if answering:
-        found_values, cut = answer_values(rag_system, examples, sources, answering, predictions, known, reporter)
+        found_values, cut, of_prompts = answer_values(
+            rag_system, examples, sources, answering, predictions, known, reporter
+        )
         truncated |= cut
+        lengths.append(of_prompts)
         values |= found_values
     scoring = [name for name in generator_metrics_of(metrics) if name not in ANSWER_METRICS]
     if scoring:
-        values |= likelihood_values(rag_system, examples, sources, scoring, settings, predictions, known, reporter)
+        found, measured = likelihood_values(
+            rag_system, examples, sources, scoring, settings, predictions, known, reporter
+        )
+        values, lengths = values | found, [*lengths, measured]
     for name, by_position in values.items():
         for position, value in by_position.items():
             predictions[position]["metrics"][name] = value
     groups = [prediction.get("group") for prediction in predictions]
-    return Evaluation.of(len(examples), {name: values[name] for name in metrics}, groups, predictions, truncated)
+    return Evaluation.of(
+        len(examples), {name: values[name] for name in metrics}, groups, predictions, truncated, lengths
+    )
 
 
 def _rankings(
@@ -127,52 +173,78 @@ def _rankings(
         return rag_system.batch_retrieve(queries, min(wanted, passages), advance)
 
 
+def _relevant_passages(rag_system: RAGSystem, examples: Sequence[Example]) -> dict[str, KnowledgeNode]:
+    """Return the passages that any example calls relevant, by id."""
+    wanted = {name for example in examples for name in example.relevant_ids}
+    return {node.id: node for node in rag_system.knowledge_store.nodes if node.id in wanted} if wanted else {}
+
+
 def _sources(
-    rag_system: RAGSystem, examples: Sequence[Example], rankings: list[list[ScoredNode]], settings: EvaluationConfig
+    examples: Sequence[Example],
+    rankings: list[list[ScoredNode]],
+    gold: Mapping[str, KnowledgeNode],
+    top_k: int,
+    settings: EvaluationConfig,
 ) -> list[list[ScoredNode]]:
     """Return the passages that each answer is given from."""
     if settings.context == "none":
         return [[] for _ in examples]
     if settings.context == "retrieved":
-        return [found[: rag_system.top_k] for found in rankings]
-    if not any(example.relevant_ids for example in examples):
-        raise DataError(
-            "evaluation.context is oracle, but no example has relevant ids.",
-            "Add a relevant_ids column (columns.relevant_ids names it), or take the context retrieved.",
-        )
-    nodes = {node.id: node for node in rag_system.knowledge_store.nodes}
-    return [[ScoredNode(nodes[name], 1.0) for name in example.relevant_ids] for example in examples]
+        return [found[:top_k] for found in rankings]
+    same = first_ids(gold.values())
+    return [[ScoredNode(gold[name], 1.0) for name in distinct_ids(example.relevant_ids, same)] for example in examples]
 
 
-def _prediction(example: Example, passages: Sequence[ScoredNode], settings: EvaluationConfig) -> dict[str, Any]:
+def _prediction(
+    example: Example, passages: Sequence[ScoredNode], same: Mapping[str, str], settings: EvaluationConfig
+) -> dict[str, Any]:
+    # What is relevant because of its text, which is that of a passage that the example names.
+    named = {same[name]: name for name in example.relevant_ids if name in same}
+    twins = {
+        scored.node.id: {"same_as": named[same[scored.node.id]]}
+        for scored in passages
+        if same.get(scored.node.id) in named and scored.node.id not in example.relevant_ids
+    }
     prediction: dict[str, Any] = {
         "id": example.id,
         "query": example.query,
-        "passages": [{"id": scored.node.id, "score": scored.score} for scored in passages],
+        "passages": [
+            {"id": scored.node.id, "score": scored.score, **twins.get(scored.node.id, {})} for scored in passages
+        ],
         "accepted": list(example.responses),
         "relevant_ids": list(example.relevant_ids),
         "metrics": {},
     }
-    if settings.group_by is not None:
-        group = example.metadata.get(settings.group_by)
-        if group is None or group == "":
-            raise DataError(
-                f"The example '{example.id}' has no '{settings.group_by}', by which evaluation.group_by groups.",
-                f"Its further columns: {', '.join(example.metadata) or 'none'}.",
-            )
-        prediction["group"] = str(group)
+    group = _group_of(example, settings.group_by)
+    if group is not None:
+        prediction["group"] = group
     return prediction
 
 
+def _group_of(example: Example, column: str | None) -> str | None:
+    """Return the group of a question; None where they are not grouped."""
+    if column is None:
+        return None
+    group = example.metadata.get(column)
+    if group is None or group == "":
+        raise DataError(
+            f"{example.name} has no '{column}', by which evaluation.group_by groups.",
+            f"Its further columns: {', '.join(example.metadata) or 'none'}.",
+        )
+    return str(group)
+
+
 def _ranking_values(
-    examples: Sequence[Example], found: Sequence[list[ScoredNode]], names: Sequence[str], depth: int
+    examples: Sequence[Example],
+    found: Sequence[list[ScoredNode]],
+    same: Mapping[str, str],
+    names: Sequence[str],
+    depth: int,
 ) -> dict[str, Values]:
     judged = [position for position, example in enumerate(examples) if example.relevant_ids]
-    if not judged:
-        raise DataError(f"{', '.join(names)} need relevant ids, but no example has any.")
     rankings = [[scored.node.id for scored in found[position]] for position in judged]
     relevant = [examples[position].relevant_ids for position in judged]
-    values = ranking_metrics(rankings, relevant, [name for name in names if name != "mrr"])
+    values = ranking_metrics(rankings, relevant, [name for name in names if name != "mrr"], same)
     if "mrr" in names:
-        values = ranking_metrics([ranking[:depth] for ranking in rankings], relevant, ["mrr"]) | values
+        values = ranking_metrics([ranking[:depth] for ranking in rankings], relevant, ["mrr"], same) | values
     return {name: dict(zip(judged, row, strict=True)) for name, row in values.items()}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
+from fedrag_cli.config.metrics import ANSWER_METRICS
 from fedrag_cli.data.examples import Example
-from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.answers import exact_match, f1
 from fedrag_cli.evaluation.likelihoods import (
     Candidate,
@@ -22,11 +22,33 @@ from fedrag_cli.evaluation.memory import EvaluationMemory
 from fedrag_cli.evaluation.result import Values
 from fedrag_cli.evaluation.rouge import ROUGE_METRICS, rouge
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.system import RAGAnswer, RAGSystem, count_truncation
 from fedrag_cli.runs.reporting import Reporter
 
 ANSWERS = "answers"
 BARE_PROMPTS = "contexts cut to nothing"
+
+
+def is_scored(example: Example, name: str) -> bool:
+    """Return whether a metric of likelihoods applies to a question: to its choices, or to its first accepted answer."""
+    if name == "accuracy":
+        return bool(example.choices and example.responses)
+    return any(text.strip() for text in example.responses[:1])
+
+
+def require_prompts(rag_system: RAGSystem, example: Example, names: Sequence[str]) -> None:
+    """Write all prompts that metrics need for a question, without passages.
+
+    Raises:
+        DataError: The question, with its answer or choices, does not fit into the context window, or has no tokens.
+    """
+    if set(names) & set(ANSWER_METRICS):
+        rag_system.require_generator().encode_prompt(example.query, [])
+    if any(name in names and is_scored(example, name) for name in ("negative_log_likelihood", "perplexity")):
+        answer_candidate(rag_system, example, [])
+    if "accuracy" in names:
+        choice_candidates(rag_system, example, [])
 
 
 def answer_values(
@@ -37,7 +59,7 @@ def answer_values(
     predictions: list[dict[str, Any]],
     memory: EvaluationMemory,
     reporter: Reporter,
-) -> tuple[dict[str, Values], dict[str, int]]:
+) -> tuple[dict[str, Values], dict[str, int], Lengths]:
     """Let the generator answer, and compare its answers with the accepted ones.
 
     Args:
@@ -50,16 +72,16 @@ def answer_values(
         reporter: Shows the progress.
 
     Returns:
-        The metrics, and how many prompts were cut, also how many of them to nothing where there are such.
+        The metrics; how many prompts were cut, also how many of them to nothing where there are such; and how much of
+        them was.
 
-    Raises:
-        DataError: No example has accepted answers.
     """
     missing = [position for position, example in enumerate(examples) if memory.get(ANSWERS, example.id) is None]
 
     def keep(positions: list[int], answers: list[RAGAnswer]) -> None:
         rows = zip(positions, answers, strict=True)
-        memory.put(ANSWERS, {examples[missing[n]].id: [row.text, row.dropped_tokens, row.is_bare] for n, row in rows})
+        kept = {n: [row.text, row.dropped_tokens, row.is_bare, row.prompt_tokens] for n, row in rows}
+        memory.put(ANSWERS, {examples[missing[n]].id: values for n, values in kept.items()})
 
     with reporter.task("Answering", len(missing), "question") as advance:
         queries = [examples[position].query for position in missing]
@@ -74,12 +96,13 @@ def answer_values(
         predictions[position]["answer"] = answer.text
         for name in names if example.responses else ():
             values[name][position] = _answer_metric(name, answer.text, example.responses)
-    if not next(iter(values.values())):
-        raise DataError(f"{', '.join(names)} need accepted answers, but no example has any.")
-    cut = {"prompts": count_truncation(answers).truncated}
+    truncation = count_truncation(answers)
+    cut = {"prompts": truncation.truncated}
     if bare_prompts := sum(answer.is_bare for answer in answers):
         cut[BARE_PROMPTS] = bare_prompts
-    return values, cut
+    tokens = sum(answer.prompt_tokens for answer in answers)
+    counts = {**truncation.to_dict(), "tokens": tokens}
+    return values, cut, rag_system.require_generator().measure("evaluation prompts", counts)
 
 
 def likelihood_values(
@@ -91,20 +114,17 @@ def likelihood_values(
     predictions: list[dict[str, Any]],
     memory: EvaluationMemory,
     reporter: Reporter,
-) -> dict[str, Values]:
-    """Score the accepted answers and the choices, and return the metrics of these likelihoods.
+) -> tuple[dict[str, Values], Lengths]:
+    """Score the accepted answers and the choices; return the metrics of these likelihoods, and how much was cut.
 
     - `negative_log_likelihood`: of the first accepted answer with its end token, mean over its tokens, in nats.
     - `perplexity`: its exponential.
     - `accuracy`: 1 where the choice with the best score is an accepted answer, else 0.
 
     Arguments as for `answer_values`; `settings.choice_score` says how choices are compared.
-
-    Raises:
-        DataError: A metric has no question that it applies to.
     """
-    answered = [p for p, example in enumerate(examples) if any(text.strip() for text in example.responses[:1])]
-    choosing = [p for p, example in enumerate(examples) if example.choices and example.responses]
+    answered = [p for p, example in enumerate(examples) if is_scored(example, "negative_log_likelihood")]
+    choosing = [p for p, example in enumerate(examples) if is_scored(example, "accuracy")]
     answers: dict[int, Candidate] = {}
     if set(names) & {"negative_log_likelihood", "perplexity"}:
         answers = {p: answer_candidate(rag_system, examples[p], sources[p]) for p in answered}
@@ -129,17 +149,14 @@ def likelihood_values(
         chosen, scores = choose(example, group, found, settings, prior_scores)
         predictions[position] |= {"chosen": chosen, "choices": list(example.choices), "choice_scores": scores}
         values["accuracy"][position] = float(chosen in example.responses)
-    for name, by_position in values.items():
-        if not by_position:
-            raise DataError(f"{name} applies to no example: none has {_needs(name)}.")
-    return values
+    dropped = [candidate.dropped_tokens for candidate in candidates]
+    counts = {"prompts": len(candidates), "truncated": sum(map(bool, dropped)), "dropped_tokens": sum(dropped)}
+    read = sum(len(prompt) for candidate in candidates for prompt, _ in candidate.pairs)
+    counts["tokens"] = read + counts["dropped_tokens"]
+    return values, rag_system.require_generator().measure("evaluation answers that are scored", counts)
 
 
 def _answer_metric(name: str, answer: str, golds: Sequence[str]) -> float:
     if name in ROUGE_METRICS:
         return rouge(name, answer, golds)
     return exact_match(answer, golds) if name == "exact_match" else f1(answer, golds)
-
-
-def _needs(name: str) -> str:
-    return "choices and accepted answers" if name == "accuracy" else "an accepted answer with text"

@@ -34,12 +34,14 @@ class Candidate:
         text: The answer.
         log_weights: Log-weights of the prompts it is scored under, of shape (prompts,).
         pairs: (prompt ids, answer ids), one a prompt.
+        dropped_tokens: Tokens of its prompts that did not fit.
     """
 
     key: str
     text: str
     log_weights: Tensor
     pairs: list[TokenPair] = field(default_factory=list)
+    dropped_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -138,7 +140,8 @@ def _candidate(
     ]
     # All prompts of an ensemble are continued by the same tokens.
     pairs = [(prompt.ids, encoded[0].answer) for prompt in encoded]
-    return Candidate(key, text, rag_system.passage_log_weights(found), pairs)
+    dropped = sum(prompt.dropped_tokens for prompt in encoded)
+    return Candidate(key, text, rag_system.passage_log_weights(found), pairs, dropped)
 
 
 def _together(candidate: Candidate, memory: EvaluationMemory) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedrag_cli.errors import ConfigError, DataError, FedRAGError
@@ -18,6 +18,7 @@ def ranking_metrics(
     rankings: Sequence[Sequence[str]],
     relevant: Sequence[Collection[str]],
     metric_names: Sequence[str],
+    same: Mapping[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Compute ranking metrics for every question.
 
@@ -26,10 +27,15 @@ def ranking_metrics(
     - `recall@k`: share of the relevant passages that are among the first k.
     - `ndcg@k`: discounted gain of the first k, with gain 1 and discount log2(1 + rank), over that of the best order.
 
+    Passages with the same text are one passage under several ids (`same`): whichever of them comes first finds it, at
+    its rank. It counts once, among those found and among those there are to find; further ones of them take up their
+    ranks and count for nothing, as in a prompt that repeats itself.
+
     Args:
         rankings: For every question, passage ids, best first. An empty ranking scores 0.
         relevant: For every question, the ids of its relevant passages, at least one.
         metric_names: Names from the list above.
+        same: For passages, one id that all with the same text share; an id that is missing stands for itself.
 
     Returns:
         For every metric, one value in [0, 1] a question, in the order of the questions.
@@ -48,15 +54,31 @@ def ranking_metrics(
         return values
 
     names = {measure: name for name, measure in measures.items()}
-    judgements = {str(position): dict.fromkeys(relevant[position], 1) for position in answered}
+    shared = same or {}
+    judgements = {
+        str(position): {_of_text(shared.get(name, name)): 1 for name in relevant[position]} for position in answered
+    }
     # trec_eval sorts by score and breaks ties by id; whole numbers that fall by 1 keep the given order.
     scores = {
-        str(position): {passage_id: float(-rank) for rank, passage_id in enumerate(rankings[position])}
+        str(position): {name: float(-rank) for rank, name in enumerate(_once(rankings[position], shared))}
         for position in answered
     }
     for result in _provider().evaluator(list(measures.values()), judgements).iter_calc(scores):
         values[names[result.measure]][int(result.query_id)] = float(result.value)
     return values
+
+
+def _once(ranking: Sequence[str], same: Mapping[str, str]) -> list[str]:
+    """Return a ranking in which each text has one name, and its repetitions have names that nothing else has."""
+    names: dict[str, None] = {}
+    for rank, passage_id in enumerate(ranking):
+        name = _of_text(same.get(passage_id, passage_id))
+        names[name if name not in names else f"again-{rank}"] = None
+    return list(names)
+
+
+def _of_text(passage_id: str) -> str:
+    return f"text-{passage_id}"
 
 
 def _provider() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.evaluation.bootstrap import Interval, metric_interval, metric_mean
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.runs.atomic import write_text_atomically
 
 Values = dict[int, float]
@@ -26,6 +28,7 @@ class Evaluation:
         predictions: A record for each question.
         truncated: How many queries and prompts were cut.
         groups: The same values for each group of questions, where they are grouped.
+        lengths: How long questions and prompts are beside the limits of the models.
     """
 
     n: int
@@ -33,6 +36,7 @@ class Evaluation:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     truncated: dict[str, int] = field(default_factory=dict)
     groups: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    lengths: list[Lengths] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -42,6 +46,7 @@ class Evaluation:
         groups: Sequence[str | None],
         predictions: list[dict[str, Any]],
         truncated: dict[str, int],
+        lengths: list[Lengths],
     ) -> Evaluation:
         """Make an evaluation of values by position, and of the group of each question (None without groups)."""
         ordered = {name: [row[position] for position in sorted(row)] for name, row in values.items()}
@@ -54,7 +59,7 @@ class Evaluation:
             }
             for group in named
         }
-        return cls(n, ordered, predictions, truncated, by_group)
+        return cls(n, ordered, predictions, truncated, by_group, lengths)
 
     def intervals(self, settings: EvaluationConfig, seed: int) -> dict[str, Interval]:
         """Return the mean of each metric with its bootstrap interval."""
@@ -71,6 +76,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return all but the predictions as plain values."""
         stored: dict[str, Any] = {"n": self.n, "values": self.values, "truncated": self.truncated}
+        stored["lengths"] = [dataclasses.asdict(item) for item in self.lengths]
         return {**stored, "groups": self.groups} if self.groups else stored
 
     def write_predictions(self, path: Path) -> None:
@@ -81,7 +87,8 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:
         """Make an evaluation of what `to_dict` gave."""
-        return cls(values["n"], values["values"], [], values["truncated"], values.get("groups", {}))
+        lengths = [Lengths(**item) for item in values.get("lengths", ())]
+        return cls(values["n"], values["values"], [], values["truncated"], values.get("groups", {}), lengths)
 
 
 def _intervals(values: Mapping[str, list[float]], settings: EvaluationConfig, seed: int) -> dict[str, Interval]:

@@ -44,7 +44,8 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
 
     Returns:
         Where the store is, its numbers of passages (all; encoded now; encoded by an interrupted call before; kept with
-        their embeddings; removed; cut to the encoder's limit), whether the old store was of another encoder, its
+        their embeddings; removed; cut to the encoder's limit), the share of all tokens that this
+        cuts off, whether the old store was of another encoder, its
         fingerprints, what its kind reports (such as recall@10), and the time taken.
 
     Raises:
@@ -77,7 +78,9 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
             _encode(retriever, missing, partial, reporter)
             update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
             written, source = update.write(settings)
-    truncated = retriever.count_truncated([node.text for node in nodes], queries=False)
+    lengths = retriever.measure([node.text for node in nodes], "passages", queries=False)
+    if lengths.truncated:
+        reporter.note(lengths.message)
     return store_report(
         written,
         source,
@@ -87,7 +90,8 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         resumed=len(changes.encoded) - len(missing),
         kept=len(changes.reused),
         removed=len(changes.removed),
-        truncated=truncated,
+        truncated=lengths.truncated,
+        truncated_share=round(lengths.share, 4),
         encoder_changed=previous is not None and previous_encoder != encoder,
     )
 

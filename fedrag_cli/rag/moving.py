@@ -69,7 +69,7 @@ def _require_same_passages(wanted: Any, store: KnowledgeStore, place: str, repor
 
 
 def store_report(
-    written: KnowledgeStore, source: KnowledgeStore, config: Any, started: float, **counts: int | bool
+    written: KnowledgeStore, source: KnowledgeStore, config: Any, started: float, **counts: float
 ) -> dict[str, Any]:
     """Return what there is to say of a store that was written.
 

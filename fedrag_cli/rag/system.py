@@ -33,6 +33,7 @@ class RAGAnswer:
         sources: The passages of the prompt, best first.
         dropped_tokens: Tokens of context that did not fit into the prompt.
         is_bare: Whether nothing of the context fitted, so that the answer was given without any.
+        prompt_tokens: Tokens of its prompts, those that did not fit included.
     """
 
     query: str
@@ -40,6 +41,7 @@ class RAGAnswer:
     sources: list[ScoredNode]
     dropped_tokens: int = 0
     is_bare: bool = False
+    prompt_tokens: int = 0
 
 
 @dataclass
@@ -161,12 +163,14 @@ class RAGSystem:
         ]
         dropped = [sum(prompt.dropped_tokens for prompt in group) for group in prompts]
         bare = [all(prompt.is_bare for prompt in group) for group in prompts]
+        tokens = [sum(len(prompt.ids) + prompt.dropped_tokens for prompt in group) for group in prompts]
         answers: dict[int, RAGAnswer] = {}
 
         def keep(positions: list[int], texts: list[str]) -> None:
             batch = [
-                RAGAnswer(queries[position], text, list(sources[position]), dropped[position], bare[position])
+                RAGAnswer(query, text, list(found), dropped[position], bare[position], tokens[position])
                 for position, text in zip(positions, texts, strict=True)
+                for query, found in [(queries[position], sources[position])]
             ]
             answers.update(zip(positions, batch, strict=True))
             if on_answers is not None:

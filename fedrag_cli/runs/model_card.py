@@ -73,8 +73,12 @@ class RunSummary(TypedDict):
     """The federation beside pooled data and single sites, where they were compared."""
     differences: NotRequired[Sequence[Mapping[str, Any]]]
     """The metrics before and after, as `MetricDifference.to_dict` gives them."""
+    overlaps: NotRequired[Sequence[Mapping[str, Any]]]
+    """Splits that share questions, as `Overlap.to_dict` gives them."""
     loss: NotRequired[float | None]
-    """The last training loss."""
+    """Mean training loss over all steps, of all phases; that of the last round in a federation."""
+    phases: NotRequired[Mapping[str, Mapping[str, float]]]
+    """Mean loss and steps of each phase, where there are several."""
     steps: NotRequired[int | None]
     """Optimizer steps that were taken."""
     seconds: NotRequired[float | None]
@@ -83,6 +87,8 @@ class RunSummary(TypedDict):
     """The trainer's part of the config."""
     truncated: NotRequired[Mapping[str, int]]
     """How many texts were cut to the models' lengths, by kind."""
+    lengths: NotRequired[Sequence[Mapping[str, Any]]]
+    """How much of the texts that was, as `Lengths.to_dict` gives it."""
     versions: NotRequired[Mapping[str, str]]
     """Versions of Python and of the libraries."""
     diagnostics: NotRequired[Mapping[str, Mapping[str, Any]]]
@@ -114,7 +120,7 @@ def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
         _loading(summary["tuned"]),
         _data(summary["data"], summary.get("fingerprints") or {}),
         _training(summary),
-        _truncation(summary.get("truncated") or {}),
+        _truncation(summary.get("truncated") or {}, summary.get("lengths") or ()),
         _versions(summary.get("versions") or {}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -166,8 +172,9 @@ def _results(summary: Mapping[str, Any]) -> str:
         )
     split = f" on the {summary['split']} split" if summary.get("split") else ""
     compared = table(["Metric", "n", "Before", "After", "Difference", "Interval", "Verdict"], rows, numbers=range(1, 5))
+    warnings = "".join(f"**{overlap['message']}.**\n\n" for overlap in summary.get("overlaps") or ())
     return (
-        f"## Before and after{split}\n\n{compared}\n\n"
+        f"## Before and after{split}\n\n{compared}\n\n{warnings}"
         "Both were measured on the same n questions; the interval is that of a paired bootstrap over them. "
         "A verdict needs an interval without 0. It speaks for questions like these, and for this one run."
     )
@@ -300,6 +307,8 @@ def _training(summary: Mapping[str, Any]) -> str:
         lines.append(f"- Steps: {summary['steps']}")
     if summary.get("loss") is not None:
         lines.append(f"- Mean training loss: {summary['loss']:.4g}")
+    for name, part in (summary.get("phases") or {}).items():
+        lines.append(f"  - {name}: {part['loss']:.4g} over {part['steps']} steps")
     if summary.get("seconds") is not None:
         lines.append(f"- Time of the training: {summary['seconds']:.0f} s")
     text = "## Training\n\n" + "\n".join(lines) + "\n\n" + fenced(command, "sh")
@@ -310,11 +319,13 @@ def _training(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _truncation(truncated: Mapping[str, int]) -> str:
-    if not truncated:
-        return ""
-    rows = [[kind, str(count)] for kind, count in truncated.items()]
-    return "## Truncation\n\nTexts that were cut to a model's length:\n\n" + table(["Kind", "Cut"], rows, numbers=[1])
+def _truncation(truncated: Mapping[str, int], lengths: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    if truncated:
+        rows = [[kind, str(count)] for kind, count in truncated.items()]
+        parts.append("Texts that were cut to a model's length:\n\n" + table(["Kind", "Cut"], rows, numbers=[1]))
+    parts += [item["message"] for item in lengths if item["message"]]
+    return "\n\n".join(["## Truncation", *parts]) if parts else ""
 
 
 def _versions(versions: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ VERDICT_CLASSES = {"better": "better", "worse": "worse", "no difference shown": 
 EXPLANATIONS = {
     r"mrr": "Mean reciprocal rank: 1 divided by the rank of the first relevant passage, 0 where none was found.",
     r"hit@(\d+)": "1 where a relevant passage is among the first {0}, else 0.",
-    r"recall@(\d+)": "The share of the relevant passages that are among the first {0}.",
+    r"recall@(\d+)": "The share of the relevant passages that are among the first {0}, each text counted once.",
     r"ndcg@(\d+)": "How early the relevant passages come among the first {0}; 1 is the best order.",
     r"exact_match": "1 where the answer is an accepted one, apart from case, articles and punctuation, else 0.",
     r"f1": "Overlap of the words of the answer with those of the accepted answer that is nearest, from 0 to 1.",

@@ -28,8 +28,13 @@ def build_manager(
         train: Training examples.
         validation: Validation examples; empty for none.
         reporter: Takes events and progress.
+
+    Raises:
+        FedRAGError: Training could not begin: settings, data and models do not fit each other.
     """
     trainers = build_trainers(config, rag_system, train=train, validation=validation, reporter=reporter)
+    for trainer in trainers.values():
+        trainer.require_ready()
     return HuggingFaceRAGTrainerManager(
         config.trainer.mode, trainers.get("retriever"), trainers.get("generator"), config.trainer.cycles
     )

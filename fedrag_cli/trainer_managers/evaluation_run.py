@@ -178,6 +178,7 @@ def _summary(
         "group_by": settings.group_by,
         "groups": groups,
         "truncated": evaluation.truncated,
+        "lengths": [item.to_dict() for item in evaluation.lengths],
         "predictions": str(run.path / "evaluation" / f"{STAGE}-predictions.jsonl"),
         "seconds": seconds,
         "versions": manifest["versions"],

@@ -10,6 +10,7 @@ import yaml
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_generator_for_training, tuned_sides
 from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.data.relevance import Overlap
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.federated.config import public_settings
@@ -187,6 +188,7 @@ def federation_summary(
     rounds: list[dict[str, Any]],
     evaluations: dict[str, Any],
     seconds: float,
+    overlaps: Sequence[Overlap] = (),
 ) -> dict[str, Any]:
     """Return the summary of one part of a federation, as `summary.json` has it."""
     manifest = run.manifest()
@@ -208,6 +210,7 @@ def federation_summary(
         "fingerprints": manifest.get("fingerprints") or {},
         "split": split,
         "differences": differences_of(config, before, after),
+        "overlaps": [overlap.to_dict() for overlap in overlaps],
         "loss": rounds[-1]["loss"] if rounds else None,
         "steps": None,
         "metrics": {},
@@ -216,5 +219,6 @@ def federation_summary(
         "seconds": seconds,
         "settings": settings | {"federated": public_settings(federated)},
         "truncated": {f"evaluation {name}": count for name, count in (after.truncated if after else {}).items()},
+        "lengths": [item.to_dict() for item in (after.lengths if after else ())],
         "versions": manifest["versions"],
     }

@@ -72,7 +72,8 @@ class HuggingFaceRAGTrainerManager(BaseRAGTrainerManager):
             checkpoints: Folder for checkpoints and finished phases; where it holds some, training goes on from there.
 
         Returns:
-            The result; with several phases the last loss, the sum of the steps, and each phase's metrics by name.
+            The result; with several phases the mean loss over the steps of all of them, the sum of the steps, and each
+            phase's own loss, steps and metrics by its name.
         """
         results: dict[str, TrainResult] = {}
         for number, side in enumerate(self._sides() * self._cycles(), start=1):
@@ -80,10 +81,14 @@ class HuggingFaceRAGTrainerManager(BaseRAGTrainerManager):
             results[phase] = self._train_phase(phase, side, checkpoints / phase if checkpoints is not None else None)
         if len(results) == 1:
             return next(iter(results.values()))
+        steps = sum(result.steps for result in results.values())
         return TrainResult(
-            loss=list(results.values())[-1].loss,
-            steps=sum(result.steps for result in results.values()),
-            metrics={phase: {"loss": result.loss, **result.metrics} for phase, result in results.items()},
+            loss=sum(result.loss * result.steps for result in results.values()) / steps,
+            steps=steps,
+            metrics={
+                phase: {"loss": result.loss, "steps": result.steps, **result.metrics}
+                for phase, result in results.items()
+            },
             seconds=sum(result.seconds for result in results.values()),
         )
 

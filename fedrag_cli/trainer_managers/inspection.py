@@ -8,23 +8,26 @@ from typing import Any
 from torch import nn
 
 from fedrag_cli.config import Config
-from fedrag_cli.data.examples import Example
-from fedrag_cli.evaluation.evaluator import choose_metrics
-from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.config.checks import require_training
 from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.reporting import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import load_run_data, uses_generator
+from fedrag_cli.trainer_managers.run_parts import (
+    RunData,
+    chosen_metrics,
+    load_rag_system,
+    load_run_data,
+    measured_lengths,
+)
 from fedrag_cli.trainers.huggingface.checks import trainable
 
 
-def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -> dict[str, Any]:
+def inspect_config(config: Config, reporter: Reporter) -> dict[str, Any]:
     """Load all that a config names, and report on it without a training step.
 
     Args:
         config: A loaded config.
-        sides: The sides that its mode tunes.
         reporter: Shows the progress.
 
     Returns:
@@ -32,18 +35,21 @@ def inspect_config(config: Config, sides: tuple[str, ...], reporter: Reporter) -
         metrics that would be computed, and the memory in use.
 
     Raises:
-        FedRAGError: Whatever `train` would fail with before its first step.
+        FedRAGError: Whatever `train` would fail with before its first step, but for what only scoring all examples can
+            tell: that the language model prefers none of the passages.
     """
+    if config.dataset.train is not None:
+        require_training(config)
     data = load_run_data(config)
-    rag_system = build_rag_system(
-        config, nodes=data.nodes, with_generator=uses_generator(config, data), reporter=reporter
-    )
+    metrics = chosen_metrics(config, data)
+    rag_system = load_rag_system(config, data, reporter)
     report: dict[str, Any] = {
         "rows": data.counts(),
-        "truncated": _truncation(rag_system, data.train or data.evaluation),
+        "overlaps": [overlap.to_dict() for overlap in data.overlaps()],
+        **_truncation(rag_system, data),
     }
     if data.evaluation:
-        report["metrics"] = choose_metrics(config.evaluation.metrics, sides, data.evaluation, config.evaluation.context)
+        report["metrics"] = metrics
     if data.train:
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation)
         trained = {side: _count(trainable(trainer.model)) for side, trainer in manager.trainers.items() if trainer}
@@ -74,16 +80,20 @@ def _count(parameters: dict[str, nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters.values())
 
 
-def _truncation(rag_system: RAGSystem, examples: list[Example]) -> dict[str, int]:
-    retriever, nodes = rag_system.retriever, rag_system.knowledge_store.nodes
-    queries = [example.query for example in examples]
-    counts = {
-        "passages": retriever.count_truncated([node.text for node in nodes], queries=False),
-        "queries": retriever.count_truncated(queries, queries=True),
-    }
-    if rag_system.generator is not None and queries:
-        prompts = TruncationCount()
-        for query, found in zip(queries, rag_system.batch_retrieve(queries), strict=True):
-            prompts.add(rag_system.generator.encode_prompt(query, [scored.node for scored in found]))
+def _truncation(rag_system: RAGSystem, data: RunData) -> dict[str, Any]:
+    """Return how many passages, questions and prompts are cut, and what there is to say about it."""
+    passages, questions = lengths = measured_lengths(rag_system, data)
+    counts = {"passages": passages.truncated, "queries": questions.truncated}
+    queries = [example.query for example in data.train or data.evaluation]
+    generator = rag_system.generator
+    # One search shows that queries and passages have embeddings of the same size.
+    retrieved = rag_system.batch_retrieve(queries if generator is not None else queries[:1])
+    if generator is not None and queries:
+        prompts, tokens = TruncationCount(), 0
+        for query, found in zip(queries, retrieved, strict=True):
+            prompt = generator.encode_prompt(query, [scored.node for scored in found])
+            prompts.add(prompt)
+            tokens += len(prompt.ids) + prompt.dropped_tokens
         counts["prompts"] = prompts.truncated
-    return counts
+        lengths = [*lengths, generator.measure("prompts", {**prompts.to_dict(), "tokens": tokens})]
+    return {"truncated": counts, "lengths": [item.to_dict() for item in lengths]}

@@ -122,10 +122,10 @@ def _see_through(
     started = time.monotonic() - seconds_spent(run.events())
     record_fingerprints(run, rag_system)
     require_unchanged(run, "base models", model_fingerprints(rag_system))
+    manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
     reporter.event("started", mode=config.trainer.mode, role=CLIENT)
     metrics = chosen_metrics(config, data)
     before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
-    manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
     task = manager.get_federated_task(settings, run.path / WORK)
     _note_earlier_noise(run, settings, reporter)
     if done:
@@ -147,6 +147,7 @@ def _see_through(
         rounds=rounds,
         evaluations=_evaluations(run),
         seconds=time.monotonic() - started,
+        overlaps=data.overlaps(),
     )
     write_results(run, summary)
     return summary

@@ -47,10 +47,14 @@ def _question(before: Mapping[str, Any], after: Mapping[str, Any], metric: str) 
 def _side(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
     relevant = set(row.get("relevant_ids", ()))
     passages = [
-        {"id": passage["id"], "score": passage["score"], "relevant": passage["id"] in relevant}
+        {
+            "id": passage["id"],
+            "score": passage["score"],
+            "relevant": passage["id"] in relevant or "same_as" in passage,
+        }
         for passage in row.get("passages", ())
     ]
-    shown = {passage["id"] for passage in passages}
+    shown = {passage.get("same_as", passage["id"]) for passage in row.get("passages", ())}
     return {
         "value": row["metrics"][metric],
         "said": row["chosen"] if metric == "accuracy" else row.get("answer"),

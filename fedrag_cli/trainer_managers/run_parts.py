@@ -21,13 +21,22 @@ from fedrag_cli.config.metrics import generator_metrics_of
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.examples import Example, load_examples
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.relevance import judged_examples, resolve_relevant_ids
-from fedrag_cli.errors import EXIT_INTERRUPTED, FederationError, FedRAGError, RunInterruptedError
+from fedrag_cli.data.problems import Problems
+from fedrag_cli.data.relevance import (
+    Overlap,
+    find_overlaps,
+    judged_examples,
+    question_key,
+    resolve_relevant_ids,
+)
+from fedrag_cli.errors import EXIT_INTERRUPTED, DataError, FederationError, FedRAGError, RunInterruptedError
 from fedrag_cli.evaluation.difference import compare_metrics
-from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
+from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate, require_questions
+from fedrag_cli.evaluation.generator_metrics import require_prompts
+from fedrag_cli.evaluation.likelihoods import answer_candidate
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
-from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.atomic import replace_directory_atomically, write_text_atomically
 from fedrag_cli.runs.diagnostics import summarise
@@ -40,6 +49,9 @@ from fedrag_cli.runs.metrics_log import MetricsLog
 from fedrag_cli.runs.model_card import model_card
 from fedrag_cli.runs.plots import plot_curves, plot_difference
 from fedrag_cli.runs.reporting import Reporter
+
+MOST_MEASURED = 10_000
+"""Passages whose length is looked at before training; `fedrag index` looks at all."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,11 @@ class RunData:
         """Return the number of rows of each part."""
         counts = {"passages": len(self.nodes), "train": len(self.train), "validation": len(self.validation)}
         return {**counts, self.split: len(self.evaluation)} if self.split else counts
+
+    def overlaps(self) -> list[Overlap]:
+        """Return which splits share questions, so that what is measured flatters."""
+        splits = {"train": self.train, "validation": self.validation}
+        return find_overlaps(splits | ({self.split: self.evaluation} if self.split else {}), self.split)
 
 
 class RunReporter:
@@ -126,17 +143,17 @@ def load_questions(config: Config, split: str) -> list[Example]:
 
 
 def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSystem:
-    """Build the RAG system of a run, with the generator where training or evaluation uses it.
+    """Build the RAG system of a run, with the generator where training or evaluation uses it, and check the data by it.
 
     Raises:
-        DataError: A question and its answer do not fit into the generator's context window even without passages.
+        DataError: A question and its answer do not fit into the generator's context window even without passages, an
+            answer has no tokens, or a passage does not fit the prompt's template.
         FedRAGError: As `build_rag_system`.
     """
-    rag_system = build_rag_system(
-        config, nodes=data.nodes, with_generator=uses_generator(config, data), reporter=reporter
-    )
-    if trains_with_generator(config):
-        _require_room(rag_system.require_generator(), [*data.train, *data.validation])
+    with_generator = uses_generator(config, data)
+    rag_system = build_rag_system(config, nodes=data.nodes, with_generator=with_generator, reporter=reporter)
+    if with_generator and rag_system.generator is not None:
+        _require_prompts(config, data, rag_system)
     # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
     # all live on, are most of what it would look through.
     gc.collect()
@@ -144,14 +161,48 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
     return rag_system
 
 
+def measured_lengths(rag_system: RAGSystem, data: RunData) -> list[Lengths]:
+    """Return how long passages and questions are beside the retriever's limit; of very many passages some are read."""
+    passages = [node.text for node in data.nodes[:: -(-len(data.nodes) // MOST_MEASURED) or 1]]
+    some = len(passages) < len(data.nodes)
+    queries = [example.query for example in (*data.train, *data.validation, *data.evaluation)]
+    return [
+        rag_system.retriever.measure(passages, "passages" + " that were looked at" * some, queries=False),
+        rag_system.retriever.measure(queries, "questions", queries=True),
+    ]
+
+
 def uses_generator(config: Config, data: RunData) -> bool:
     """Return whether training or evaluation uses the generator; raises as `chosen_metrics`."""
     return trains_with_generator(config) or bool(generator_metrics_of(chosen_metrics(config, data)))
 
 
-def _require_room(generator: CausalLMGenerator, examples: Sequence[Example]) -> None:
-    for example in examples:
-        generator.prompts.encode_pair(example.query, [], example.response)
+def _require_prompts(config: Config, data: RunData, rag_system: RAGSystem) -> None:
+    """Raise DataError with every row that cannot be asked, answered or learnt from, whatever is retrieved for it."""
+    generator = rag_system.require_generator()
+    for node in data.nodes:
+        generator.prompts.context([node])
+    validated = [getattr(config.trainer, side).validation.metric for side in tuned_sides(config)]
+    validated += list(config.federated.metrics) if config.federated is not None else []
+    checked = [
+        ("train", data.train, trains_with_generator(config), []),
+        ("validation", data.validation, trains_with_generator(config), [name for name in validated if name]),
+    ]
+    if data.split is not None:
+        checked.append((data.split, data.evaluation, False, chosen_metrics(config, data)))
+    problems = Problems("the data")
+    hints: dict[str, None] = {}
+    for split, examples, learns, metrics in checked:
+        for example in examples:
+            try:
+                if learns:
+                    answer_candidate(rag_system, example, [])
+                require_prompts(rag_system, example, metrics)
+            except DataError as error:
+                where = example.place or f"example '{example.id}'"
+                problems.add(where, f"dataset.{split}: {error.message}")
+                hints[error.hint] = None
+    problems.raise_if_any(" ".join(hints))
 
 
 def chosen_metrics(config: Config, data: RunData) -> list[str]:
@@ -159,12 +210,13 @@ def chosen_metrics(config: Config, data: RunData) -> list[str]:
 
     Raises:
         ConfigError: A metric needs a generator that is not there.
-        DataError: A metric needs relevant ids that are not there.
+        DataError: A metric, the context or the groups need what the questions do not have.
     """
     if data.split is None:
         return []
     settings = config.evaluation
     metrics = choose_metrics(settings.metrics, tuned_sides(config), data.evaluation, settings.context)
+    require_questions(data.evaluation, metrics, settings)
     answering = generator_metrics_of(metrics)
     if answering:
         require_generator(config, f"computing {' and '.join(answering)}")
@@ -192,6 +244,10 @@ def evaluate_once(
     )
     memory = run.path / "evaluation" / f"{stage}-so-far.jsonl"
     evaluation = evaluate(rag_system, data.evaluation, metrics, config.evaluation, reporter=reporter, memory=memory)
+    trained_on = {question_key(example) for example in data.train}
+    for example, row in zip(data.evaluation, evaluation.predictions, strict=True):
+        if question_key(example) in trained_on:
+            row["in_train"] = True
     evaluation.write_predictions(run.path / "evaluation" / f"{stage}-predictions.jsonl")
     run.write_json(f"evaluation/{stage}.json", evaluation.to_dict())
     memory.unlink(missing_ok=True)

@@ -233,6 +233,7 @@ def _see_through(
         rounds=state.history,
         evaluations=state.evaluations,
         seconds=time.monotonic() - started,
+        overlaps=data.overlaps(),
     )
     if run.manifest()["federation"].get("compare"):
         tasks = {name: handler.task for name, handler in handlers.items()}

@@ -13,6 +13,7 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import require_training, tuned_sides
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
@@ -33,6 +34,7 @@ from fedrag_cli.trainer_managers.run_parts import (
     life_cycle,
     load_rag_system,
     load_run_data,
+    measured_lengths,
     model_fingerprints,
     record_fingerprints,
     require_unchanged,
@@ -145,14 +147,15 @@ def _see_through(
     with processes.failures_told():
         processes.main_does(lambda: run.checkpoints)
         record_fingerprints(run, rag_system, data)
+        # Before the first evaluation, so that what cannot be trained is told before anything is computed.
+        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())
         metrics = chosen_metrics(config, data)
         before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
-        manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
         result = manager.train(run.checkpoints)
         after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
         save_models(run, rag_system, config)
-        summary = _summary(run, config, data, manager, result, before, after, time.monotonic() - started)
+        summary = _summary(run, config, data, rag_system, manager, result, before, after, time.monotonic() - started)
         summary["processes"] = processes.count
         write_results(run, summary)
         return processes.main_does(lambda: summary)
@@ -162,6 +165,7 @@ def _summary(
     run: RunDirectory,
     config: Config,
     data: RunData,
+    rag_system: RAGSystem,
     manager: HuggingFaceRAGTrainerManager,
     result: TrainResult,
     before: Evaluation | None,
@@ -184,22 +188,45 @@ def _summary(
         "fingerprints": manifest["fingerprints"],
         "split": data.split,
         "differences": differences,
+        "overlaps": [overlap.to_dict() for overlap in data.overlaps()],
         "loss": result.loss,
+        "phases": _phases(result),
         "steps": result.steps,
         "metrics": result.metrics,
         "seconds": seconds,
         "settings": {side: stored["trainer"][side] for side in tuned_sides(config)},
         "truncated": _truncated(result, after),
+        "lengths": [item.to_dict() for item in _lengths(data, rag_system, result, after)],
         "versions": manifest["versions"],
     }
+
+
+def _phases(result: TrainResult) -> dict[str, dict[str, float]]:
+    """Return mean loss and steps of each phase of an alternating training; nothing for another."""
+    parts = {name: part for name, part in result.metrics.items() if isinstance(part, dict) and "steps" in part}
+    return {name: {"loss": part["loss"], "steps": part["steps"]} for name, part in parts.items()}
 
 
 def _truncated(result: TrainResult, after: Evaluation | None) -> dict[str, int]:
     """Return what was cut in training (in all phases) and in the evaluation after it."""
     truncated = {f"evaluation {name}": count for name, count in (after.truncated if after else {}).items()}
+    return truncated | {kind: counts["truncated"] for kind, counts in _prompt_counts(result).items()}
+
+
+def _lengths(data: RunData, rag_system: RAGSystem, result: TrainResult, after: Evaluation | None) -> list[Lengths]:
+    """Return how much of all texts and prompts the models' limits cut off."""
+    found = [*measured_lengths(rag_system, data), *(after.lengths if after else ())]
+    counted = _prompt_counts(result)
+    return [*found, *(rag_system.require_generator().measure(kind, counts) for kind, counts in counted.items())]
+
+
+def _prompt_counts(result: TrainResult) -> dict[str, dict[str, int]]:
+    """Return what was counted of the prompts of all phases, by their kind."""
+    counted: dict[str, dict[str, int]] = {}
     phases = [result.metrics, *(phase for phase in result.metrics.values() if isinstance(phase, dict))]
     for phase in phases:
-        for name, label in (("scoring", "scored prompts"), ("prompts", "training prompts")):
+        for name, kind in (("scoring", "scored prompts"), ("prompts", "training prompts")):
             if isinstance(phase.get(name), dict):
-                truncated[label] = truncated.get(label, 0) + int(phase[name]["truncated"])
-    return truncated
+                total = counted.setdefault(kind, dict.fromkeys(phase[name], 0))
+                counted[kind] = {key: total[key] + int(count) for key, count in phase[name].items()}
+    return counted

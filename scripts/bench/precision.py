@@ -143,9 +143,9 @@ def table(teachers: dict[tuple[str, str], dict[str, Any]], tuned: dict[str, list
         each = ", ".join(f"{value:.4f}" for value in values)
         rows.append(f"| {name} | {len(values)} | {each} | {sum(values) / len(values):.4f} |")
     facts = (
-        "`python scripts/bench/precision.py --xquad DATA_FOLDER`, configs `configs/quickstart.yaml` and "
-        f"`configs/benchmarks/xquad-lsr.yaml`: the passages of {QUESTIONS} training questions, scored in each format "
-        "and compared with float32; then the quickstart's retriever, tuned by LSR with each teacher, on its test split."
+        "`python scripts/bench/precision.py [--xquad DATA_FOLDER]`, config `configs/quickstart.yaml`: the passages of "
+        f"{QUESTIONS} training questions, scored in each format and compared with float32; then the quickstart's "
+        "retriever, tuned by LSR with each teacher, on its test split."
     )
     return "\n".join([facts, "", *rows, "", machine()])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from fedrag_cli.rag.generators.likelihood import (
     trial_ids,
 )
 from fedrag_cli.rag.generators.packing import can_pack, packed_log_probs, packs
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     ModelLocation,
@@ -150,6 +151,25 @@ class CausalLMGenerator:
     def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode]) -> EncodedPrompt:
         """Write a prompt that leaves room for an answer of `max_new_tokens`."""
         return self.prompts.encode_prompt(query, passages, reserved_tokens=self.config.max_new_tokens)
+
+    def measure(self, kind: str, counts: Mapping[str, int]) -> Lengths:
+        """Say how much of prompts did not fit into the context window.
+
+        Args:
+            kind: What the prompts are, such as training prompts.
+            counts: Their number (`prompts`), how many were cut (`truncated`), their tokens (`tokens`) and how many of
+                these were cut off (`dropped_tokens`).
+        """
+        most = token_limit(self.model.config, self.tokenizer, None)
+        raising = (
+            f"Raise rag_system.generator.context_window to at most {most}, or lower"
+            if most > self.context_window
+            else "Lower"
+        )
+        advice = f"{raising} top_k or rag_system.generator.max_new_tokens, or split the passages smaller."
+        # A run of an earlier version, which is resumed, has not counted its tokens.
+        numbers = (counts["prompts"], counts["truncated"], counts.get("tokens", 0), counts["dropped_tokens"])
+        return Lengths(kind, *numbers, self.context_window, advice)
 
     def generate(self, prompt: str) -> str:
         """Continue one prompt; see `batch_generate`."""

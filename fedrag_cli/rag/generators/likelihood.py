@@ -57,7 +57,11 @@ def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
     # Five tokens of padding shift the blocks that some models compress, which must be whole to be seen.
     short = long[:11]
     try:
-        alone = {len(row): _all_log_probs(model, torch.tensor([row]))[0] for row in (short, long)}
+        alone = {
+            len(row): _all_log_probs(model, ids, attention_mask=torch.ones_like(ids))[0]
+            for row in (short, long)
+            for ids in [torch.tensor([row])]
+        }
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fedrag_cli.errors import DataError
 from fedrag_cli.rag.config import SentenceTransformerConfig
+from fedrag_cli.rag.lengths import Lengths, measure_texts, set_length_limit
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     choose_device,
@@ -34,7 +35,6 @@ from fedrag_cli.rag.retrievers.own_prompts import (
 from fedrag_cli.rag.retrievers.structure import structure_fingerprint
 
 Progress = Callable[[int], None]
-_TOKENISED_AT_ONCE = 4096
 
 
 class SentenceTransformerRetriever:
@@ -221,20 +221,21 @@ class SentenceTransformerRetriever:
         finally:
             encoder.train(was_training)
 
-    def count_truncated(self, texts: Sequence[str], *, queries: bool) -> int:
-        """Count the texts that are longer than the encoder's limit, prompts included."""
+    def measure(self, texts: Sequence[str], kind: str, *, queries: bool) -> Lengths:
+        """Measure texts beside the encoder's limit, prompts included.
+
+        Args:
+            texts: Queries or passages.
+            kind: What they are called in messages.
+            queries: Which of the two they are.
+        """
         encoder = self.query_encoder if queries else self.passage_encoder
         prompt = self.query_prompt if queries else self.passage_prompt
-        limit = encoder.max_seq_length
-        if not limit:
-            return 0
-        count = 0
-        # Every text is tokenised: one character may be several tokens, so the number of characters tells nothing.
-        for start in range(0, len(texts), _TOKENISED_AT_ONCE):
-            prompted = [prompt + text for text in texts[start : start + _TOKENISED_AT_ONCE]]
-            ids = encoder.tokenizer(prompted, truncation=False, verbose=False)["input_ids"]
-            count += sum(len(row) > limit for row in ids)
-        return count
+        return measure_texts(encoder, [prompt + text for text in texts], kind, splittable=not queries)
+
+    def count_truncated(self, texts: Sequence[str], *, queries: bool) -> int:
+        """Count the texts that are longer than the encoder's limit, prompts included."""
+        return self.measure(texts, "queries" if queries else "passages", queries=queries).truncated
 
     def save(self, directory: Path) -> None:
         """Write the encoder, or a Router of the two, loadable by `SentenceTransformer(directory)`.
@@ -279,8 +280,7 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
         )
         for module in model.modules():
             require_vocabulary(getattr(module, "tokenizer", None))
-    if config.max_length is not None:
-        model.max_seq_length = config.max_length
+    set_length_limit(model, config.max_length, location.reference)
     return model
 
 

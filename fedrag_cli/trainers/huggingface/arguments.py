@@ -44,7 +44,7 @@ def training_arguments(
             f"The learning rate is {config.learning_rate}, so training could not move a weight.",
             "Set learning_rate above 0, for instance 2e-5 for a retriever or 2e-4 for LoRA.",
         )
-    precision = _precision(config.precision, device)
+    precision = mixed_precision(config.precision, device)
     arguments = TrainingArguments(
         output_dir=str(directory),
         seed=seed,
@@ -96,7 +96,8 @@ def _place(arguments: TrainingArguments, device: torch.device) -> None:
     arguments.distributed_state.device = device
 
 
-def _precision(precision: str, device: torch.device) -> str:
+def mixed_precision(precision: str, device: torch.device) -> str:
+    """Return the number format that a trainer's `precision` means on a device; raises ModelError where it has none."""
     if precision == "auto":
         return "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
     if precision == "fast":

@@ -25,7 +25,7 @@ from fedrag_cli.runs.processes import join_processes
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.trainers.base import BaseTrainer, TrainResult
 from fedrag_cli.trainers.config import TrainingConfig
-from fedrag_cli.trainers.huggingface.arguments import training_arguments
+from fedrag_cli.trainers.huggingface.arguments import mixed_precision, training_arguments
 from fedrag_cli.trainers.huggingface.checks import (
     copy_weights,
     require_finite,
@@ -168,6 +168,21 @@ class HuggingFaceTrainer(BaseTrainer):
         copy_weights(trainable(self.model), weights)
         self._finish()
 
+    def require_ready(self) -> None:
+        """Check what can be checked of a training before anything is computed.
+
+        Raises:
+            DataError: There are no training examples, or none that anything can be learnt from.
+            ModelError: The device cannot compute in the wanted precision.
+            TrainingError: The model has nothing to train.
+        """
+        if not self.train_examples:
+            raise DataError(
+                f"There are no examples to train the {self.side} on.", "Set dataset.train, or pass train_dataset."
+            )
+        require_trainable(self.model, self.what)
+        mixed_precision(self.config.precision, self._device())
+
     def train(self, *, phase: str | None = None, checkpoints: Path | None = None, finish: bool = True) -> TrainResult:
         """Tune on the training examples; see `BaseTrainer.train`.
 
@@ -181,11 +196,7 @@ class HuggingFaceTrainer(BaseTrainer):
             TrainingError: Training cannot work or did not work; the message names the cause.
             RunInterruptedError: A signal came; a checkpoint is saved where there is a folder for checkpoints.
         """
-        if not self.train_examples:
-            raise DataError(
-                f"There are no examples to train the {self.side} on.", "Set dataset.train, or pass train_dataset."
-            )
-        require_trainable(self.model, self.what)
+        self.require_ready()
         started = time.monotonic()
         name = phase or self.side
         if checkpoints is not None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fedrag_cli.data.examples import Example
+from fedrag_cli.data.relevance import distinct_ids, first_ids, not_negatives
+from fedrag_cli.errors import DataError
 from fedrag_cli.losses import contrastive_loss
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import ContrastiveConfig
@@ -29,7 +31,8 @@ class Pair:
     Args:
         query: The query.
         passage: The relevant passage.
-        relevant: All relevant passages of the query, which are never its negatives.
+        relevant: What is never a negative of the query: all its relevant passages, those of other examples that ask the
+            same, and further passages with the same text as one of these.
         negatives: The mined ones.
     """
 
@@ -42,9 +45,9 @@ class Pair:
 class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
     """Tunes the retriever by multiple negatives ranking; arguments as `HuggingFaceTrainer`.
 
-    The negatives of a query are the passages of its whole optimizer step, so accumulated batches learn what one large
-    batch learns; with `train: both` each of these batches therefore encodes all passages of the step. Examples without
-    relevant ids are left out and counted.
+    The negatives of a query are the passages of its whole optimizer step, but for those that answer it too (see
+    `Pair.relevant`), so accumulated batches learn what one large batch learns; with `train: both` each of these batches
+    therefore encodes all passages of the step. Examples without relevant ids are left out and counted.
     """
 
     config: ContrastiveConfig
@@ -60,6 +63,16 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
     def _default_config(self) -> ContrastiveConfig:
         return ContrastiveConfig()
 
+    def require_ready(self) -> None:
+        """Check also that there is a passage to tell a relevant one from."""
+        super().require_ready()
+        relevant = {name for example in self.train_examples for name in example.relevant_ids}
+        if not self.config.hard_negatives and len(relevant) < 2:
+            raise DataError(
+                "All training examples have the same relevant passage, so that nothing is a negative.",
+                "Add examples with other relevant passages, or set hard_negatives to 1 or more.",
+            )
+
     def pairs(self, examples: Sequence[Example]) -> list[Pair]:
         """Return a pair for each example and relevant passage, with negatives by the retriever as it is now.
 
@@ -69,16 +82,19 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
         if not examples:
             return []
         store, wanted = self.rag_system.knowledge_store, self.config.hard_negatives
-        places = {node.id: position for position, node in enumerate(store.nodes)}
-        relevant = [[places[relevant_id] for relevant_id in example.relevant_ids] for example in examples]
+        nodes = store.nodes
+        places, same = {node.id: position for position, node in enumerate(nodes)}, first_ids(nodes)
+        relevant = [[places[name] for name in distinct_ids(example.relevant_ids, same)] for example in examples]
+        known = (*self.train_examples, *self.validation_examples)
+        spared = [frozenset(places[name] for name in names) for names in not_negatives(examples, known, same)]
         found: list[list[int]] = [[] for _ in examples]
         if wanted:
             embeddings = self._retriever.encode_queries([example.query for example in examples])
-            depth = min(len(store), wanted + max(len(positions) for positions in relevant))
+            depth = min(len(store), wanted + max(len(positions) for positions in spared))
             found = store.search_positions(embeddings, depth)[1].tolist()
         return [
-            Pair(example.query, position, frozenset(own), tuple(p for p in row if p not in own)[:wanted])
-            for example, own, row in zip(examples, relevant, found, strict=True)
+            Pair(example.query, position, never, tuple(place for place in row if place not in never)[:wanted])
+            for example, own, never, row in zip(examples, relevant, spared, found, strict=True)
             for position in own
         ]
 

@@ -194,8 +194,9 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         return answer_loss
 
     def _counts(self) -> dict[str, Any]:
+        tokens = self._total - self._supervised + self._truncation.dropped_tokens
         return {
-            "prompts": self._truncation.to_dict(),
+            "prompts": {**self._truncation.to_dict(), "tokens": tokens},
             "supervised_tokens": self._supervised,
             "total_tokens": self._total,
         }

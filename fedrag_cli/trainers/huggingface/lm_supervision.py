@@ -42,6 +42,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         super().__init__(rag_system, *args, **kwargs)
         self._scorer: LikelihoodScorer | None = None
         self._truncation = TruncationCount()
+        self._prompt_tokens = 0
 
     @property
     @abstractmethod
@@ -122,7 +123,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
         positions = store.search_positions(embeddings, self.config.top_k)[1]
         scores = self._lm_scores(self.train_examples, positions, show=True)
-        self._truncation = self._scoring().truncation
+        self._truncation, self._prompt_tokens = self._scoring().truncation, self._scoring().prompt_tokens
         require_peaked_targets(self._log_targets(scores).exp(), getattr(self.config, "lm_temperature", None))
         self._restore_index(resuming)
         return range(len(self.train_examples))
@@ -170,7 +171,8 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
             save_file({"embeddings": self.rag_system.knowledge_store.embeddings.contiguous()}, directory / INDEX_FILE)
 
     def _counts(self) -> dict[str, Any]:
-        return {"scoring": self._truncation.to_dict(), "scored_pairs": len(self._scoring().cache)}
+        scoring = {**self._truncation.to_dict(), "tokens": self._prompt_tokens}
+        return {"scoring": scoring, "scored_pairs": len(self._scoring().cache)}
 
 
 def _entropy(log_probabilities: Tensor) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedrag_cli.data.examples import Example
+from fedrag_cli.data.relevance import distinct_ids, first_ids, not_negatives
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import RAFTConfig
 from fedrag_cli.trainers.huggingface.generator import Context, HuggingFaceTrainerForGenerator
@@ -39,6 +40,9 @@ class HuggingFaceTrainerForRAFT(HuggingFaceTrainerForGenerator):
     def contexts(self, examples: Sequence[Example]) -> list[Context]:
         """Choose relevant passages and distractors for examples with relevant ids; distractors are retrieved.
 
+        What answers the question is no distractor: neither a relevant passage, nor one of another example that asks the
+        same, nor a passage with the same text as one of these.
+
         Returns:
             One context for each example, of at most top_k passages.
         """
@@ -46,14 +50,18 @@ class HuggingFaceTrainerForRAFT(HuggingFaceTrainerForGenerator):
             return []
         store, top_k = self.rag_system.knowledge_store, self.config.top_k
         nodes = {node.id: node for node in store.nodes}
-        most = max(len(example.relevant_ids) for example in examples)
+        same = first_ids(nodes.values())
+        known = (*self.train_examples, *self.validation_examples)
+        spared = not_negatives(examples, known, same)
+        most = max(len(names) for names in spared)
         found = self.rag_system.batch_retrieve([example.query for example in examples], min(len(store), top_k + most))
         result = []
-        for example, scored in zip(examples, found, strict=True):
+        for example, never, scored in zip(examples, spared, found, strict=True):
             chance = random.Random(f"{self._prompt_seed}:{example.id}")
             with_gold = chance.random() < self.config.gold_share
-            gold = [nodes[relevant_id] for relevant_id in example.relevant_ids][:top_k] if with_gold else []
-            distractors = [item.node for item in scored if item.node.id not in example.relevant_ids]
+            relevant = [nodes[name] for name in distinct_ids(example.relevant_ids, same)]
+            gold = relevant[:top_k] if with_gold else []
+            distractors = [item.node for item in scored if item.node.id not in never]
             context = gold + distractors[: top_k - len(gold)]
             chance.shuffle(context)
             result.append(Context(example, context))

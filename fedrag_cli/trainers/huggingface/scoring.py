@@ -97,6 +97,8 @@ class LikelihoodScorer:
         """Open the cache that belongs to the generator's weights and prompt."""
         self.generator = generator
         self.fingerprint = generator.fingerprint()
+        self.prompt_tokens = 0
+        """Tokens of all prompts so far, before they were cut."""
         self._identified: dict[tuple[str, ...], tuple[str, int]] = {}
         self._truncated: dict[tuple[str, ...], EncodedPrompt] = {}
         self._cache_directory = cache_directory
@@ -157,6 +159,9 @@ class LikelihoodScorer:
         texts = self._texts(example, nodes)
         if texts not in self._identified:
             prompt, target = self._encode(example, nodes)
+            self.prompt_tokens += len(prompt)
+            if texts in self._truncated:
+                self.prompt_tokens += self._truncated[texts].dropped_tokens
             key = hashlib.blake2b(json.dumps([prompt, target]).encode(), digest_size=12).hexdigest()
             self._identified[texts] = (key, len(target))
         return self._identified[texts]
