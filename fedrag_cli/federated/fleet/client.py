@@ -41,8 +41,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.3, 1.0
 # A slow line may take long for what is large.
 SECONDS = {flower.DEACTIVATE: 5.0, flower.HEARTBEAT: 10.0, flower.PULL_MESSAGES: POLL_SECONDS + ANSWER_SECONDS}
 SECONDS |= dict.fromkeys((flower.PUSH_MESSAGES, flower.PULL_OBJECT, flower.PUSH_OBJECT), 150.0)
-MOST_ANSWER_BYTES = 64 * 2**10
-AT_ONCE = 4
+MOST_ANSWER_BYTES, AT_ONCE = 64 * 2**10, 4
 
 MEANINGS = {
     400: "it runs another version",
