@@ -278,7 +278,7 @@ class FleetState:
             return None
         self.drop([message_id])
         if question.reply is None or question.failure or not question.reply.message.has_content():
-            return flower.failed(question.asked, question.failure or "the client flower.failed")
+            return flower.failed(question.asked, question.failure or "the client failed")
         # Who answers what is known from the question; the client's own word on it does not count.
         return Message(question.reply.content(), reply_to=question.asked)
 
