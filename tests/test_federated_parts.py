@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import stat
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,6 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
 from toy_federation import asking
 
 from fedrag_cli.config.schema import FederatedConfig
@@ -25,8 +20,9 @@ from fedrag_cli.errors import ConnectionFailedError, FederationError, FedRAGErro
 from fedrag_cli.federated.aggregation import weighted_mean
 from fedrag_cli.federated.agreement import Agreement, base_fingerprint, differences
 from fedrag_cli.federated.arrays import BLOCK, FileArray, ScratchFile, record_bytes, whole
-from fedrag_cli.federated.fleet.replies import ReplyReader
-from fedrag_cli.federated.fleet.store import PieceStore
+from fedrag_cli.federated.fleet._flower import PIECE_BYTES, Incoming, Outgoing, Packer
+from fedrag_cli.federated.fleet.auth import Claim
+from fedrag_cli.federated.fleet.state import FleetState
 from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
 from fedrag_cli.federated.weights import (
@@ -263,92 +259,93 @@ def test_rounds_are_saved_whole_and_the_newest_two_are_kept(tmp_path: Path) -> N
     assert "round-0003" in error.value.message
 
 
-def pieces_of(message: Message) -> tuple[str, dict[str, bytes]]:
-    """Return the id of a message, and its objects as a client pushes them."""
-    message.metadata.__dict__["_message_id"] = message.object_id
-    with no_object_id_recompute():
-        return message.object_id, {key: item.deflate() for key, item in get_all_nested_objects(message).items()}
+def received(sent: Outgoing, folder: Path, most: int = 2**30) -> Incoming:
+    """Return a message that has come with all its pieces."""
+    incoming = Incoming(sent.head, sent.tree, folder, most)
+    for object_id in incoming.missing:
+        assert incoming.put(object_id, sent.piece(object_id) or b"")
+    return incoming
 
 
-def read_reply(reply_id: str, pieces: dict[str, bytes], folder: Path, most: int = 2**30, count: int = 1000) -> Message:
-    return ReplyReader(pieces.get, set(pieces), folder, most, count).read(reply_id)
-
-
-def test_a_reply_is_put_together_in_a_file_without_a_name(tmp_path: Path) -> None:
-    # Zeros are one piece that occurs three times, and a last shorter one.
-    tensors = {"zeros": torch.zeros(4_000_000), "noise": torch.randn(3_000_000), "one": torch.tensor(1.5)}
+def test_a_message_crosses_in_pieces_and_its_tensors_lie_in_a_file_without_a_name(tmp_path: Path) -> None:
+    # Zeros are one piece that occurs often; small tensors share a piece.
+    tensors = {"zeros": torch.zeros(1_000_000), "noise": torch.randn(300_000), "one": torch.tensor(1.5)}
+    tensors |= {f"small{number}": torch.full((3,), float(number)) for number in range(200)}
     sent = RecordDict({"arrays": to_wire(tensors), "metrics": MetricRecord({"num-examples": 3})})
-    content = read_reply(*pieces_of(asking(sent)), tmp_path).content
+    outgoing = Packer().pack(asking(sent), "id")
+    total = record_bytes(sent.array_records["arrays"])
+    assert len(outgoing.tree.children) == -(-total // PIECE_BYTES)
+    assert len({child.object_id for child in outgoing.tree.children}) < len(outgoing.tree.children)
+    # The bare message has no numbers of the tensors.
+    assert outgoing.head.ByteSize() < 30_000
+    content = received(outgoing, tmp_path).content()
     assert content["metrics"] == sent["metrics"]
     arrays = content.array_records["arrays"]
     assert list(tmp_path.iterdir()) == []
-    assert record_bytes(arrays) == record_bytes(sent.array_records["arrays"]) == 28_000_004 + 3 * 128
+    assert record_bytes(arrays) == total
+    assert list(arrays) == list(sent.array_records["arrays"])
     for name, tensor in tensors.items():
         assert isinstance(arrays[name], FileArray)
         assert torch.equal(torch.from_numpy(whole(arrays[name])), tensor)
         assert arrays[name].numpy().tobytes() == tensor.numpy().tobytes()
 
 
-def test_a_reply_that_lies_about_its_pieces_is_none(tmp_path: Path) -> None:
-    sent = RecordDict({"arrays": to_wire({"w": torch.zeros(4_000_000)})})
-    reply_id, pieces = pieces_of(asking(sent))
-    assert sum(map(len, pieces.values())) < 12_000_000
+def test_the_same_record_to_many_clients_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    monkeypatch.setattr(hashlib, "sha256", lambda data, real=hashlib.sha256: hashed.append(len(data)) or real(data))
+    packer, record = Packer(), to_wire({"w": torch.zeros(100_000)})
+    packed = [packer.pack(asking(RecordDict({"arrays": record})), str(number)) for number in range(50)]
+    assert len(hashed) == 1
+    other = packer.pack(asking(RecordDict({"arrays": to_wire({"w": torch.ones(100_000)})})), "other")
+    assert (
+        other.tree.children[0].object_id
+        != packed[0].tree.children[0].object_id
+        == packed[49].tree.children[0].object_id
+    )
+
+
+def test_a_piece_that_is_not_what_was_announced_is_not_taken(tmp_path: Path) -> None:
+    outgoing = Packer().pack(asking(RecordDict({"arrays": to_wire({"w": torch.randn(200_000)})})), "id")
+    incoming = Incoming(outgoing.head, outgoing.tree, tmp_path, 2**30)
+    first, second = incoming.missing
+    piece = bytearray(outgoing.piece(first) or b"")
+    piece[1000] ^= 1
+    for wrong in (bytes(piece), bytes(piece[:-1]), b"", outgoing.piece(second) or b""):
+        assert not incoming.put(first, wrong)
+    assert not incoming.put("0" * 64, b"never announced")
+    assert incoming.missing == [first, second]
+    assert incoming.put(first, outgoing.piece(first) or b"")
+    assert incoming.missing == [second]
+
+
+def test_a_message_that_lies_about_its_size_is_none(tmp_path: Path) -> None:
+    outgoing = Packer().pack(asking(RecordDict({"arrays": to_wire({"w": torch.zeros(4_000_000)})})), "id")
     # What would become huge is seen before it does.
-    with pytest.raises(ValueError, match="too large"):
-        read_reply(reply_id, pieces, tmp_path, most=12_000_000)
-    with pytest.raises(ValueError, match="too large"):
-        read_reply(reply_id, pieces, tmp_path, count=3)
-    for missing in pieces:
-        with pytest.raises(ValueError, match="not there"):
-            read_reply(reply_id, {key: value for key, value in pieces.items() if key != missing}, tmp_path)
-    with pytest.raises(ValueError, match="not enough values"):
-        read_reply("x", {"x": b"garbage"}, tmp_path)
-    chunk = next(key for key, value in pieces.items() if value.startswith(b"ArrayChunk"))
-    with pytest.raises(ValueError, match="no message"):
-        read_reply(chunk, pieces, tmp_path)
+    with pytest.raises(ValueError, match="larger than agreed"):
+        Incoming(outgoing.head, outgoing.tree, tmp_path, 12_000_000)
+    tree = outgoing.tree
+    del tree.children[-1]
+    with pytest.raises(ValueError, match="do not add up"):
+        Incoming(outgoing.head, tree, tmp_path, 2**30)
+    array = outgoing.head.content.items[0].array_record.items[0].value
+    array.data = b"all of it"
+    with pytest.raises(ValueError, match="how large"):
+        Incoming(outgoing.head, outgoing.tree, tmp_path, 2**30)
 
 
-def test_pieces_are_kept_in_files_of_their_owner(tmp_path: Path) -> None:
-    store = PieceStore(tmp_path / "pieces")
-    (tmp_path / "pieces").mkdir()
-    (tmp_path / "pieces" / "left").write_text("from a process that was killed")
-    store.open()
-    assert list(store.directory.iterdir()) == []
-    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
-    message = asking(RecordDict({"arrays": to_wire({"w": torch.arange(4_000_000.0)})}))
-    message_id, pieces = pieces_of(message)
-    with no_object_id_recompute():
-        store.preregister(1, get_object_tree(message))
-    for key, value in pieces.items():
-        assert not store.has(key)
-        store.put(key, value)
-        assert store.has(key)
-    # Three whole pieces and a part of one; the rest is small.
-    files = list(store.directory.iterdir())
-    assert len(files) == 4
-    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
-    assert sum(len(entry.content) for entry in store.store.values()) < 10_000
-    assert all(store.get(key) == value for key, value in pieces.items())
-    with pytest.raises(ValueError, match="does not match"):
-        store.put(message_id, b"something else")
-    store.delete(message_id)
-    assert (len(store), list(store.directory.iterdir())) == (0, [])
-    store.close()
-    assert not store.directory.exists()
-
-
-def test_a_disk_that_takes_no_piece_ends_the_round_in_words(tmp_path: Path) -> None:
-    store = PieceStore(tmp_path / "never made")
-    message = asking(RecordDict({"arrays": to_wire({"w": torch.arange(100_000.0)})}))
-    _, pieces = pieces_of(message)
-    with no_object_id_recompute():
-        store.preregister(1, get_object_tree(message))
-    store.raise_failure()
-    (large,) = (key for key, value in pieces.items() if value.startswith(b"ArrayChunk"))
+def test_a_disk_that_takes_no_reply_ends_the_round_in_words(tmp_path: Path) -> None:
+    state = FleetState(tmp_path / "never made", 2**30)
+    claim = Claim(b"key", "session", 1, "", 0.0)
+    client = state.activate(claim)
+    question = asking(RecordDict())
+    question.metadata.__dict__["_dst_node_id"] = client.member.node_id
+    message_id = state.ask(question)
+    content = RecordDict({"arrays": to_wire({"w": torch.zeros(3)})})
+    reply = Packer().pack(Message(content, reply_to=question), "reply")
     with pytest.raises(OSError, match="No such file"):
-        store.put(large, pieces[large])
+        state.announce(client, reply.head, reply.tree)
     with pytest.raises(FedRAGError, match=r"Cannot write .*never made"):
-        store.raise_failure()
+        state.take(message_id)
 
 
 def test_the_mean_is_summed_in_float64_wherever_the_updates_lie(tmp_path: Path) -> None:
@@ -360,8 +357,7 @@ def test_the_mean_is_summed_in_float64_wherever_the_updates_lie(tmp_path: Path) 
     for tensor, count in zip(tensors, examples, strict=True):
         array = to_wire({"w": tensor})["w"]
         file = ScratchFile(tmp_path)
-        file.append(b"before")
-        file.append(array.data)
+        file.write(array.data, 6)
         lying = FileArray(array.dtype, array.shape, array.stype, file, 6, len(array.data))
         updates.append(Update({"w": lying if count == 7 else array}, count, {}, 0.0))
     mean = weighted_mean(updates, {"w": [2 * BLOCK + 7]})["w"]
@@ -377,7 +373,7 @@ def test_the_memory_of_the_mean_does_not_grow_with_the_clients(tmp_path: Path) -
     updates = []
     for _ in range(6):
         file = ScratchFile(tmp_path)
-        file.append(data)
+        file.write(data, 0)
         updates.append(Update({"w": FileArray("float32", (size,), "numpy.ndarray", file, 0, len(data))}, 2, {}, 0.0))
     tracemalloc.start()
     mean = weighted_mean(updates, {"w": [size]})["w"]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import socket
 import time
-from base64 import b64encode
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from federation import Federation, tuned_weights
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from toy_federation import new_key, serving
+from toy_federation import Raw, new_key, serving
 
-from fedrag_cli.federated.keys import PrivateKey, write_authority, write_node_key, write_server_certificate
+from fedrag_cli.federated.fleet import http
+from fedrag_cli.federated.fleet._flower import PIECE_BYTES, PUSH_MESSAGES, PUSH_OBJECT
+from fedrag_cli.federated.fleet.auth import SESSION_HEADER, Signer
+from fedrag_cli.federated.keys import write_authority, write_node_key, write_server_certificate
 
 pytestmark = pytest.mark.fl
-LARGE = 6 * 2**20
 
 
 def test_serve_fl_lets_in_only_the_clients_whose_keys_are_allowed(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -55,28 +55,13 @@ def test_serve_fl_lets_in_only_the_clients_whose_keys_are_allowed(tmp_path: Path
     assert all(bool((theirs[name] == tensor).all()) for name, tensor in tuned_weights(Path(summary["run_dir"])).items())
 
 
-def headers_of(key: PrivateKey, signer: PrivateKey | None = None) -> dict[str, str]:
-    """Return the headers that a client with a key sends; signed by another key where one is given."""
-    stamp = now().isoformat()
-    signature = sign_message(signer or key, stamp.encode())
-    return {
-        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(key.public_key())).decode(),
-        FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
-        TIMESTAMP_HEADER: stamp,
-    }
-
-
-def first_answer(port: int, route: str, headers: dict[str, str], size: int = LARGE) -> str:
+def first_answer(port: int, path: str, headers: dict[str, str], size: int) -> str:
     """Announce a body without sending it, and return the first line of the answer.
 
     Where the server begins to read the body, that line is "100 Continue".
     """
-    lines = [f"POST /v1/fleet/{route} HTTP/1.1", "Host: localhost", "Content-Type: application/x-protobuf"]
-    lines += [
-        f"Content-Length: {size}",
-        "Expect: 100-continue",
-        *(f"{name}: {value}" for name, value in headers.items()),
-    ]
+    announced = {"Host": "localhost", "Content-Length": str(size), "Expect": "100-continue", **headers}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in announced.items())]
     with socket.create_connection(("127.0.0.1", port), 30) as connection:
         connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
         answer, end = b"", time.monotonic() + 30
@@ -88,20 +73,56 @@ def first_answer(port: int, route: str, headers: dict[str, str], size: int = LAR
     return answer.split(b"\r\n")[0].decode("latin-1")
 
 
-@pytest.mark.parametrize("route", ["push-object", "push-messages"])
-def test_a_large_body_of_an_unknown_key_is_refused_before_it_is_read(route: str) -> None:
-    known, unknown = new_key(), new_key()
-    with serving(allowed={"north": public_key_to_bytes(known.public_key())}) as server:
+@pytest.mark.parametrize("path", [PUSH_OBJECT, PUSH_MESSAGES])
+def test_a_large_body_of_an_unknown_key_is_refused_before_it_is_read(path: str) -> None:
+    known, unknown = Raw(Signer(new_key())), Signer(new_key())
+    with serving(allowed={"north": known.signer.public_key}) as server:
         port = server.address[1]
+        known.connect(server)
+
+        def signed(**other: str) -> dict[str, str]:
+            return {**known.signer.headers(path, b""), **other}
+
+        theirs = unknown.headers(path, b"")
         refused = {
             "unsigned": {},
-            "another key": headers_of(unknown),
-            "a false signature": headers_of(known, signer=unknown),
-            "no signature": {**headers_of(known), FLEET_HTTP_SIGNATURE_HEADER: ""},
-            "garbage": {**headers_of(known), FLEET_HTTP_PUBLIC_KEY_HEADER: "?"},
+            "another key": theirs,
+            "a false signature": signed(**{FLEET_HTTP_SIGNATURE_HEADER: theirs[FLEET_HTTP_SIGNATURE_HEADER]}),
+            "no signature": signed(**{FLEET_HTTP_SIGNATURE_HEADER: ""}),
+            "another session": signed(**{SESSION_HEADER: "0" * 32}),
+            "another time": signed(**{TIMESTAMP_HEADER: "1.0"}),
+            "garbage": signed(**{FLEET_HTTP_PUBLIC_KEY_HEADER: "?"}),
         }
-        answers = {what: first_answer(port, route, headers) for what, headers in refused.items()}
+        answers = {what: first_answer(port, path, headers, PIECE_BYTES) for what, headers in refused.items()}
         assert answers == dict.fromkeys(refused, "HTTP/1.1 401 Unauthorized")
         # The key that is allowed may go on, but not beyond the bound.
-        assert first_answer(port, route, headers_of(known)) == "HTTP/1.1 100 Continue"
-        assert first_answer(port, route, headers_of(known), 9 * 2**20).startswith("HTTP/1.1 413")
+        assert first_answer(port, path, signed(), PIECE_BYTES) == "HTTP/1.1 100 Continue"
+        assert first_answer(port, path, signed(), 20 * 2**20).startswith("HTTP/1.1 413")
+
+
+def test_bodies_that_never_end_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one client nor all of them together hold more of the server's memory than its bounds."""
+    monkeypatch.setattr(http, "MOST_BODIES", 8)
+    clients = [Raw(Signer(new_key())) for _ in range(4)]
+    connections = []
+    with serving() as server, ExitStack() as stack:
+        for client in clients:
+            client.connect(server)
+            for _ in range(http.MOST_BODIES_OF_A_CLIENT + 1):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.address[1]), 5))
+                headers = {"Content-Length": str(PIECE_BYTES), "Host": "x", "Expect": "100-continue"}
+                headers |= client.signer.headers(PUSH_OBJECT, b"")
+                head = f"POST {PUSH_OBJECT} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+                connection.sendall(head.encode() + b"\r\n")
+                connections.append(connection)
+        answers = []
+        for connection in connections:
+            connection.settimeout(1.0)
+            try:
+                answers.append(connection.recv(12))
+            except TimeoutError:
+                answers.append(b"it waits")
+    # Of each client one too many; of the others, those for which there is room.
+    assert answers.count(b"HTTP/1.1 503") == len(clients)
+    assert answers.count(b"HTTP/1.1 100") == 8
+    assert answers.count(b"it waits") == len(clients) * http.MOST_BODIES_OF_A_CLIENT - 8

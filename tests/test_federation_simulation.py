@@ -69,6 +69,7 @@ def test_random_and_skewed_splits(simulate: Callable[..., Any]) -> None:
     assert "fewer than federated.min_clients" in quorum["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_simulation_goes_on_after_its_newest_round(simulate: Callable[..., Any], capsys: Any) -> None:
     whole, _ = simulate()
     run, _ = simulate(folder="b")
@@ -120,6 +121,7 @@ def test_a_federation_that_is_interrupted_while_loading_leaves_nothing(
     assert not (config.parent / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_resume_that_was_killed_and_is_interrupted_while_loading_is_told_as_interrupted(
     simulate: Callable[..., Any], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_resume_that_was_killed_and_is_interrupted_while_loading_is_told_as_in
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_simulation_whose_data_or_model_has_changed_is_not_resumed(
     simulate: Callable[..., Any], models: dict[str, Path], capsys: Any
 ) -> None:
@@ -261,6 +264,7 @@ def test_the_federation_beside_pooled_and_single_sites(simulate: Callable[..., A
     assert pooled["steps"] == 8
 
 
+@pytest.mark.slow
 def test_a_comparison_is_resumed_where_it_stopped(
     simulate: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ sys.exit(main(["validate", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_modules_and_plain_commands_do_without_what_only_unix_has(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG, encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_UNIX, str(tmp_path / "c.yaml")]

@@ -68,6 +68,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     return stopped
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_and_gives_the_same_bits(
     config_of: Callable[..., Config], encoded: list[int], tmp_path: Path
 ) -> None:

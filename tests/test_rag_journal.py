@@ -294,6 +294,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["added", "syncing", "synced"])
 def test_a_kill_leaves_the_old_or_the_new_store(folder: Path, moment: str) -> None:
     saved(folder)

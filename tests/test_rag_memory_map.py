@@ -143,6 +143,7 @@ print(before, memory("VmHWM"))
 """
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_mapped_store_takes_little_memory(tmp_path: Path) -> None:
     arguments = ["200000", "384", str(tmp_path / "store")]

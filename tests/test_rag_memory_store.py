@@ -165,11 +165,13 @@ print(before, memory("VmHWM"))
 """
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_store_takes_little_more_memory_than_its_vectors(tmp_path: Path) -> None:
     assert 0.7 < measured(tmp_path, ADD) < 1.2
 
 
+@pytest.mark.slow
 @needs_proc
 def test_loading_a_store_takes_little_more_memory_than_its_vectors(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE + SAVE, str(PASSAGES), str(DIMENSION), str(tmp_path / "store")]

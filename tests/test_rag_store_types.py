@@ -210,6 +210,7 @@ def test_changes_stay_in_the_process_and_the_server_keeps_its_passages() -> None
     assert torch.equal(again.embeddings_at(torch.arange(10)), vectors(10, 4))
 
 
+@pytest.mark.slow
 def test_a_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
     store = QdrantKnowledgeStore()
     store.add(owned(), vectors(10, 4))

@@ -138,6 +138,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in the middle of the retriever", "in the middle of the generator"])
 def test_a_killed_run_resumes_to_the_same_numbers(
     write_config: Callable[..., Path], undisturbed: Path, moment: str
@@ -164,6 +165,7 @@ def _kill_and_resume(write_config: Callable[..., Path], undisturbed: Path, momen
     _assert_equal_runs(run, reference)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_exits_with_130(write_config: Callable[..., Path], undisturbed: Path) -> None:
     config, reference = _prepare(write_config, undisturbed)
     process = _start(config)
@@ -180,6 +182,7 @@ def test_ctrl_c_saves_and_exits_with_130(write_config: Callable[..., Path], undi
     _assert_equal_runs(run, reference)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(write_config: Callable[..., Path], undisturbed: Path, capsys: Any) -> None:
     config, _ = _prepare(write_config, undisturbed)
     process = _start(config)
@@ -210,6 +213,7 @@ def test_a_run_whose_data_has_changed_is_not_resumed(
     assert "The data of this run has changed since it started: train." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_work_in_one_run_directory(
     write_config: Callable[..., Path], undisturbed: Path, capsys: Any
 ) -> None:

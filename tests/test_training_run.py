@@ -100,6 +100,7 @@ def test_the_time_of_a_resumed_run_counts_all_its_parts(
     assert 7200 < summary["seconds"] < 7200 + 600
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_our_bars_alone(write_config: Callable[..., Path]) -> None:
     terminal, other_end = os.openpty()
     # Bars draw nothing on a terminal without columns.

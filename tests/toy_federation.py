@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -20,9 +21,19 @@ from fedrag_cli.config.schema import FederatedConfig, TransportDtype
 from fedrag_cli.federated.agreement import Agreement
 from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
 from fedrag_cli.federated.config import FedAvgConfig
+from fedrag_cli.federated.endpoint import ServerAddress
 from fedrag_cli.federated.federation import Federation
-from fedrag_cli.federated.fleet.failures import ServerAddress
-from fedrag_cli.federated.fleet.node import FleetNode
+from fedrag_cli.federated.fleet._flower import (
+    ACTIVATE,
+    PULL_MESSAGES,
+    PULL_OBJECT,
+    PUSH_MESSAGES,
+    PUSH_OBJECT,
+    TYPES,
+    Outgoing,
+)
+from fedrag_cli.federated.fleet.auth import Signer
+from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.rounds import RoundState
@@ -112,7 +123,47 @@ def node(server: FleetServer, key: PrivateKey | None = None, **options: Any) -> 
     address = ServerAddress(
         options.pop("address", f"127.0.0.1:{server.address[1]}"), options.pop("tls", False), options.pop("ca", None)
     )
-    return FleetNode(address, key or new_key(), SilentReporter(), connect_timeout=20.0, **options)
+    return FleetNode(address, key or new_key(), SilentReporter(), **{"connect_timeout": 20.0, **options})
+
+
+class Raw:
+    """A client that is written by hand, and may do what ours never does."""
+
+    def __init__(self, signer: Signer) -> None:
+        self.signer, self.node_id = signer, 0
+        self._base = ""
+
+    def connect(self, server: FleetServer) -> None:
+        """Introduce itself."""
+        self._base = f"http://127.0.0.1:{server.address[1]}"
+        self.node_id = self.post(ACTIVATE, public_key=self.signer.public_key, heartbeat_interval=1800).node_id
+
+    def post(self, path: str, **fields: Any) -> Any:
+        """Send a signed request."""
+        asked, answered = TYPES[path]
+        body = asked(**fields).SerializeToString()
+        response = httpx.post(self._base + path, content=body, headers=self.signer.headers(path, body), timeout=30)
+        response.raise_for_status()
+        return answered.FromString(response.content)
+
+    def pull(self) -> tuple[list[Any], list[Any]]:
+        """Ask for a message."""
+        answer = self.post(PULL_MESSAGES)
+        return list(answer.messages_list), list(answer.message_object_trees)
+
+    def piece(self, object_id: str) -> bytes | None:
+        """Ask for a piece of a message."""
+        answer = self.post(PULL_OBJECT, object_id=object_id)
+        return answer.object_content if answer.object_found else None
+
+    def announce(self, reply: Outgoing) -> list[str] | None:
+        """Send a bare reply, and return what is missing; None where it is not wanted."""
+        answer = self.post(PUSH_MESSAGES, messages_list=[reply.head], message_object_trees=[reply.tree])
+        return None if any(answer.results.values()) else list(answer.objects_to_push)
+
+    def push(self, object_id: str, content: bytes) -> bool:
+        """Send a piece of a reply."""
+        return bool(self.post(PUSH_OBJECT, object_id=object_id, object_content=content).stored)
 
 
 def start(nodes: dict[FleetNode, ToyClient]) -> list[threading.Thread]:
@@ -125,10 +176,19 @@ def start(nodes: dict[FleetNode, ToyClient]) -> list[threading.Thread]:
 
 def federate(server: FleetServer, clients: list[ToyClient], rounds: int, **settings: Any) -> RoundState:
     """Run a federation of FedAvg with clients in threads, starting from zeros."""
-    size = clients[0].agreement.manifest["w"][0]
-    settings = {"min_clients": len(clients), "rejoin_timeout": 5.0, "gather_timeout": 60.0, **settings}
-    config = FederatedConfig(rounds=rounds, strategy=FedAvgConfig(), **settings)
     threads = start({node(server): client for client in clients})
+    size = clients[0].agreement.manifest["w"][0]
+    state = rounds_of(server, rounds, size=size, **{"min_clients": len(clients), **settings})
+    for thread in threads:
+        thread.join(20)
+    return state
+
+
+def rounds_of(server: FleetServer, rounds: int, *, size: int = 3, **settings: Any) -> RoundState:
+    """Run the server's side of a federation of FedAvg, starting from zeros."""
+    config = FederatedConfig(
+        rounds=rounds, strategy=FedAvgConfig(), **{"rejoin_timeout": 5.0, "gather_timeout": 60.0, **settings}
+    )
     assert server.grid is not None
     federation = Federation(
         server.grid,
@@ -138,10 +198,7 @@ def federate(server: FleetServer, clients: list[ToyClient], rounds: int, **setti
         seed=0,
         reporter=SilentReporter(),
     )
-    state = federation.run(RoundState(0, {"w": torch.zeros(size)}))
-    for thread in threads:
-        thread.join(20)
-    return state
+    return federation.run(RoundState(0, {"w": torch.zeros(size)}))
 
 
 def main() -> None:

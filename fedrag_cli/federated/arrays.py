@@ -38,15 +38,14 @@ class ScratchFile:
         """Make it, readable by the owner only; raises OSError."""
         self._descriptor, path = tempfile.mkstemp(dir=directory)
         Path(path).unlink()
-        self.size = 0
         weakref.finalize(self, os.close, self._descriptor)
 
-    def append(self, data: bytes) -> None:
-        """Add bytes at the end; raises OSError, as where the disk is full."""
+    def write(self, data: bytes, offset: int) -> None:
+        """Put bytes at an offset; raises OSError, as where the disk is full."""
         view = memoryview(data)
         while view:
-            written = os.pwrite(self._descriptor, view[:AT_ONCE], self.size)
-            self.size += written
+            written = os.pwrite(self._descriptor, view[:AT_ONCE], offset)
+            offset += written
             view = view[written:]
 
     def read(self, count: int, offset: int) -> bytes:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
+import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cryptography import x509
 
 from fedrag_cli.config.schema import FederatedConfig
-from fedrag_cli.errors import ConfigError
+from fedrag_cli.errors import ConfigError, ConnectionFailedError
 from fedrag_cli.federated.keys import read_small_file
 from fedrag_cli.text import printable
 
@@ -42,6 +44,62 @@ class Address:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+@dataclass(frozen=True)
+class ServerCertificate:
+    """Files of the server's TLS certificate and its private key."""
+
+    certificate: Path
+    key: Path
+
+    def context(self) -> ssl.SSLContext:
+        """Return what the handshake needs of them.
+
+        Raises:
+            ConnectionFailedError: They are missing, or do not fit each other.
+        """
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ValueError) as error:
+            raise ConnectionFailedError(
+                f"The TLS certificate '{self.certificate}' with the key '{self.key}' cannot be used: {error}",
+                "Check federated.certificate and federated.certificate_key.",
+            ) from error
+        return context
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where a server is and how to trust it.
+
+    Args:
+        address: `HOST:PORT`.
+        tls: Whether to speak TLS.
+        ca_certificate: The authority to trust, as PEM; the system's authorities where it is None.
+    """
+
+    address: str
+    tls: bool
+    ca_certificate: bytes | None = None
+
+    @property
+    def proxy(self) -> str | None:
+        """The proxy that the environment names for the server; none for this machine itself."""
+        address = parse_address(self.address)
+        if address.is_loopback or urllib.request.proxy_bypass(address.host):
+            return None
+        proxies = urllib.request.getproxies()
+        return proxies.get("https" if self.tls else "http") or proxies.get("all")
+
+    @property
+    def in_words(self) -> str:
+        """The address, and that of the proxy without its password."""
+        if not self.proxy:
+            return self.address
+        parts = urlsplit(self.proxy)
+        return f"{self.address} (through the proxy {parts.scheme}://{parts.netloc.rpartition('@')[2]})"
 
 
 def parse_address(text: str) -> Address:

@@ -73,7 +73,7 @@ class Exchange:
                 self._roster.refresh()
                 for name in list(self._outstanding):
                     self._look_after(name, on_failure)
-                time.sleep(POLL_SECONDS)
+                self._grid.wait(POLL_SECONDS)
 
     def _send(self, participant: Participant, message: Message) -> None:
         kind, content, ttl = message.metadata.message_type, message.content, message.metadata.ttl

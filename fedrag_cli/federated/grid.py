@@ -59,6 +59,10 @@ class FederationGrid(Grid):
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop messages whose replies are not wanted any more."""
 
+    def wait(self, seconds: float) -> None:
+        """Wait until there may be something new, but not longer than so many seconds."""
+        time.sleep(seconds)
+
     def set_run(self, run: Run) -> None:
         """Take a run; there is only one here."""
 
@@ -93,7 +97,7 @@ class FederationGrid(Grid):
             if end is not None and time.monotonic() >= end:
                 break
             if waiting:
-                time.sleep(POLL_SECONDS)
+                self.wait(POLL_SECONDS)
         self.forget(waiting)
         return replies
 

@@ -29,6 +29,9 @@ takes where it is told none."""
 LONGEST_WORD = 40
 """Characters without a blank between them that are cut only as a whole."""
 
+THOUGHTS = re.compile(r"([<\[])([\w:]*(?:think|thought|reason)\w*[>\]])", re.IGNORECASE)
+"""What opens a block of thoughts, such as `<think>`; a slash behind the bracket makes its end."""
+
 CHARACTER = regex.compile(r"\X")
 WITHOUT_BLANKS_BESIDE = regex.compile(WITHOUT_BLANKS, regex.V1)
 
@@ -348,9 +351,11 @@ def _chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _end_of_thoughts(opening: str) -> str:
     """Return what closes a block of thoughts that a prompt opens, if it does, without any thoughts."""
-    if "<think>" not in opening or "</think>" in opening:
+    found = THOUGHTS.search(opening)
+    closing = f"{found[1]}/{found[2]}" if found else ""
+    if closing in opening:
         return ""
-    return "\n\n</think>\n\n".removeprefix(opening[len(opening.rstrip("\n")) :])
+    return f"\n\n{closing}\n\n".removeprefix(opening[len(opening.rstrip("\n")) :])
 
 
 def _longest_fitting(text: str, fits: Callable[[int], bool], first: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import time
@@ -14,9 +15,9 @@ from fedrag_cli.config.checks import require_training
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.endpoint import client_authority, parse_address
-from fedrag_cli.federated.fleet.failures import ServerAddress
-from fedrag_cli.federated.fleet.node import FleetNode
+from fedrag_cli.federated.endpoint import ServerAddress, client_authority, parse_address
+from fedrag_cli.federated.fleet.client import FleetNode
+from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_or_make_key, load_private_key
 from fedrag_cli.federated.rounds import ClientRounds
 from fedrag_cli.federated.task import FLTask
@@ -111,7 +112,7 @@ def _see_through(
     settings = settings_of(config)
     key = load_private_key(Path(settings.key)) if settings.key is not None else load_or_make_key(run.path / KEY_FILE)
     server = _dialled(config, address, insecure=insecure)
-    node = FleetNode(server, key, reporter, connect_timeout=settings.connect_timeout)
+    node = FleetNode(server, key, reporter, connect_timeout=settings.connect_timeout, directory=run.path)
     done = run.read_json_if_there(FINAL_FILE) is not None
     if not done and not node.check():
         reporter.note(f"The server at {address} does not answer yet; loading meanwhile")
@@ -169,7 +170,8 @@ def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode,
     handler = ClientHandler(task, _name(config), reporter, on_final=keep)
     reporter.note("Ready; waiting for the server")
     try:
-        node.run(handler)
+        # The server may send float32 whatever clients send.
+        node.run(handler, limits_of([4 * math.prod(shape) for shape in task.agreement.manifest.values()]))
     except ConnectionFailedError as error:
         error.hint = f"{error.hint} Then go on with: {resume_command(run.path)}".strip()
         raise

@@ -13,8 +13,14 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.checks import trains_with_generator
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.federated.endpoint import Address, check_server_settings, expiry_note, parse_address
-from fedrag_cli.federated.fleet.server import FleetServer, ServerCertificate, listen
+from fedrag_cli.federated.endpoint import (
+    Address,
+    ServerCertificate,
+    check_server_settings,
+    expiry_note,
+    parse_address,
+)
+from fedrag_cli.federated.fleet.server import FleetServer, listen
 from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_allowed_keys
 from fedrag_cli.federated.rounds import load_newest_round
@@ -229,7 +235,7 @@ def _note_weak_points(protection: Protection, settings: FederatedConfig, reporte
 
 def _server(where: Address, protection: Protection, task: FLTask, pieces: Path, reporter: Reporter) -> FleetServer:
     width = BYTES_OF[task.settings.transport_dtype]
-    max_bytes, max_objects = limits_of([width * math.prod(shape) for shape in task.agreement.manifest.values()])
+    most_bytes = limits_of([width * math.prod(shape) for shape in task.agreement.manifest.values()])
     return FleetServer(
         where.host,
         where.port,
@@ -237,7 +243,6 @@ def _server(where: Address, protection: Protection, task: FLTask, pieces: Path, 
         allowed=protection.allowed,
         read_allowed=protection.read_allowed if protection.folder is not None else None,
         reporter=reporter,
-        max_message_bytes=max_bytes,
-        max_message_objects=max_objects,
+        max_message_bytes=most_bytes,
         pieces=pieces,
     )

@@ -99,7 +99,7 @@ def seconds_of_fedrag() -> list[float]:
     """Return the seconds of each round over processes."""
     from toy_federation import serving
 
-    from fedrag_cli.federated.fleet.server import ServerCertificate
+    from fedrag_cli.federated.endpoint import ServerCertificate
     from fedrag_cli.federated.keys import (
         load_allowed_keys,
         write_authority,
@@ -127,8 +127,8 @@ def run_client(address: str, keys: Path, name: str) -> None:
     """Be one client process."""
     from toy_federation import ToyClient
 
-    from fedrag_cli.federated.fleet.failures import ServerAddress
-    from fedrag_cli.federated.fleet.node import FleetNode
+    from fedrag_cli.federated.endpoint import ServerAddress
+    from fedrag_cli.federated.fleet.client import FleetNode
     from fedrag_cli.federated.keys import load_private_key
     from fedrag_cli.runs.reporting import SilentReporter
 

@@ -7,76 +7,30 @@ only the routes that clients need exist.
 from __future__ import annotations
 
 import socket
-import ssl
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import uvicorn
-from fastapi import FastAPI
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
-from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.error import http_error_translator
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.main import generate_unique_route_id
-from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
-from flwr.superlink.routers.fleet.router import router as fleet_router
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedrag_cli.errors import ConnectionFailedError
-from fedrag_cli.federated.fleet.admission import Admission
-from fedrag_cli.federated.fleet.entrance import entrance
-from fedrag_cli.federated.fleet.guard import RequestBounds, SpeakerCheck, check_routes
-from fedrag_cli.federated.fleet.memory import PassingMemory
-from fedrag_cli.federated.fleet.refusals import Refusals
+from fedrag_cli.federated.endpoint import ServerCertificate
+from fedrag_cli.federated.fleet._flower import identify
+from fedrag_cli.federated.fleet.auth import Admission, Refusals
+from fedrag_cli.federated.fleet.http import MOST_OF_A_CLIENT, SILENT_SECONDS, Door, FleetApp
 from fedrag_cli.federated.fleet.state import FleetState
-from fedrag_cli.federated.fleet.store import PieceStore
 from fedrag_cli.federated.grid import FederationGrid, Member, quiet_flower
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
-HEARTBEAT_SECONDS = 10.0
 START_SECONDS = 30.0
-MOST_CONNECTIONS = 1000
-
-
-@dataclass(frozen=True)
-class ServerCertificate:
-    """Files of the server's TLS certificate and its private key."""
-
-    certificate: Path
-    key: Path
-
-    def context(self) -> ssl.SSLContext:
-        """Return what the handshake needs of them.
-
-        Raises:
-            ConnectionFailedError: They are missing, or do not fit each other.
-        """
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ValueError) as error:
-            raise ConnectionFailedError(
-                f"The TLS certificate '{self.certificate}' with the key '{self.key}' cannot be used: {error}",
-                "Check federated.certificate and federated.certificate_key.",
-            ) from error
-        return context
+MOST_DESCRIPTORS = 16384
+FEWEST_DESCRIPTORS = 256
 
 
 class FleetServer:
@@ -89,9 +43,8 @@ class FleetServer:
         allowed: Public keys (SSH format) by client name; None lets every client in that signs with a key of its own.
         read_allowed: Returns the keys that are allowed now; asked where an unknown one comes.
         reporter: Told who is turned away, in a thread of the server.
-        max_message_bytes: Largest reply of a client.
-        max_message_objects: Most objects of a reply.
-        pieces: Folder for the tensors of messages that are on their way, which is emptied; a temporary one by default.
+        max_message_bytes: Largest sum of the bytes of a reply's tensors.
+        pieces: Folder where replies take their room, in files without names; the system's temporary one by default.
     """
 
     def __init__(
@@ -104,67 +57,57 @@ class FleetServer:
         read_allowed: Callable[[], Mapping[str, bytes]] | None = None,
         reporter: Reporter | None = None,
         max_message_bytes: int = 2**40,
-        max_message_objects: int = 2**20,
         pieces: Path | None = None,
     ) -> None:
-        """Prepare the state and the application."""
-        check_routes()
+        """Prepare the state; nothing listens yet."""
         quiet_flower()
+        identify()
         self._host, self._port = host, port
-        self._memory = PassingMemory()
-        folder = pieces if pieces is not None else Path(tempfile.gettempdir()) / f"fedrag-{uuid.uuid4().hex}"
-        self.state = FleetState(PieceStore(folder), max_message_bytes, max_message_objects)
-        refusals = Refusals((reporter or SilentReporter()).note)
-        app = FastAPI(
-            docs_url=None,
-            redoc_url=None,
-            openapi_url=None,
-            generate_unique_id_function=generate_unique_route_id,
-            middleware=[
-                Middleware(
-                    RequestBounds,
-                    admission=Admission(allowed, read_allowed, self.state.allow, refusals),
-                    memory=self._memory,
-                ),
-                Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
-                Middleware(ProtobufTranslationMiddleware),
-                Middleware(NodeAuthMiddleware),
-                Middleware(SpeakerCheck),
-            ],
-        )
-        app.state.linkstate_factory = self.state
-        app.state.enable_supernode_auth = allowed is not None
-        app.include_router(fleet_router)
+        self._context = certificate.context() if certificate is not None else None
+        self._reporter = reporter or SilentReporter()
+        self._most_bytes = max_message_bytes
+        self._pieces = pieces if pieces is not None else Path(tempfile.gettempdir())
+        self._refusals = Refusals(self._reporter.note)
+        self.state = FleetState(self._pieces, max_message_bytes)
+        self._admission = Admission(allowed, read_allowed, self.state.allow, self._refusals)
+        self._known = len(allowed or {})
+        self.grid: FleetGrid | None = None
+
+    def __enter__(self) -> FleetServer:
+        """Listen.
+
+        Raises:
+            ConnectionFailedError: The address cannot be listened on, or the system allows too few open files.
+        """
+        most = self._most_connections()
+        with os_errors(self._pieces):
+            self._pieces.mkdir(mode=0o700, parents=True, exist_ok=True)
+        listener = listen(self._host, self._port)
+        self.address = listener.getsockname()[:2]
+        door = Door(fileno=listener.detach()).open(self._refusals, most)
+        self._app = FleetApp(self.state, self._admission, door, self._refusals, self._most_bytes)
+        context = door.watch(self._context) if self._context is not None else None
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
-                app,
-                # uvloop reads from connections that were told to pause, which loses the first bytes of a handshake.
+                self._app,
+                # uvloop takes no listening socket that is a Python object.
                 loop="asyncio",
-                http=entrance(certificate.context() if certificate else None, refusals),
+                # The heads of requests have a bound in h11, and none in httptools.
+                http="h11",
+                ssl_context_factory=(lambda config, default: context) if context is not None else None,
                 log_level="critical",
                 access_log=False,
                 log_config=None,
                 lifespan="off",
                 ws="none",
                 server_header=False,
-                limit_concurrency=MOST_CONNECTIONS,
-                timeout_keep_alive=60,
+                callback_notify=door.sweep,
+                timeout_notify=1,
+                timeout_keep_alive=int(SILENT_SECONDS),
                 timeout_graceful_shutdown=2,
             )
         )
-        self._closing = threading.Event()
-        self._task_id = 0
-        self.grid: FleetGrid | None = None
-
-    def __enter__(self) -> FleetServer:
-        """Listen, and open the one run that clients see.
-
-        Raises:
-            ConnectionFailedError: The address cannot be listened on.
-        """
-        listener = listen(self._host, self._port)
-        self.address = listener.getsockname()[:2]
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([listener],), daemon=True)
+        self._thread = threading.Thread(target=self._uvicorn.run, args=([door],), daemon=True)
         self._thread.start()
         end = time.monotonic() + START_SECONDS
         while not self._uvicorn.started:
@@ -174,38 +117,49 @@ class FleetServer:
                     "Choose another --address.",
                 )
             time.sleep(0.01)
-        self.state.pieces.open()
-        self._memory.start()
-        self.grid = self._open_run()
+        self.grid = FleetGrid(self.state)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the run and stop listening."""
-        self._closing.set()
-        self.state.finish_task(self._task_id, SubStatus.COMPLETED if error is None else SubStatus.FAILED, "")
+        """Stop listening."""
+        self._app.close()
         self._uvicorn.should_exit = True
         self._thread.join(5)
-        self._memory.stop()
-        self.state.pieces.close()
+        if self._pieces != Path(tempfile.gettempdir()):
+            # Replies have no names, so the folder is empty.
+            with suppress(OSError):
+                self._pieces.rmdir()
 
-    def _open_run(self) -> FleetGrid:
-        state = self.state
-        state.federation_manager.ensure_default_federations_exist(flwr_aid=NOOP_FLWR_AID)
-        # There is no app bundle: clients fetch and run none.
-        run_id = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
-        self._task_id = next(task.task_id for task in state.get_tasks() if task.run_id == run_id)
-        state.claim_task(self._task_id)
-        state.activate_task(self._task_id)
-        threading.Thread(target=self._beat, daemon=True).start()
-        # Flower reads the sender of a message from here.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = self._task_id, run_id, SUPERLINK_NODE_ID
-        return FleetGrid(state, state.get_run_info(run_ids=[run_id])[0])
+    def _most_connections(self) -> int:
+        """Return how many connections there may be at once: half of the open files, the others are for replies."""
+        descriptors = _descriptors()
+        if descriptors < FEWEST_DESCRIPTORS:
+            raise ConnectionFailedError(
+                f"The system allows this process {descriptors} open files, and a server needs {FEWEST_DESCRIPTORS}.",
+                "Raise it, such as with: ulimit -n 4096",
+            )
+        most = descriptors // 2
+        if self._known * MOST_OF_A_CLIENT > most:
+            self._reporter.note(
+                f"The system allows this process {descriptors} open files, which may be too few for {self._known} "
+                f"clients. Raise it, such as with: ulimit -n {self._known * MOST_OF_A_CLIENT * 2}"
+            )
+        return most
 
-    def _beat(self) -> None:
-        while not self._closing.wait(HEARTBEAT_SECONDS):
-            self.state.acknowledge_task_heartbeat(self._task_id)
+
+def _descriptors() -> int:
+    """Return how many files this process may have open, after asking for more."""
+    try:
+        import resource
+    except ImportError:
+        return MOST_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MOST_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -220,7 +174,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
         # Python adds the address, which stands in the message already.
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
@@ -235,18 +189,11 @@ class FleetGrid(FederationGrid):
 
     Args:
         state: The book of clients and messages.
-        run: The one run.
     """
 
-    def __init__(self, state: FleetState, run: Run) -> None:
-        """Keep both."""
+    def __init__(self, state: FleetState) -> None:
+        """Keep it."""
         self._state = state
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The one run."""
-        return self._run
 
     def members(self) -> list[Member]:
         """Return the clients that are connected now."""
@@ -254,19 +201,7 @@ class FleetGrid(FederationGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Put messages where their clients fetch them; an empty id stands for one that nobody can fetch."""
-        run_id, ids = self._run.run_id, []
-        with no_object_id_recompute():
-            for message in messages:
-                message.metadata.__dict__["_message_id"] = message.object_id
-                session = self._state.start_session(run_id)
-                stored, missing = self._state.store_message_and_object_tree(
-                    remove_content_from_message(message), get_object_tree(message), session
-                )
-                objects = get_all_nested_objects(message)
-                for object_id in missing:
-                    self._state.store_received(run_id, session, object_id, objects[object_id].deflate())
-                ids.append(message.metadata.message_id if stored else "")
-        return ids
+        return [self._state.ask(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the complete replies that have come since the last call, with their tensors in files.
@@ -274,11 +209,12 @@ class FleetGrid(FederationGrid):
         Raises:
             FedRAGError: What clients have sent cannot be written.
         """
-        self._state.pieces.raise_failure()
-        with os_errors(self._state.pieces.directory):
-            replies = [self._state.take_reply(self._run.run_id, message_id) for message_id in message_ids if message_id]
-        return [reply for reply in replies if reply is not None]
+        return [reply for message_id in message_ids if (reply := self._state.take(message_id)) is not None]
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop messages whose replies are not wanted any more."""
-        self._state.drop([message_id for message_id in message_ids if message_id])
+        self._state.drop(message_ids)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something new."""
+        self._state.wait(seconds)

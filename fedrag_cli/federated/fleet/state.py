@@ -1,225 +1,311 @@
-"""The server's book of clients and messages: Flower's link state in memory, with what a federation needs besides."""
+"""The server's book: which clients there are, what each is asked, and what has come of its reply.
+
+Every client has its own questions, and its own file for the reply to each; nothing that one sends is looked up for
+another. Several threads may use it: those of the web server, and the one that runs the rounds.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import itertools
+import secrets
 import threading
-from collections.abc import Iterable, Sequence
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from flwr.app import Message, RecordDict
-from flwr.app.error import Error
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode
-from flwr.proto.message_pb2 import ObjectTree
-from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import NodeStatus
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.superlink.config_loader import get_federation_manager
+from flwr.app import Message
 
-from fedrag_cli.federated.fleet.replies import ReplyReader
-from fedrag_cli.federated.fleet.store import PieceStore
+from fedrag_cli.federated.fleet import _flower as flower
+from fedrag_cli.federated.fleet.auth import SUPERSEDED, UNKNOWN_CLIENT, USED, Claim, Counts, RefusedError
 from fedrag_cli.federated.grid import Member
+from fedrag_cli.runs.atomic import os_errors
 
 MOST_CLIENTS = 1000
-# Beside a tensor's chunks: its header, and the few records of a message.
-OBJECTS_OF_A_MESSAGE = 64
+# Clients give a sign of life every 10 s at least; what they say of it themselves does not count.
+LIVENESS_SECONDS = 30.0
+MOST_SESSIONS = 64
 
 
-class FleetState(InMemoryLinkState):
-    """Flower's link state in memory.
+@dataclass(eq=False)
+class Question:
+    """A message to a client, and what has come of the reply.
 
     Args:
-        pieces: Keeps the objects of messages.
-        max_message_bytes: Largest reply of a client, all its objects together.
-        max_message_objects: Most objects of a reply.
+        asked: The message.
+        outgoing: The same in pieces.
+        activation: Which of the client's connections it is for; a client that was restarted is asked anew.
+        reply: The reply, as far as it has come.
+        failure: Why there is no usable reply.
     """
 
-    def __init__(self, pieces: PieceStore, max_message_bytes: int, max_message_objects: int) -> None:
-        """Start without clients."""
-        super().__init__(get_federation_manager(), pieces)
-        self.pieces = pieces
-        self._limits = (max_message_bytes, max_message_objects)
-        self._sizes: dict[int, int] = {}
-        self._node_of_session: dict[str, int] = {}
-        self._trees: dict[str, frozenset[str]] = {}
-        self._activations: dict[int, int] = {}
-        self._sessions: dict[int, str] = {}
-        self._guard = threading.Lock()
+    asked: Message
+    outgoing: flower.Outgoing
+    activation: int
+    reply: flower.Incoming | None = None
+    failure: str = ""
 
-    def state(self) -> FleetState:
-        """Return the state itself, where Flower asks a factory for one."""
-        return self
+    @property
+    def is_answered(self) -> bool:
+        """Whether all of the reply is there, or is known not to come."""
+        return bool(self.failure) or (self.reply is not None and not self.reply.missing)
+
+
+@dataclass(eq=False)
+class Client:
+    """A client that has introduced itself.
+
+    Args:
+        member: How the rounds know it, as of its newest activation.
+        session: The process that speaks for it.
+        counts: The numbers that this process has used.
+        former: Processes that spoke for it before.
+        seen: When it last asked something, by a clock that nobody sets.
+        questions: What it is asked, by message id, in the order of asking.
+        has_replied: Whether it ever answered one.
+        bodies: Large bodies that it is sending now.
+        arrived: Set where there may be a question for it.
+    """
+
+    member: Member
+    session: str
+    counts: Counts
+    former: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_SESSIONS))
+    seen: float = float("-inf")
+    questions: dict[str, Question] = field(default_factory=dict)
+    has_replied: bool = False
+    bodies: int = 0
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether it has given a sign of life lately."""
+        return time.monotonic() - self.seen < LIVENESS_SECONDS
+
+
+class FleetState:
+    """The book.
+
+    Args:
+        directory: Where replies take their room.
+        most_bytes: Largest sum of the bytes of a reply's tensors.
+    """
+
+    def __init__(self, directory: Path, most_bytes: int) -> None:
+        """Start without clients."""
+        self._directory = directory
+        self._most_bytes = most_bytes
+        self._names: dict[bytes, str] = {}
+        self._clients: dict[bytes, Client] = {}
+        self._by_id: dict[int, Client] = {}
+        self._asked: dict[str, Client] = {}
+        self._packer = flower.Packer()
+        self._failure: OSError | None = None
+        self._lock = threading.RLock()
+        self._changed = threading.Event()
+        self.wake: Callable[[Client], None] = lambda client: None
+
+    # What clients do, in the web server's threads.
 
     def allow(self, name: str, public_key: bytes) -> None:
-        """Let a key join under a name."""
-        if self.get_node_id_by_public_key(public_key) is None:
-            super().create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 30, name=name)
+        """Give a key its client's name."""
+        with self._lock:
+            self._names[public_key] = name
 
-    def create_node(
-        self,
-        owner_aid: str,
-        owner_name: str,
-        public_key: bytes,
-        heartbeat_interval: float,
-        *,
-        location: str | None = None,
-        name: str | None = None,
-    ) -> int:
-        """Take a new client in, unless there are too many."""
-        if len(self.nodes) >= MOST_CLIENTS:
-            raise ValueError("Too many clients")
-        return super().create_node(owner_aid, owner_name, public_key, heartbeat_interval, location=location, name=name)
+    def activate(self, claim: Claim) -> Client:
+        """Connect a client, whether it is new, comes back, or only asks again.
 
-    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
-        """Connect a client; one that crashed and comes back need not wait until it is found to be offline."""
-        with self.lock:
-            self.deactivate_node(node_id)
-            activated = super().activate_node(node_id, heartbeat_interval)
-            if activated:
-                self._activations[node_id] = self._activations.get(node_id, 0) + 1
-            return activated
+        Raises:
+            RefusedError: The request was made before, or by a process that was superseded, or there are too many.
+        """
+        with self._lock:
+            client = self._clients.get(claim.public_key)
+            if client is None:
+                client = self._add(claim)
+            elif claim.session in client.former:
+                raise RefusedError(409, SUPERSEDED)
+            elif claim.session != client.session:
+                client.former.append(client.session)
+                client.session, client.counts = claim.session, Counts()
+            if not client.counts.take(claim.count):
+                raise RefusedError(401, USED)
+            name, activation = self._names.get(claim.public_key, ""), client.member.activation + 1
+            client.member = replace(client.member, name=name, activation=activation)
+            client.seen = time.monotonic()
+        # A process that was superseded may be waiting for a message.
+        self.wake(client)
+        self._changed.set()
+        return client
 
-    def note_session(self, public_key: bytes, session: str) -> None:
-        """Remember which process speaks for a key from now on."""
-        node_id = self.get_node_id_by_public_key(public_key)
-        if node_id is not None:
-            with self._guard:
-                self._sessions[node_id] = session
+    def speaker(self, claim: Claim) -> Client:
+        """Return who makes a request, which is a sign of life.
 
-    def is_session_of(self, node_id: int, session: str) -> bool:
-        """Return whether a process is the one that speaks for a client now."""
-        with self._guard:
-            return bool(session) and self._sessions.get(node_id) == session
+        Raises:
+            RefusedError: It is nobody, a process that was superseded, or the request was made before.
+        """
+        with self._lock:
+            client = self._clients.get(claim.public_key)
+            if client is None:
+                raise RefusedError(401, UNKNOWN_CLIENT)
+            if claim.session != client.session:
+                raise RefusedError(409, SUPERSEDED)
+            if not client.counts.take(claim.count):
+                raise RefusedError(401, USED)
+            if not client.is_online:
+                self._changed.set()
+            client.seen = time.monotonic()
+            return client
+
+    def leave(self, client: Client) -> None:
+        """Note that a client has said goodbye."""
+        client.seen = float("-inf")
+        self._changed.set()
+
+    def next_message(self, client: Client) -> flower.Outgoing | None:
+        """Return what a client is to answer; the same again until it has."""
+        with self._lock:
+            for question in client.questions.values():
+                if question.activation == client.member.activation and question.reply is None and not question.failure:
+                    return question.outgoing
+            return None
+
+    def piece(self, client: Client, object_id: str) -> bytes | None:
+        """Return a piece of a message to a client."""
+        with self._lock:
+            questions = list(client.questions.values())
+        for question in questions:
+            if (content := question.outgoing.piece(object_id)) is not None:
+                return content
+        return None
+
+    def announce(self, client: Client, head: flower.MessageProto, tree: flower.ObjectTree) -> list[str] | None:
+        """Take a reply's bare message, and return the names of the pieces that are missing; None where nobody waits.
+
+        A client that lost the answer to this asks again, and goes on with what is missing.
+        """
+        with self._lock:
+            question = client.questions.get(head.metadata.reply_to_message_id)
+            if question is None or question.is_answered:
+                return None if question is None or question.failure else []
+            if question.reply is None or question.reply.pieces != {child.object_id for child in tree.children}:
+                try:
+                    question.reply = flower.Incoming(head, tree, self._directory, self._most_bytes)
+                except OSError as error:
+                    self._failure = error
+                    raise
+                except Exception as error:  # noqa: BLE001  (whatever hostile bytes make Flower raise)
+                    question.failure = str(error) if isinstance(error, flower.UnusableError) else "it is no message"
+                    self._changed.set()
+                    return None
+            client.has_replied = True
+            if not (missing := question.reply.missing):
+                self._changed.set()
+            return missing
+
+    def store(self, client: Client, object_id: str, content: bytes) -> bool:
+        """Keep a piece of a client's reply, and return whether it is one that was announced."""
+        with self._lock:
+            replies = [question.reply for question in client.questions.values() if question.reply is not None]
+        reply = next((reply for reply in replies if object_id in reply.pieces), None)
+        try:
+            stored = reply is not None and reply.put(object_id, content)
+        except OSError as error:
+            self._failure = error
+            raise
+        if reply is not None and not reply.missing:
+            self._changed.set()
+        return stored
+
+    def _add(self, claim: Claim) -> Client:
+        if len(self._clients) >= MOST_CLIENTS:
+            self._make_room()
+        key = hashlib.sha256(claim.public_key).hexdigest()[:12]
+        client = Client(Member(secrets.randbits(62), "", key, 0), claim.session, Counts())
+        self._clients[claim.public_key] = self._by_id[client.member.node_id] = client
+        return client
+
+    def _make_room(self) -> None:
+        """Forget a client that has done nothing yet or is gone; without allowed keys, anybody can make new ones."""
+        spare = [key for key, client in self._clients.items() if not client.has_replied or not client.is_online]
+        if not spare:
+            raise RefusedError(503, "full")
+        client = self._clients.pop(min(spare, key=lambda key: self._clients[key].seen))
+        del self._by_id[client.member.node_id]
+        for message_id in client.questions:
+            self._asked.pop(message_id, None)
+
+    # What the rounds do.
+
+    def clients(self) -> list[Client]:
+        """Return all clients, those that are gone too."""
+        with self._lock:
+            return list(self._clients.values())
 
     def members(self) -> list[Member]:
         """Return the clients that are connected now."""
-        with self.lock:
-            online = self.get_node_info(statuses=[NodeStatus.ONLINE])
-            return [
-                Member(
-                    node.node_id,
-                    node.name or "",
-                    hashlib.sha256(node.public_key).hexdigest()[:12],
-                    self._activations.get(node.node_id, 0),
-                )
-                for node in online
-            ]
+        with self._lock:
+            return [client.member for client in self._clients.values() if client.is_online]
 
-    def store_message_and_object_tree(
-        self, message: Message, object_tree: ObjectTree, session_id: str
-    ) -> tuple[bool, list[str]]:
-        """Store a message, unless a client announces another reply, or more of it, than it may.
+    def ask(self, message: Message) -> str:
+        """Put a message where its client fetches it, and return its id; an empty one where there is no such client."""
+        message_id = uuid.uuid4().hex
+        outgoing = self._packer.pack(message, message_id)
+        with self._lock:
+            client = self._by_id.get(message.metadata.dst_node_id)
+            if client is None:
+                return ""
+            client.questions[message_id] = Question(message, outgoing, client.member.activation)
+            self._asked[message_id] = client
+        self.wake(client)
+        return message_id
 
-        A client that pushes its reply again, because an object was lost, announces the same objects.
-        """
-        if message.metadata.reply_to_message_id:
-            most = self._limits[1]
-            objects = list(itertools.islice((node.object_id for node in iterate_object_tree(object_tree)), most + 1))
-            known = self._trees.setdefault(message.metadata.message_id, frozenset(objects))
-            fits = len(objects) <= most and object_tree.object_id == message.metadata.message_id
-            if not fits or known != frozenset(objects):
-                return False, []
-            with self._guard:
-                self._node_of_session[session_id] = message.metadata.src_node_id
-        return super().store_message_and_object_tree(message, object_tree, session_id)
-
-    def store_received(self, run_id: int, session_id: str, object_id: str, content: bytes) -> bool:
-        """Store an object of the server's own message, without a limit."""
-        with self.lock:
-            return super().store_object(run_id, session_id, object_id, content)
-
-    def get_object(self, run_id: int, object_id: str) -> bytes | None:
-        """Return an object; all locks are taken in one order, or two threads could wait for each other for ever."""
-        with self.lock:
-            return super().get_object(run_id, object_id)
-
-    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
-        """Store an object of a client's reply, as long as what the client has sent stays below its limit."""
-        with self._guard:
-            node_id = self._node_of_session.get(session_id)
-            if node_id is None:
-                return False
-            size = self._sizes.get(node_id, 0) + len(object_content)
-            # Some objects may come twice, where a connection broke.
-            if size > 2 * self._limits[0]:
-                return False
-            self._sizes[node_id] = size
-        with self.lock:
-            return super().store_object(run_id, session_id, object_id, object_content)
-
-    def take_reply(self, run_id: int, message_id: str) -> Message | None:
-        """Return the reply to a message once all of it is there, and drop both; its tensors stay in a file.
+    def take(self, message_id: str) -> Message | None:
+        """Return the reply to a message once all of it is there, and drop both.
 
         Raises:
-            OSError: There is no room for the file.
+            FedRAGError: What clients have sent cannot be written.
         """
-        with self.lock:
-            reply_id = self.message_ins_id_to_message_res_id.get(message_id)
-            reply = self.message_res_store.get(reply_id) if reply_id is not None else None
-            asked = self.message_ins_store.get(message_id)
-        if reply is None or reply_id is None or asked is None:
+        if self._failure is not None:
+            with os_errors(self._directory):
+                raise self._failure
+        with self._lock:
+            client = self._asked.get(message_id)
+            question = client.questions[message_id] if client is not None else None
+        if question is None or not question.is_answered:
             return None
-        failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no usable reply")
-        answer = Message(failure, reply_to=asked)
-        if not reply.has_error():
-            announced = self._announced(run_id, reply_id)
-            if announced is None:
-                return None
-            content = self._content(reply_id, announced)
-            if content is not None:
-                # Who answers what is known from the question; the client's own word on it does not count.
-                answer = Message(content, reply_to=asked)
         self.drop([message_id])
-        return answer
-
-    def _content(self, reply_id: str, announced: frozenset[str]) -> RecordDict | None:
-        """Return the content of a reply; None where its bytes are no message, or would become too large."""
-        reader = ReplyReader(self.pieces.get, announced, self.pieces.directory, *self._limits)
-        try:
-            message = reader.read(reply_id)
-            return message.content if message.has_content() else None
-        except OSError:
-            raise
-        except Exception:  # noqa: BLE001  (whatever hostile bytes make Flower raise, there is no usable reply)
-            return None
+        if question.reply is None or question.failure or not question.reply.message.has_content():
+            return flower.failed(question.asked, question.failure or "the client failed")
+        # Who answers what is known from the question; the client's own word on it does not count.
+        return Message(question.reply.content(), reply_to=question.asked)
 
     def drop(self, message_ids: Iterable[str]) -> None:
-        """Drop messages, with the replies and the objects that belong to them."""
-        for message_id in message_ids:
-            with self.lock:
-                reply_id = self.message_ins_id_to_message_res_id.get(message_id)
-                asked = self.message_ins_store.get(message_id)
-            if asked is not None:
-                with self._guard:
-                    self._sizes.pop(asked.metadata.dst_node_id, None)
-            self._trees.pop(reply_id or "", None)
-            for object_id in (message_id, reply_id):
-                if object_id is not None:
-                    self.object_store.delete(object_id)
-            self.delete_messages({message_id})
+        """Drop messages, with their replies."""
+        with self._lock:
+            for message_id in message_ids:
+                client = self._asked.pop(message_id, None)
+                if client is not None:
+                    del client.questions[message_id]
 
-    def _announced(self, run_id: int, reply_id: str) -> frozenset[str] | None:
-        """Return the ids of a reply's objects, or None while one is missing."""
-        try:
-            tree = self.pieces.get_object_tree(reply_id)
-        except NoObjectInStoreError:
-            return None
-        announced = frozenset(node.object_id for node in iterate_object_tree(tree))
-        for object_id in announced:
-            # Flower looks for pushes that have come to nothing where an object is asked for that is not there.
-            if not self.pieces.has(object_id) and not self.get_object(run_id, object_id):
-                return None
-        return announced
+    def wait(self, seconds: float) -> None:
+        """Wait until a reply is there or a client has come or gone, but not longer than so many seconds."""
+        if self._changed.wait(seconds):
+            self._changed.clear()
 
 
-def limits_of(sizes: Sequence[int]) -> tuple[int, int]:
-    """Return how many bytes and objects a reply may have.
+def limits_of(sizes: Sequence[int]) -> int:
+    """Return how many bytes the tensors of a message may have.
 
     Args:
-        sizes: Bytes of each tensor that is tuned.
+        sizes: Bytes of the numbers of each tensor.
     """
-    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
+    # Each has a header of numpy's beside its numbers, of 128 bytes where its shape is not a long one.
+    return sum(size + 1024 for size in sizes)
 
-    chunks = sum(1 + -(-size // CHUNK) for size in sizes)
-    return sum(sizes) + len(sizes) * 1024 + 2**20, 2 * (chunks + len(sizes)) + OBJECTS_OF_A_MESSAGE
+
+def head_bytes(most_bytes: int) -> int:
+    """Return how many bytes a bare message may have whose tensors have so many: it names each of their pieces."""
+    return 2**20 + min(most_bytes // flower.PIECE_BYTES * 80, 15 * 2**20)
