@@ -298,7 +298,7 @@ def test_scoring_training_and_generation_agree_with_a_single_forward(
     # As transformers.Trainer does.
     model.config.use_cache = False
     loss = answer_loss(model(**batch), labels)
-    assert float(loss) == pytest.approx(-sum(map(sum, expected)) / sum(map(len, expected)), abs=1e-5)
+    assert float(loss.detach()) == pytest.approx(-sum(map(sum, expected)) / sum(map(len, expected)), abs=1e-5)
     loss.backward()
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters() if parameter.grad is not None)
     model.eval()
