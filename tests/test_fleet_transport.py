@@ -20,7 +20,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
-from toy_federation import Raw, ToyClient, common, federate, new_key, node, serving, start
+from toy_federation import Notes, Raw, ToyClient, common, federate, new_key, node, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.endpoint import ServerCertificate
@@ -160,6 +160,21 @@ def test_requests_are_bounded_and_signed() -> None:
         assert post(PUSH_OBJECT, endless(), signer.headers(PUSH_OBJECT, b"")) == (413, "size")
         assert post(PULL_MESSAGES, b"\xff", signer.headers(PULL_MESSAGES, b"\xff")) == (400, "protobuf")
         assert post(PULL_MESSAGES, b"", Signer(new_key()).headers(PULL_MESSAGES, b"")) == (401, "client")
+
+
+def test_where_a_request_comes_from_is_not_its_own_word() -> None:
+    notes, signer = Notes(), Signer(new_key())
+    forged = {"x-forwarded-for": b"6.6.6.6\x9b31mEvil", "x-forwarded-proto": "https"}
+    hello = TYPES[ACTIVATE][0](public_key=signer.public_key).SerializeToString()
+    with serving(reporter=notes) as server:
+        url = f"http://127.0.0.1:{server.address[1]}{ACTIVATE}"
+        assert httpx.post(url, headers=forged).status_code == 401
+        answer = httpx.post(url, content=hello, headers={**signer.headers(ACTIVATE, hello), **forged})
+    assert notes.lines == [
+        "Refused a connection from 127.0.0.1: its request is none of a fedrag client of this version"
+    ]
+    # A known client's connection is kept, which the door does only where it knows the connection.
+    assert (answer.status_code, answer.headers.get("connection")) == (200, None)
 
 
 def test_a_port_scan_and_garbage_disturb_nobody() -> None:

@@ -268,6 +268,34 @@ def damaged(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(content)
 
 
+def refusing(content: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(401)
+        handler.send_header("content-length", str(len(content)))
+        handler.send_header(DIGEST_HEADER, hashlib.sha256(content).hexdigest())
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 60_000,
+        b'{"detail": "clock", "seconds": 1' + b"0" * 400 + b"}",
+        b'{"detail": "clock", "seconds": true}',
+        b'{"detail": {"key": []}}',
+        b'["ab", 1]',
+        b"\xff",
+    ],
+)
+def test_refusals_that_are_none_are_waited_out(content: bytes) -> None:
+    with answering(refusing(content)) as address, pytest.raises(ConnectionFailedError) as error:
+        a_node(address, Notes(), timeout=0.5).run(ToyClient("a", [1.0]))
+    assert "it answered 401" in error.value.message
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

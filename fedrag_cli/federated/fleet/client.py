@@ -265,7 +265,7 @@ class FleetNode:
         """Return what an answer other than 200 means; its words are compared, and never shown."""
         try:
             detail = dict(json.loads(content))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             detail = {}
         reason, seconds = detail.get("detail"), detail.get("seconds")
         if reason == SUPERSEDED:
@@ -285,7 +285,7 @@ class FleetNode:
                 f"{fingerprint(self._signer.public_key)}).",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
             )
-        if reason == CLOCK and isinstance(seconds, int | float):
+        if reason == CLOCK and isinstance(seconds, float):
             words = f"the clocks of this machine and the server's differ by {abs(seconds):.0f} s"
             if self._was_connected:
                 return AnsweredError(words)

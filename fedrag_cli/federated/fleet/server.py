@@ -101,6 +101,8 @@ class FleetServer:
                 lifespan="off",
                 ws="none",
                 server_header=False,
+                # Whoever speaks through the loopback address could say it is anybody, and leave its place in the door.
+                proxy_headers=False,
                 callback_notify=door.sweep,
                 timeout_notify=1,
                 timeout_keep_alive=int(SILENT_SECONDS),
