@@ -89,7 +89,7 @@ def test_liars_are_refused_by_name_and_the_rest_go_on() -> None:
         assert "above the bound" in row["refused"]["huge"]
         assert "not agreed on" in row["refused"]["surplus"]
         # What is too large is refused as soon as it is announced.
-        assert "its work failed" in row["refused"]["endless"]
+        assert row["refused"]["endless"] == "its reply is not taken: it is larger than agreed"
 
 
 def test_another_number_format_is_refused() -> None:
@@ -322,13 +322,27 @@ def test_what_one_client_announces_is_nothing_to_another() -> None:
         assert server.grid is not None
         hostile.connect(server)
         record = RecordDict({"arrays": update_to_wire({"w": torch.tensor(STEPS[0])}, {"w": torch.zeros(3)}, "float32")})
-        server.grid.push_messages([Message(RecordDict({"a": ConfigRecord({"x": 1})}), hostile.node_id, "query")])
+        server.grid.push_messages([Message(RecordDict({"a": ConfigRecord({"x": 1})}), hostile.node_id, "train")])
         (head,), _ = hostile.pull()
         copied = Packer().pack(Message(record, reply_to=message_from_proto(head)), "reply")
         assert len(hostile.announce(copied) or []) == 1
         state = federate(server, [honest], rounds=1)
     assert state.history[0]["refused"] == {}
     assert state.weights["w"].tolist() == STEPS[0]
+
+
+@pytest.mark.parametrize("kind", ["query", "evaluate"])
+def test_only_training_is_answered_with_tensors(kind: str) -> None:
+    raw = Raw(Signer(new_key()))
+    with serving() as server:
+        assert server.grid is not None
+        raw.connect(server)
+        asked = server.grid.push_messages([Message(RecordDict(), raw.node_id, kind)])
+        (head,), _ = raw.pull()
+        content = RecordDict({"arrays": to_wire({"w": torch.zeros(3)})})
+        assert raw.announce(Packer().pack(Message(content, reply_to=message_from_proto(head)), "reply")) is None
+        (reply,) = server.grid.pull_messages(asked)
+    assert reply.error.reason == "it is larger than agreed"
 
 
 def test_refused_announcements_leave_nothing_behind() -> None:

@@ -31,7 +31,7 @@ from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet.auth import CLOCK, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
 from fedrag_cli.federated.fleet.http import POLL_SECONDS
 from fedrag_cli.federated.fleet.state import head_bytes
-from fedrag_cli.federated.grid import quiet_flower
+from fedrag_cli.federated.grid import CLIENT_FAILED, quiet_flower
 from fedrag_cli.federated.keys import fingerprint
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter
@@ -399,7 +399,7 @@ class FleetNode:
             self._reporter.note(f"This round failed here: {error}")
         except Exception as error:  # noqa: BLE001  (an exception's text may quote private data, so it stays here)
             self._reporter.note(f"This round failed here: {type(error).__name__}: {error}")
-        return flower.failed(message, "the client failed")
+        return flower.failed(message, CLIENT_FAILED)
 
     def _send(self, reply: Message) -> None:
         outgoing = self._packer.pack(reply, uuid.uuid4().hex)

@@ -67,7 +67,7 @@ class FleetServer:
         self._reporter = reporter or SilentReporter()
         self._most_bytes = max_message_bytes
         self._pieces = pieces if pieces is not None else Path(tempfile.gettempdir())
-        self._refusals = Refusals(self._reporter.note)
+        self._refusals = Refusals(self._note)
         self.state = FleetState(self._pieces, max_message_bytes)
         self._admission = Admission(allowed, read_allowed, self.state.allow, self._refusals)
         self._known = len(allowed or {})
@@ -109,7 +109,7 @@ class FleetServer:
                 timeout_graceful_shutdown=2,
             )
         )
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([door],), daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(door,), daemon=True)
         self._thread.start()
         end = time.monotonic() + START_SECONDS
         while not self._uvicorn.started:
@@ -133,6 +133,18 @@ class FleetServer:
             # Replies have no names, so the folder is empty.
             with suppress(OSError):
                 self._pieces.rmdir()
+
+    def _note(self, line: str) -> None:
+        try:
+            self._reporter.note(line)
+        except Exception as error:  # noqa: BLE001  (the rounds raise it, as they would where they noted something)
+            self.state.fail(error)
+
+    def _serve(self, door: Door) -> None:
+        try:
+            self._uvicorn.run([door])
+        except BaseException as error:  # noqa: BLE001  (the rounds raise it, which would wait for clients otherwise)
+            self.state.fail(error)
 
     def _most_connections(self) -> int:
         """Return how many connections there may be at once: half of the open files, the others are for replies."""
