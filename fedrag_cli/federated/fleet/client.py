@@ -150,6 +150,8 @@ class FleetNode:
                         self._serve(handler)
                     except ForgottenError:
                         self._note("does not know this client any more (it may have been started again)")
+                        # Two servers behind one address each forget the other's clients.
+                        self._ended.wait(FIRST_PAUSE)
                         self._introduce(self._call)
             finally:
                 self._ended.set()
@@ -349,11 +351,12 @@ class FleetNode:
         while not handler.ended:
             asked = time.monotonic()
             answer = self._call(flower.PULL_MESSAGES)
-            if not answer.messages_list:
-                # A server that is about to end answers at once.
-                self._ended.wait(max(0.0, asked + LONGEST_PAUSE - time.monotonic()))
-            elif (message := self._fetch(answer)) is not None:
+            message = self._fetch(answer) if answer.messages_list else None
+            if message is not None:
                 self._send(self._answer(handler, message))
+            else:
+                # A server that is about to end answers at once, and a confused one offers what it does not have.
+                self._ended.wait(max(0.0, asked + LONGEST_PAUSE - time.monotonic()))
 
     def _fetch(self, answer: Any) -> Message | None:
         """Return the message that the server has, or None where it has withdrawn it meanwhile.
