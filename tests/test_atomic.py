@@ -21,6 +21,7 @@ from fedrag_cli.runs.atomic import (
     os_errors,
     remove_leftovers,
     replace_directory_atomically,
+    require_writable,
     restore_interrupted,
     write_bytes_atomically,
     write_json_atomically,
@@ -71,6 +72,40 @@ def test_a_target_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) 
     with pytest.raises(FedRAGError, match="Cannot write"):
         write_text_atomically(tmp_path / "taken", "text")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("folder", ["", ".", "/"])
+def test_a_folder_as_the_target_is_an_error(folder: str) -> None:
+    with pytest.raises(FedRAGError, match="Is a directory"):
+        write_text_atomically(folder, "text")
+    with pytest.raises(FedRAGError, match="Is a directory"):
+        require_writable(Path(folder))
+
+
+def test_a_pipe_is_written_to_and_a_link_followed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "link").symlink_to("pipe")
+    write_text_atomically(tmp_path / "link", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "new").symlink_to("file")
+    write_text_atomically(tmp_path / "new", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    assert (tmp_path / "new").is_symlink()
+
+
+def test_what_cannot_be_written_is_found_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new" / "file")
+    assert (tmp_path / "file").read_text() == "old"
+    assert list((tmp_path / "new").iterdir()) == []
+    for path in (tmp_path / "file" / "inside", tmp_path / ("a" * 256)):
+        with pytest.raises(FedRAGError, match="Cannot write"):
+            require_writable(path)
 
 
 def test_a_directory_is_made_and_replaced(tmp_path: Path) -> None:

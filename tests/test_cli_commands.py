@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +92,44 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], 
     shown = capsys.readouterr()
     assert shown.out == ""
     assert message in shown.err
+
+
+@pytest.mark.parametrize("arguments", [["validate"], ["resume"], ["query", "c.yaml"], ["schema", "-o"], []])
+@pytest.mark.parametrize(("text", "message"), [("a\0b", "has a NUL character"), ("run.name=\ud800", "is no text (")])
+def test_arguments_that_no_path_or_text_can_be(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], text: str, message: str
+) -> None:
+    assert main([*arguments, text]) == EXIT_USAGE
+    assert f"Error: Argument {len(arguments) + 1} {message}" in capsys.readouterr().err
+
+
+def test_a_run_in_a_closed_folder_is_data_that_is_missing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = tmp_path / "run"
+    closed.mkdir()
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    for arguments in (["compare", str(closed)], ["resume", str(closed)], ["query", str(closed), "where ?"]):
+        assert main(arguments) == EXIT_DATA
+        assert f"Error: The run in '{closed}' cannot be read: Permission denied." in capsys.readouterr().err
+
+
+def test_predictions_that_cannot_be_written_fail_before_anything_is_computed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "p.jsonl"):
+        assert (
+            main(["evaluate", str(config), f"dataset.test.path={tmp_path}/t.jsonl", "--predictions", str(place)])
+            == EXIT_FAILED
+        )
+        shown = capsys.readouterr().err
+        assert f"Cannot write {place}" in shown
+        assert "Run directory" not in shown
 
 
 def test_one_argument_too_many(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -491,3 +531,15 @@ def test_streams_that_are_closed(config: Path, monkeypatch: pytest.MonkeyPatch) 
     assert main(["validate", str(config), "--json"]) == 0
     assert main(["validate", str(config), "run.seed=x"]) == EXIT_USAGE
     assert main(["components"]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--json"], ["schema"]])
+def test_an_output_that_is_full_is_told_in_words(config: Path, arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "fedrag_cli", *arguments], stdout=full, stderr=subprocess.PIPE, cwd=config.parent
+        )
+    assert ended.returncode in (EXIT_FAILED, EXIT_USAGE)
+    assert ended.stderr.startswith(b"Error: ")
+    assert b"Traceback" not in ended.stderr

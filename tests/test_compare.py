@@ -230,6 +230,19 @@ def test_bad_input(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_records_that_are_cut_off_are_compared_with_nothing(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(write_config(evaluation={"resamples": 50, "metrics": ["mrr"]})), "--json"]) == 0
+    run = Path(document(capsys)["run_dir"])
+    records = run / "evaluation" / "evaluated-predictions.jsonl"
+    lines = records.read_bytes().splitlines(keepends=True)
+    records.with_name("after-predictions.jsonl").write_bytes(b"".join(lines[:2]))
+    records.with_name("after.json").write_text(json.dumps({"n": len(lines)}))
+    assert main(["compare", f"{run}:evaluated", f"{run}:after"]) == 3
+    assert f"is not whole: it has 2 questions of {len(lines)}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed", None])
 def test_a_run_that_is_not_finished_is_compared_with_nothing(
     write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], status: str | None

@@ -112,10 +112,24 @@ def test_labels_are_their_names():
     assert examples == [Example("dataset-0001", "q", ("no",)), Example("dataset-0002", "q", ("yes",))]
 
 
+def test_labels_in_lists_and_objects_become_their_names_too():
+    label = datasets.ClassLabel(names=["no", "yes"])
+    kinds = {"query": datasets.Value("string"), "response": datasets.List(label), "meta": {"kind": label}}
+    columns = {"query": ["q", "q"], "response": [[1, 0], [1]], "meta": [{"kind": 0}, {"kind": -1}]}
+    examples = examples_from_dataset(Dataset.from_dict(columns, features=datasets.Features(kinds)))
+    assert [example.responses for example in examples] == [("yes", "no"), ("yes",)]
+    assert [example.metadata for example in examples] == [{"meta": {"kind": "no"}}, {"meta": {"kind": None}}]
+
+
 def test_short_floats_stay_what_was_written():
     features = datasets.Features({"query": datasets.Value("string"), "response": datasets.Value("float32")})
     rows = Dataset.from_dict({"query": ["q"], "response": [84.1]}, features=features)
     assert examples_from_dataset(rows)[0].responses == ("84.1",)
+    features["response"] = datasets.List(datasets.Value("float32"))
+    features["meta"] = {"years": datasets.List({"share": datasets.Value("float32")}, length=1)}
+    columns = {"query": ["q"], "response": [[84.1, 0.1]], "meta": [{"years": [{"share": 0.1}]}]}
+    [example] = examples_from_dataset(Dataset.from_dict(columns, features=features))
+    assert (example.responses, example.metadata) == (("84.1", "0.1"), {"meta": {"years": [{"share": 0.1}]}})
 
 
 def test_dataset_that_the_hub_cannot_give():

@@ -197,6 +197,14 @@ def test_csv_of_other_delimiters(tmp_path, content):
     assert [values for _, values, _ in rows_of(write(tmp_path / "a.CSV", content))] == [{"a": "1", "b": "x, y"}]
 
 
+@pytest.mark.parametrize(("first", "cells"), [("sep=;", "1;x, y"), ('"sep=|"', "1|x, y"), ("SEP=,", '1,"x, y"')])
+def test_the_separator_that_a_spreadsheet_is_told_is_no_header(tmp_path, first, cells):
+    header = "a" + cells[1] + "b"
+    assert rows_of(write(tmp_path / "a.csv", f"{first}\r\n{header}\r\n{cells}\r\n")) == [
+        (3, {"a": "1", "b": "x, y"}, "")
+    ]
+
+
 def test_missing_cells_are_null(tmp_path):
     cells = ["None", "nan", " NaN ", "NaT", "<NA>", "null", "NULL", "none", "NA", "Nan", "007", "84.0"]
     path = write(tmp_path / "a.csv", "a,b\n" + "".join(f"{cell},x\n" for cell in cells))
@@ -236,6 +244,16 @@ def test_short_floats_of_parquet_stay_what_was_written(tmp_path):
     columns = {"a": pyarrow.array([84.1, None], pyarrow.float32()), "b": pyarrow.array([0.1, 84.0], pyarrow.float64())}
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     assert rows_of(path) == [(1, {"a": 84.1, "b": 0.1}, ""), (2, {"a": None, "b": 84.0}, "")]
+    short = pyarrow.float32()
+    kinds = {
+        "a": pyarrow.list_(short),
+        "b": pyarrow.struct([("text", pyarrow.large_list(short)), ("n", pyarrow.int64())]),
+        "c": pyarrow.list_(short, 2),
+    }
+    row = {"a": [84.1, None], "b": {"text": [0.1], "n": 3}, "c": [0.1, 84.0]}
+    columns = {name: pyarrow.array([value, None], kinds[name]) for name, value in row.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert rows_of(path) == [(1, row, ""), (2, dict.fromkeys(row), "")]
 
 
 def test_cells_of_csv_that_hold_what_looks_like_rows_are_noted(tmp_path, caplog):

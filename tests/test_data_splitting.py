@@ -109,6 +109,7 @@ def test_long_texts_take_linear_time():
     split_text("a. b. " * 50_000, 100, 20)
     split_text("word " * 200_000, 100, 20)
     split_text("\n " * 100_000, 100, 20)
+    assert len(split_text("\U0001f1e9\U0001f1ea" * 50_000, 100, 20)) == 25
     assert time.perf_counter() - begin < 15
 
 

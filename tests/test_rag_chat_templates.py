@@ -194,6 +194,21 @@ SHAPES = {
         plain=("<think>", "</think>"),
         eos="<|im_end|>",
     ),
+    "thoughts opened in brackets": Shape(
+        QWEN3.replace("THOUGHTS", "").replace("GENERATION", "[THINK]"),
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[THINK]\n\n[/THINK]\n\n",
+        "red<|im_end|>",
+        special=(*CHATML_TOKENS, "[THINK]", "[/THINK]"),
+        eos="<|im_end|>",
+    ),
+    "thoughts by another name": Shape(
+        QWEN3.replace("THOUGHTS", "").replace("GENERATION", "<thought>\\n"),
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<thought>\n\n</thought>\n\n",
+        "red<|im_end|>",
+        special=CHATML_TOKENS,
+        plain=("<thought>", "</thought>"),
+        eos="<|im_end|>",
+    ),
     "gemma": Shape(
         GEMMA,
         "<s><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n",

@@ -129,6 +129,15 @@ def test_errors_of_the_libraries_become_one_line_with_a_hint(tmp_path: Path) -> 
     assert "ValueError" in caught.value.message
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, AssertionError, IndexError, RecursionError])
+def test_whatever_a_damaged_model_raises_is_a_model_error(tmp_path: Path, error: type[Exception]) -> None:
+    location = ModelLocation("here", str(tmp_path))
+    with pytest.raises(ModelError, match="The generator 'here' cannot be loaded"), model_errors(location, "generator"):
+        raise error("odd")
+    with pytest.raises(MemoryError), model_errors(location, "generator"):
+        raise MemoryError
+
+
 def test_the_fingerprint_sees_values_names_shapes_types_and_buffers() -> None:
     tensor = torch.arange(6, dtype=torch.float32)
     base = tensors_fingerprint({"a": tensor})

@@ -77,6 +77,12 @@ def test_values_as_text(value: Any, text: str) -> None:
         ("{title:>10}: {text}", "TEXT"),
         ("{title!r}: {text}", "TEXT"),
         ("{title[name]}: {text}", "TEXT"),
+        ('<doc title="{title}">{text}</doc>', "<doc>TEXT</doc>"),
+        ("- <doc id='{id}' title='{title}' lang=en>\n{text}\n</doc>", "- <doc id='p' lang=en>\nTEXT\n</doc>"),
+        ('<doc title="{title}">\n{text}\n</doc>', "<doc>\nTEXT\n</doc>"),
+        ('<doc a="{title}" lang="en" id={id}>{text}</doc>', '<doc lang="en" id=p>TEXT</doc>'),
+        ('<a href="{title}">{title}</a>\n<br id="{title}" />\n{text}', "TEXT"),
+        ("{title}\n=====\n{text}\n---", "TEXT\n---"),
     ],
 )
 def test_an_empty_field_leaves_no_trace(template: str, expected: str, absent: bool) -> None:
@@ -94,6 +100,7 @@ def test_an_empty_field_leaves_no_trace(template: str, expected: str, absent: bo
         ("<title>{title}</title> ({year:d}, {meta[author][name]}) {text!r}", "<title>T</title> (1999, Ann) 'TEXT'"),
         ("# {title}\n\n{{{text}}}\n", "# T\n\n{TEXT}\n"),
         ("{ title }", ""),
+        ('<doc title="{title}" n="1" year={year}> {text} </doc>', '<doc title="T" n="1" year=1999> TEXT </doc>'),
     ],
 )
 def test_fields_with_values_are_written_as_the_template_says(template: str, expected: str) -> None:

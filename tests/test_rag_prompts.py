@@ -211,6 +211,21 @@ def test_a_template_that_refuses_the_system_message_is_a_model_error(models: dic
         PromptEncoder(tokenizer, PromptConfig(system="you are helpful"), 200)
 
 
+@pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{{ messages | sum }}", "{{ messages[0].no.such }}", "{{"])
+def test_a_template_that_fails_is_a_model_error(models: dict[str, Path], broken: str) -> None:
+    tokenizer = tokenizer_of(models["chat_generator"])
+    tokenizer.chat_template = broken
+    with pytest.raises(ModelError, match="chat template refuses the prompt"):
+        PromptEncoder(tokenizer, PLAIN, 200)
+
+
+def test_a_template_that_cannot_be_written_is_a_model_error(models: dict[str, Path]) -> None:
+    tokenizer = tokenizer_of(models["chat_generator"])
+    tokenizer.chat_template = "{{ messages[0]['content'] + 3 }}" + tokenizer.chat_template
+    with pytest.raises(ModelError, match="can only concatenate str"):
+        PromptEncoder(tokenizer, PLAIN, 200)
+
+
 def test_a_template_that_leaves_the_system_message_out_is_refused_where_there_is_one(models: dict[str, Path]) -> None:
     tokenizer = tokenizer_of(models["chat_generator"])
     tokenizer.chat_template = tokenizer.chat_template.replace(

@@ -236,6 +236,14 @@ def tokens(retriever: SentenceTransformerRetriever, text: str) -> int:
     return len(retriever.passage_encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
 
+@pytest.mark.parametrize("max_length", [1, 2])
+def test_a_limit_that_leaves_nothing_of_a_text_is_refused(models: dict[str, Path], max_length: int) -> None:
+    with pytest.raises(ModelError, match=rf"max_length is {max_length}, but .* puts 2 tokens around each text"):
+        load(models["retriever"], max_length=max_length)
+    three = load(models["retriever"], max_length=3)
+    assert not torch.equal(*three.encode_queries(["cat", "dog"]))
+
+
 def test_max_length_cuts_what_is_longer(models: dict[str, Path]) -> None:
     short = load(models["retriever"], max_length=10)
     assert not torch.allclose(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config_with_source
+from fedrag_cli.errors import DataError
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.metrics_log import latest_by_step, read_events
 
@@ -311,3 +312,13 @@ def test_a_reference_that_was_replaced_in_the_runs_config_is_meant(
     assert text.count("${oc.env:FEDRAG_TEMPERATURE,0.1}") == 2
     run.config_file.write_text(text.replace("${oc.env:FEDRAG_TEMPERATURE,0.1}", "0.2"), encoding="utf-8")
     run.require_same_outside(load_config_with_source(run.config_file).outside_values())
+
+
+@pytest.mark.parametrize("damaged", [5, {}, {"salt": "no hex", "settings": {}}, {"salt": "00", "settings": {"a": 1}}])
+def test_a_damaged_record_of_the_environment_is_told(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: Any
+) -> None:
+    run = _run_from_outside(write_config(), tmp_path / "kept", monkeypatch)
+    run.update_manifest(outside=damaged)
+    with pytest.raises(DataError, match="its section 'outside' is damaged"):
+        run.require_same_outside({})

@@ -33,11 +33,13 @@ def command(
         from fedrag_cli.config.checks import require_evaluation_split
         from fedrag_cli.config.fields import is_folder
         from fedrag_cli.rag.from_run import load_config_or_run
-        from fedrag_cli.runs.atomic import write_bytes_atomically
+        from fedrag_cli.runs.atomic import require_writable, write_bytes_atomically
 
         given = sort_arguments(arguments)
         config, source = load_config_or_run(given.path, given.overrides)
         require_evaluation_split(config)
+        if predictions is not None:
+            require_writable(predictions)
         evaluated_run = given.path if given.path is not None and is_folder(given.path) else None
         from fedrag_cli.trainer_managers.evaluation_run import start_evaluation
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import typer
 import typer.core
 
-from fedrag_cli.cli.session import NO_BARS
-from fedrag_cli.errors import EXIT_INTERRUPTED
+from fedrag_cli.cli.session import NO_BARS, abandon_stdout, session
+from fedrag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError
 from fedrag_cli.runs.interrupt import terminable
 
 # Each is a module of this package, with `command`, or with `app` where it has commands below it.
@@ -100,9 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.disable()
     try:
         with terminable():
+            _require_texts(given)
             application(given[:1] if given and given[0] in COMMANDS else COMMANDS)(args=given, prog_name="fedrag")
+    except typer.Exit as leave:
+        return leave.exit_code
     except SystemExit as leave:
         return int(leave.code or 0) if isinstance(leave.code, int | None) else 1
+    except OSError as error:
+        # Help and versions are written outside of what surrounds the commands.
+        abandon_stdout()
+        typer.echo(f"Error: The output cannot be written: {error.strerror}.", err=True)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         # A command says so itself; here it was being imported.
         typer.echo("Error: Interrupted.", err=True)
@@ -110,6 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         gc.enable()
     return 0
+
+
+def _require_texts(arguments: Sequence[str]) -> None:
+    """End the command where an argument has what no path, setting or question can have."""
+    for number, argument in enumerate(arguments, start=1):
+        try:
+            wrong = "has a NUL character" if b"\0" in os.fsencode(argument) else ""
+        except UnicodeEncodeError as error:
+            wrong = f"is no text ({error.reason})"
+        if wrong:
+            with session(json_output="--json" in arguments, quiet=False, verbose=False):
+                raise ConfigError(f"Argument {number} {wrong}.", "Leave that character out.")
 
 
 def _usable_streams() -> None:

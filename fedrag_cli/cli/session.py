@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,12 @@ def write_json(document: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def abandon_stdout() -> None:
+    """Send what is left for stdout nowhere: Python would try it again at its end, and fail with words of its own."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) -> None:
     if process_number() > 0:
         if not _is_own(error):
@@ -157,7 +163,11 @@ def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) 
         problems = getattr(error, "problems", None)
         if problems:
             details["problems"] = [problem.to_dict() for problem in problems]
-        print_json({"error": {**details, "exit_code": code}})
+        try:
+            print_json({"error": {**details, "exit_code": code}})
+        except OSError:
+            # The output itself may be what is wrong, as on a full disk; the error is told below all the same.
+            abandon_stdout()
     renderer.error(error)
     raise typer.Exit(code)
 

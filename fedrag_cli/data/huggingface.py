@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import glob
 import os
@@ -67,8 +68,6 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
     Raises:
         DataError: It has no rows.
     """
-    from datasets import Value
-
     # Pictures and sounds are neither text nor metadata, and decoding them may need further libraries.
     media = [
         column
@@ -79,19 +78,40 @@ def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> T
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
     for column, feature in rows.features.items():
-        if getattr(feature, "dtype", None) in ("float16", "float32"):
+        by_text = _with_floats_as(feature, "string")
+        if by_text != feature:
             # By way of the shortest text, 84.1 stays 84.1 and becomes no 84.0999984741211.
-            rows = rows.cast_column(column, Value("string")).cast_column(column, Value("float64"))
+            rows = rows.cast_column(column, by_text).cast_column(column, _with_floats_as(feature, "float64"))
     if not len(rows):
         raise DataError(f"The data set '{name}' has no rows.", "Check how it was made, or name another split.")
-    labels = {column: feature for column, feature in rows.features.items() if hasattr(feature, "int2str")}
-    return table_of_mappings(name, (_with_label_names(row, labels) for row in rows) if labels else rows)
+    # Looking into every value takes long, so only where there are labels.
+    labels = {column: feature for column, feature in rows.features.items() if "ClassLabel(" in repr(feature)}
+    named = ({**row, **{column: _with_label_names(row[column], labels[column]) for column in labels}} for row in rows)
+    return table_of_mappings(name, named if labels else rows)
 
 
-def _with_label_names(row: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
-    """Put the names of labels in the place of their numbers; a missing label is null or -1."""
-    known = (column for column in labels if row[column] is not None and row[column] >= 0)
-    return {**row, **dict.fromkeys(labels), **{column: labels[column].int2str(row[column]) for column in known}}
+def _with_floats_as(feature: Any, dtype: str) -> Any:
+    """Return a feature in which another type stands in the place of floats of 16 and 32 bits, in lists too."""
+    from datasets import LargeList, List, Value
+
+    if isinstance(feature, dict):
+        return {name: _with_floats_as(inner, dtype) for name, inner in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return dataclasses.replace(feature, feature=_with_floats_as(feature.feature, dtype))
+    return Value(dtype) if getattr(feature, "dtype", None) in ("float16", "float32") else feature
+
+
+def _with_label_names(value: Any, feature: Any) -> Any:
+    """Return a value with the names of labels for their numbers, in lists and objects too; -1 is a missing label."""
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {name: _with_label_names(value[name], inner) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return [_with_label_names(item, feature.feature) for item in value]
+    if hasattr(feature, "int2str"):
+        return feature.int2str(value) if value >= 0 else None
+    return value
 
 
 def load_from_hub(

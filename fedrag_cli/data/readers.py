@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ FORMAT_OF_SUFFIX = {
 }
 LARGEST_CELL = 2**31 - 1
 MOST_NAMED = 5
+# The first line by which spreadsheets are told what separates cells.
+EXCEL_SEPARATOR = re.compile(r""""?sep=([^\w\s"]|\t)"?""", re.IGNORECASE)
 # What pandas, numpy and databases write into texts for a value that is missing.
 MISSING_CELLS = frozenset(("None", "nan", "NaN", "NaT", "<NA>", "null", "NULL"))
 HEADER_HINT = "Each column needs a name of its own (pandas writes its index without one unless index=False)."
@@ -213,9 +216,14 @@ def _read_delimited(path: Path, delimiter: str, others: str = "") -> Iterator[Ro
     doubtful: list[str] = []
     try:
         first = next((line for line in decoded_lines(path) if line.strip()), "")
-        if delimiter not in first:
+        told = EXCEL_SEPARATOR.fullmatch(first.strip(" \r\n"))
+        if told:
+            delimiter = told[1]
+        elif delimiter not in first:
             delimiter = next((other for other in others if other in first), delimiter)
         reader = csv.reader(_noted(decoded_lines(path), taken), delimiter=delimiter, strict=True)
+        if told:
+            next(cells for cells in reader if any(map(str.strip, cells)))
         header = _read_header(path, reader)
         while True:
             number = reader.line_num + 1
@@ -295,10 +303,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             _checked_header(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for index, field in enumerate(batch.schema):
-                    if field.type in (pyarrow.float16(), pyarrow.float32()):
+                    by_text = _with_floats_as(field.type, pyarrow.string())
+                    if by_text != field.type:
                         # By way of the shortest text, 84.1 stays 84.1 and becomes no 84.0999984741211.
-                        numbers = batch.column(index).cast(pyarrow.string()).cast(pyarrow.float64())
-                        batch = batch.set_column(index, field.name, numbers)
+                        doubles = _with_floats_as(field.type, pyarrow.float64())
+                        batch = batch.set_column(index, field.name, batch.column(index).cast(by_text).cast(doubles))
                 for values in batch.to_pylist():
                     number += 1
                     yield _row_of(number, values)
@@ -306,6 +315,23 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is no Parquet file that can be read: {error}", "Check how it was written.") from error
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def _with_floats_as(kind: Any, wanted: Any) -> Any:
+    """Return a type of Arrow in which another one stands in the place of floats of 16 and 32 bits, in lists too."""
+    from pyarrow import field, float16, float32, large_list, list_, struct, types
+
+    if kind in (float16(), float32()):
+        return wanted
+    if types.is_struct(kind):
+        return struct([field(inner.name, _with_floats_as(inner.type, wanted)) for inner in kind])
+    if types.is_list(kind):
+        return list_(_with_floats_as(kind.value_type, wanted))
+    if types.is_large_list(kind):
+        return large_list(_with_floats_as(kind.value_type, wanted))
+    if types.is_fixed_size_list(kind):
+        return list_(_with_floats_as(kind.value_type, wanted), kind.list_size)
+    return kind
 
 
 READERS: dict[str, Callable[[Path], Any]] = {

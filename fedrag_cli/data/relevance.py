@@ -16,6 +16,16 @@ from fedrag_cli.errors import DataError
 # Between digits a mark belongs to the number, and these signs to formulas and names such as C#.
 _MARKS = re.compile(r"(?<!\d)[^\w\s]+|[^\w\s]+(?!\d)")
 _KEPT_MARKS = frozenset("#%&*/@\\")
+# Characters that keyboards and word processors put in the place of one another, and those that only vary a form.
+_ALIKE = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u2032\u00b4`", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
+        **dict.fromkeys(map(chr, range(0xFE00, 0xFE10))),
+    }
+)
+_MINUS = re.compile(r"(?<!\w)-(?=\d)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +100,19 @@ def question_key(example: Example) -> tuple[str, frozenset[str]]:
 def normalized_question(text: str) -> str:
     """Return a question without what does not change it: case, white space, punctuation, Unicode form.
 
-    Marks between digits and the signs # % & * / @ stay: 1.5 is not 15, and C# is not C.
+    Marks between digits, the sign of a number and # % & * / @ stay: 1.5 is not 15, -5 is not 5, and C# is not C.
     """
-    plain = normalized_text(text)
+    plain = _MINUS.sub("\u2212", normalized_text(text))
     bare = _MARKS.sub(lambda found: "".join(_kept(character) for character in found[0]), plain)
     return " ".join(bare.split()) or plain
 
 
 def normalized_text(text: str) -> str:
-    """Return a text in one Unicode form (NFKC), without case, invisible characters and runs of white space."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    """Return a text in one Unicode form (NFKC) and kind of quotes and dashes, without what does not change it.
+
+    That is case, invisible characters and runs of white space.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(_ALIKE)).casefold())
     if not folded.isascii():
         folded = "".join(character for character in folded if unicodedata.category(character) != "Cf")
     return " ".join(folded.split())

@@ -50,8 +50,11 @@ SENTENCE_END = regex.compile(
     r"""|(?:[[\p{Sentence_Terminal}།༎]--[.!?…．]]|．(?!\p{N}))++["'”’»)\]」』】〉》）］｣]*+)\s*+""",
     regex.V1,
 )
+# In a row of flags, \X goes back to the row's start for each.
+FLAG = r"\p{Regional_Indicator}{2}"
 WORD = regex.compile(
-    rf"(?={WITHOUT_BLANKS})\X{ZERO_WIDTH_SPACE}?|(?:(?!{WITHOUT_BLANKS})(?!\s)\X){{1,{LONGEST_WORD}}}", regex.V1
+    rf"(?={WITHOUT_BLANKS})\X{ZERO_WIDTH_SPACE}?|(?:(?!{WITHOUT_BLANKS})(?!\s)(?:{FLAG}|\X)){{1,{LONGEST_WORD}}}",
+    regex.V1,
 )
 # Where a sentence that is too long is cut first: at white space and after the marks of clauses.
 CLAUSE = re.compile(r"[^\s、，；：\u200b]*+[、，；：\u200b]++|[^\s、，；：\u200b]++")

@@ -119,7 +119,7 @@ def set_length_limit(encoder: SentenceTransformer, wanted: int | None, reference
         reference: What the config calls the encoder, for the message.
 
     Raises:
-        ModelError: The encoder has fewer positions, or reads texts of any length.
+        ModelError: The encoder has fewer positions, reads texts of any length, or would read no text at all.
     """
     own, positions = length_limit(encoder), position_limit(encoder)
     if wanted is None:
@@ -136,6 +136,14 @@ def set_length_limit(encoder: SentenceTransformer, wanted: int | None, reference
         raise ModelError(
             f"rag_system.retriever.max_length is {wanted}, but the retriever '{reference}' has {positions} positions.",
             f"Set it to {positions} or less, or leave it out.",
+        )
+    # What tokenizers put around a text, which the limit counts too.
+    added = len(encoder.tokenizer("")["input_ids"]) if callable(encoder.tokenizer) else 0
+    if wanted <= added:
+        raise ModelError(
+            f"rag_system.retriever.max_length is {wanted}, but the retriever '{reference}' puts {added} tokens around "
+            "each text, so it would read nothing of it.",
+            f"Set it to more than {added}, or leave it out.",
         )
     encoder.max_seq_length = wanted
 

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedrag_cli.config.models import ModelLocation as ModelLocation
 from fedrag_cli.config.models import locate_model as locate_model
-from fedrag_cli.errors import ModelError
+from fedrag_cli.errors import FedRAGError, ModelError
 from fedrag_cli.runs.launch import local_process_number, process_count
 
 _SAMPLED_VALUES = 8
@@ -34,17 +33,10 @@ def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
+    except (FedRAGError, MemoryError):
+        raise
+    except Exception as error:
+        # Any: what stands in a folder of somebody else may make the libraries divide by zero.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         # The libraries name the argument in every refusal of a model's own code.
         if "trust_remote_code" in str(error):

@@ -15,6 +15,11 @@ from fedrag_cli.errors import DataError
 WRAPPERS = {"(": ")", "[": "]", "{": "}", "«": "»", "“": "”", "‘": "’", '"': '"', "'": "'", "*": "*", "`": "`"}
 OPENING_TAG = re.compile(r"<(\w+)>\Z")
 LABEL = re.compile(r"\w[\w ]*[:=][ \t]*\Z")
+# A tag with attributes up to the value of one of them, and the name of that one.
+TAG = re.compile(r"<([\w:-]+)\s[^<>]*\Z")
+ATTRIBUTE = re.compile(r"\s+[\w:-]+=([\"']?)\Z")
+# What stands under a heading in Markdown.
+UNDERLINE = re.compile(r"\s*(?:-{3,}|={3,})?\s*")
 _ABSENT: Any = object()
 
 
@@ -38,10 +43,19 @@ class _Part:
 
 @dataclass
 class _Line:
-    """A line of the template: its parts, and the texts before, between and after them."""
+    """A line of the template, or a tag with attributes: its parts, and the texts before, between and after them.
+
+    Args:
+        texts: One more than there are parts.
+        parts: The parts.
+        is_tag: Whether it is a tag, which stays without its empty attributes.
+        opens: Whether the line has such a tag that a later line closes.
+    """
 
     texts: list[str]
     parts: list[_Part] = dataclass_field(default_factory=list)
+    is_tag: bool = False
+    opens: bool = False
 
     def fields(self) -> Iterator[_Field]:
         """Yield the fields from left to right."""
@@ -136,10 +150,34 @@ def _lines(template: str) -> list[_Line]:
             lines[-1].parts.append(_Part(_Field(name, conversion, spec or "")))
             lines[-1].texts.append("")
     for line in lines:
+        while _take_tag(line):
+            pass
         _take_labels(line)
         while _group(line):
             _take_labels(line)
     return lines
+
+
+def _take_tag(line: _Line) -> bool:
+    """Make one part of the first tag of a line that has fields as attributes; return whether there is one."""
+    for first, left in enumerate(line.texts[:-1]):
+        tag = TAG.search(left)
+        last = next((n for n in range(first + 1, len(line.texts)) if ">" in line.texts[n]), None)
+        if not tag or last is None:
+            continue
+        end = line.texts[last].index(">") + 1
+        inner = _Line([tag[0], *line.texts[first + 1 : last], line.texts[last][:end]], line.parts[first:last], True)
+        for number, part in enumerate(inner.parts):
+            if name := ATTRIBUTE.search(inner.texts[number]):
+                inner.texts[number] = inner.texts[number][: name.start()]
+                inner.texts[number + 1] = inner.texts[number + 1].removeprefix(name[1])
+                part.before, part.after = name[0], name[1]
+        line.texts[first], line.texts[last] = left[: tag.start()], line.texts[last][end:]
+        line.opens |= not inner.texts[-1].endswith("/>") and f"</{tag[1]}>" not in "".join(line.texts[last:])
+        line.parts[first:last] = [_Part(inner)]
+        del line.texts[first + 1 : last]
+        return True
+    return False
 
 
 def _group(line: _Line) -> bool:
@@ -170,11 +208,11 @@ def _joined(lines: Sequence[_Line], texts: Mapping[_Field, str]) -> str:
     kept: list[tuple[_Line, str]] = []
     skipping = False
     for line in lines:
-        if line.parts and not any(texts[field] for field in line.fields()):
+        if line.parts and not line.opens and not any(texts[field] for field in line.fields()):
             while kept and _is_heading(kept[-1][0]):
                 kept.pop()
             skipping = True
-        elif not skipping or line.parts or line.texts[0].strip():
+        elif not skipping or line.parts or not UNDERLINE.fullmatch(line.texts[0]):
             kept.append((line, _written(line, texts)))
             skipping = False
     while skipping and kept and not kept[-1][1].strip():
@@ -190,10 +228,12 @@ def _is_heading(line: _Line) -> bool:
 def _written(line: _Line, texts: Mapping[_Field, str]) -> str:
     """Return a line; an empty field goes with what joins it to the part before it, or after it where it is first."""
     written: list[str] = []
-    for part, joint in zip(line.parts, line.texts, strict=False):
+    for number, (part, joint) in enumerate(zip(line.parts, line.texts, strict=False)):
         text = _written(part.content, texts) if isinstance(part.content, _Line) else texts[part.content]
+        if number and (line.is_tag or (text and written)):
+            written.append(joint)
         if text:
-            written += [joint if written else "", part.before + text + part.after]
+            written.append(part.before + text + part.after)
     return "".join([line.texts[0], *written, *line.texts[1:][-1:]])
 
 

@@ -13,7 +13,6 @@ from datetime import date
 from typing import Any
 
 import regex
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.config import PromptConfig
@@ -29,6 +28,9 @@ takes where it is told none."""
 
 LONGEST_WORD = 40
 """Characters without a blank between them that are cut only as a whole."""
+
+THOUGHTS = re.compile(r"([<\[])([\w:]*(?:think|thought|reason)\w*[>\]])", re.IGNORECASE)
+"""What opens a block of thoughts, such as `<think>`; a slash behind the bracket makes its end."""
 
 CHARACTER = regex.compile(r"\X")
 WITHOUT_BLANKS_BESIDE = regex.compile(WITHOUT_BLANKS, regex.V1)
@@ -224,7 +226,10 @@ class PromptEncoder:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except TemplateError as error:
+        except MemoryError:
+            raise
+        except Exception as error:
+            # A template is a program, which can fail in any way.
             raise ModelError(
                 f"The tokenizer's chat template refuses the prompt: {error}",
                 "Remove rag_system.prompt.system, or set rag_system.prompt.chat_template: never.",
@@ -346,9 +351,11 @@ def _chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _end_of_thoughts(opening: str) -> str:
     """Return what closes a block of thoughts that a prompt opens, if it does, without any thoughts."""
-    if "<think>" not in opening or "</think>" in opening:
+    found = THOUGHTS.search(opening)
+    closing = f"{found[1]}/{found[2]}" if found else ""
+    if closing in opening:
         return ""
-    return "\n\n</think>\n\n".removeprefix(opening[len(opening.rstrip("\n")) :])
+    return f"\n\n{closing}\n\n".removeprefix(opening[len(opening.rstrip("\n")) :])
 
 
 def _longest_fitting(text: str, fits: Callable[[int], bool], first: int) -> int:

@@ -175,7 +175,12 @@ def _is_named(token: str, chat_template: str) -> bool:
     return (
         len(token) > 1
         and not token.isspace()
-        and (token in chat_template or re.fullmatch(r"<[|｜].+[|｜]>", token) is not None)
+        # What ends a block of thoughts may be named by its beginning alone.
+        and (
+            token in chat_template
+            or token.replace("/", "", 1) in chat_template
+            or re.fullmatch(r"<[|｜].+[|｜]>", token) is not None
+        )
     )
 
 

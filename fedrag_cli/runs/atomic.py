@@ -76,15 +76,21 @@ def write_bytes_atomically(path: Path | str, content: bytes) -> None:
     """Write a file: afterwards it holds the whole new content, or still the old one.
 
     Args:
-        path: The file; missing parent folders are made.
+        path: The file; missing parent folders are made. Where it is a link, what it leads to is written.
         content: The new content.
 
     Raises:
         FedRAGError: If the file cannot be written.
     """
     path = Path(path)
-    temporary = temporary_name(path)
     with os_errors(path):
+        if path.exists() and not path.is_file():
+            # A device or a pipe is written to, never replaced, and a folder refuses.
+            with path.open("wb") as file:
+                file.write(content)
+            return
+        path = Path(os.path.realpath(path))
+        temporary = temporary_name(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
@@ -96,6 +102,26 @@ def write_bytes_atomically(path: Path | str, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_directory(path.parent)
+
+
+def require_writable(path: Path) -> None:
+    """Make sure, before long work, that its result can be written to a file.
+
+    Args:
+        path: The file; missing parent folders are made.
+
+    Raises:
+        FedRAGError: It is a folder, or no file can be made there.
+    """
+    with os_errors(path):
+        if path.exists() and not path.is_file():
+            path.open("wb").close()
+            return
+        path = Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:

@@ -107,7 +107,13 @@ class RunDirectory:
             raise ConfigError(
                 f"'{path}' does not exist.", "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID."
             )
-        if not run.config_file.is_file() or not (path / "manifest.json").is_file():
+        try:
+            is_run = run.config_file.is_file() and (path / "manifest.json").is_file()
+        except OSError as error:
+            raise DataError(
+                f"The run in '{path}' cannot be read: {error.strerror}.", "Check who may read there."
+            ) from error
+        if not is_run:
             raise ConfigError(
                 f"'{path}' is no run directory (config.yaml or manifest.json is missing).",
                 "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID.",
@@ -169,14 +175,20 @@ class RunDirectory:
         known = self.manifest().get("outside")
         if known is None:
             return
+        try:
+            bytes.fromhex(known["salt"])
+            references = {key: setting["reference"] for key, setting in known["settings"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"'{self.path / 'manifest.json'}' cannot be read: its section 'outside' is damaged.",
+                "Restore the file, or start a new run with 'fedrag train'.",
+            ) from error
         # Where a run is kept does not matter to what it computes, and it may have been moved.
         now = _record({key: found for key, found in outside.items() if key != "run.output_dir"}, known["salt"])
         changed = [
             _change(key, known["settings"][key], setting)
             for key, setting in now["settings"].items()
-            if key in known["settings"]
-            and known["settings"][key] != setting
-            and known["settings"][key]["reference"] == setting["reference"]
+            if references.get(key) == setting["reference"] and known["settings"][key] != setting
         ]
         if changed:
             raise ConfigError(
@@ -210,6 +222,11 @@ class RunDirectory:
     def missing_models(self) -> list[str]:
         """Return the folders of models that the run has tuned, by its summary, and that are not there."""
         tuned = (self.read_json_if_there("summary.json") or {}).get("tuned") or {}
+        if not isinstance(tuned, dict):
+            raise DataError(
+                f"'{self.path / 'summary.json'}' cannot be read: its section 'tuned' is damaged.",
+                "Restore the file, or start a new run with 'fedrag train'.",
+            )
         folders = {"retriever": self.retriever, "generator": self.generator}
         return [f"{name}/" for name, folder in folders.items() if tuned.get(name) and not folder.is_dir()]
 

@@ -105,7 +105,14 @@ def load_evaluated(name: str) -> Evaluated:
             )
     if stage not in stages:
         raise ConfigError(f"The run in '{path}' has no evaluation '{stage}'.", f"It has: {', '.join(stages)}.")
-    rows = _read(run.path / "evaluation" / f"{stage}{SUFFIX}")
+    records = run.path / "evaluation" / f"{stage}{SUFFIX}"
+    rows = _read(records)
+    asked = (run.read_json_if_there(f"evaluation/{stage}.json") or {}).get("n", len(rows))
+    if asked != len(rows):
+        raise DataError(
+            f"'{records}' is not whole: it has {len(rows)} questions of {asked}.",
+            "Restore the file, or evaluate the run again.",
+        )
     return Evaluated(name, rows, f"{short_name(run)} ({stage})", _whole(run.manifest().get("seed"), 0))
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from fedrag_cli.data.benchmarks.values import MissingLabelError
 from fedrag_cli.data.corpora import split_nodes
-from fedrag_cli.data.files import check_file, check_folder
+from fedrag_cli.data.files import check_file, check_folder, reaching
 from fedrag_cli.data.huggingface import load_from_hub
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.problems import Problems
@@ -196,7 +196,9 @@ def _rows_from_hub(source: HubSplit) -> Iterator[Row]:
 
 def _rows_of_copy(source: HubSplit, copy: Path) -> Iterator[Row]:
     check_folder(copy)
-    for file in _files_of_split(source, copy):
+    with reaching(copy):
+        files = _files_of_split(source, copy)
+    for file in files:
         check_file(file)
         with closing(READERS[_format_of(file)](file)) as rows:
             yield from rows

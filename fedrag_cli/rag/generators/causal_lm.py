@@ -465,12 +465,12 @@ def _without_quantizer(model: Any) -> Any:
 def _with_adapter(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ModelError(
-            f"'{adapter}' holds no LoRA adapter (adapter_config.json is missing).",
-            "Give the folder of a saved adapter.",
-        )
     with model_errors(ModelLocation(adapter, adapter), "adapter"):
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ModelError(
+                f"'{adapter}' holds no LoRA adapter (adapter_config.json is missing).",
+                "Give the folder of a saved adapter.",
+            )
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
 
 
