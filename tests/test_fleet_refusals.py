@@ -542,8 +542,12 @@ def test_strangers_that_come_and_go_leave_nothing_behind(monkeypatch: pytest.Mon
             roster.refresh()
         assert (len(roster._pending), len(roster._greeted), len(roster._participants)) == (0, 3, 3)
         # Who was forgotten is met again.
-        start({node(server): ToyClient("late", [1.0, 0.0, 0.0])})
+        late = ToyClient("late", [1.0, 0.0, 0.0])
+        (thread,) = start({node(server): late})
         eventually(lambda: roster.refresh() or [p.name for p in roster.ready()] == ["late"])
+        late.ended = True
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -93,7 +93,7 @@ def answering(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> I
 def with_code(code: int, **headers: str) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
-        for name, value in {"content_length": "0", **headers}.items():
+        for name, value in {"content_length": "0", "connection": "close", **headers}.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
 
@@ -272,6 +272,7 @@ def damaged(handler: http.server.BaseHTTPRequestHandler) -> None:
 def refusing(content: bytes, code: int = 401) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
+        handler.send_header("connection", "close")
         handler.send_header("content-length", str(len(content)))
         handler.send_header(DIGEST_HEADER, hashlib.sha256(content).hexdigest())
         handler.end_headers()
