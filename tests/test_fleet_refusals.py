@@ -544,7 +544,12 @@ def test_strangers_that_come_and_go_leave_nothing_behind(monkeypatch: pytest.Mon
         # Who was forgotten is met again.
         late = ToyClient("late", [1.0, 0.0, 0.0])
         (thread,) = start({node(server): late})
-        eventually(lambda: roster.refresh() or [p.name for p in roster.ready()] == ["late"])
+
+        def is_met() -> bool:
+            roster.refresh()
+            return [participant.name for participant in roster.ready()] == ["late"]
+
+        eventually(is_met)
         late.ended = True
     thread.join(20)
     assert not thread.is_alive()
