@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,13 +20,14 @@ from typing import Any
 
 import httpx
 import pytest
-from flwr.app import Message
-from toy_federation import Notes, Raw, ToyClient, federate, new_key, node, rounds_of, serving, start
+from flwr.app import Message, RecordDict
+from flwr.common.serde import message_from_proto
+from toy_federation import Notes, Raw, ToyClient, common, federate, new_key, node, rounds_of, serving, start
 
-from fedrag_cli.errors import ConnectionFailedError
+from fedrag_cli.errors import ConnectionFailedError, FedRAGError
 from fedrag_cli.federated.endpoint import ServerCertificate
 from fedrag_cli.federated.fleet import auth, http
-from fedrag_cli.federated.fleet._flower import ACTIVATE, HEARTBEAT, TYPES
+from fedrag_cli.federated.fleet._flower import ACTIVATE, DEACTIVATE, HEARTBEAT, PULL_MESSAGES, TYPES, Packer
 from fedrag_cli.federated.fleet.auth import Claim, Counts, Refusals, Signer
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.keys import (
@@ -35,6 +37,8 @@ from fedrag_cli.federated.keys import (
     load_public_key,
     write_authority,
 )
+from fedrag_cli.federated.roster import Roster
+from fedrag_cli.runs.reporting import SilentReporter
 
 pytestmark = pytest.mark.fl
 
@@ -327,6 +331,14 @@ def dial(keys: Path) -> Iterator[Callable[..., list[socket.socket]]]:
         yield opened
 
 
+def answered(connection: socket.socket) -> bool:
+    """Return whether a request on a connection is taken; the end of an answer before may come first."""
+    found = b""
+    while b"HTTP/1.1 200" not in found and (data := connection.recv(4096)):
+        found += data
+    return b"HTTP/1.1 200" in found
+
+
 def ended(connection: socket.socket) -> bool:
     """Return whether the server has ended a connection, after what it had to say."""
     connection.settimeout(20.0)
@@ -479,7 +491,68 @@ def test_a_known_client_may_not_take_all_places(keys: Path, dial: Callable[..., 
             assert b"HTTP/1.1 200" in connection.recv(4096)
         assert all(ended(connection) for connection in connections[: -http.MOST_OF_A_CLIENT])
         connections[-1].sendall(request_bytes(signer, HEARTBEAT, b""))
-        assert b"HTTP/1.1 200" in connections[-1].recv(4096)
+        assert answered(connections[-1])
+
+
+def test_a_known_client_that_waits_many_times_at_once_has_few_connections(
+    keys: Path, dial: Callable[..., list[socket.socket]]
+) -> None:
+    signer = Signer(load_private_key(keys / "north.key"))
+    with serving(allowed=load_allowed_keys(keys)) as server:
+        raw = Raw(signer)
+        raw.connect(server)
+        connections = dial(server.address[1], 40)
+        for connection in connections:
+            connection.sendall(request_bytes(signer, PULL_MESSAGES, b""))
+        open_ones = server._uvicorn.server_state.connections
+        eventually(lambda: len(open_ones) <= http.MOST_OF_A_CLIENT + 1)
+        assert all(answered(connection) for connection in connections[-4:-1])
+        # The newest still waits, and gets what comes.
+        assert server.grid is not None
+        server.grid.push_messages([Message(RecordDict(), raw.node_id, "query")])
+        assert answered(connections[-1])
+
+
+def test_what_fails_in_the_servers_thread_ends_the_rounds(dial: Callable[..., list[socket.socket]]) -> None:
+    class Full(Notes):
+        def note(self, message: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, serving(reporter=Full()) as server:
+        patch.setattr(http, "SILENT_SECONDS", 0.5)
+        dial(server.address[1])
+        with pytest.raises(FedRAGError, match="No space left on device"):
+            rounds_of(server, 1, min_clients=1)
+
+
+def test_strangers_that_come_and_go_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedrag_cli.federated.roster.MOST_STRANGERS", 3)
+    with serving() as server:
+        assert server.grid is not None
+        roster = Roster(server.grid, common(), SilentReporter())
+        for number in range(12):
+            stranger = Raw(Signer(new_key()))
+            stranger.connect(server)
+            roster.refresh()
+            if number % 2:
+                (head,), _ = stranger.pull()
+                stranger.announce(Packer().pack(Message(RecordDict(), reply_to=message_from_proto(head)), f"{number}"))
+                roster.refresh()
+            stranger.post(DEACTIVATE)
+            roster.refresh()
+        assert (len(roster._pending), len(roster._greeted), len(roster._participants)) == (0, 3, 3)
+        # Who was forgotten is met again.
+        late = ToyClient("late", [1.0, 0.0, 0.0])
+        (thread,) = start({node(server): late})
+
+        def is_met() -> bool:
+            roster.refresh()
+            return [participant.name for participant in roster.ready()] == ["late"]
+
+        eventually(is_met)
+        late.ended = True
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("tls", [False, True])

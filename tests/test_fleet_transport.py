@@ -20,7 +20,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
-from toy_federation import Raw, ToyClient, common, federate, new_key, node, serving, start
+from toy_federation import Notes, Raw, ToyClient, common, federate, new_key, node, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.endpoint import ServerCertificate
@@ -89,7 +89,7 @@ def test_liars_are_refused_by_name_and_the_rest_go_on() -> None:
         assert "above the bound" in row["refused"]["huge"]
         assert "not agreed on" in row["refused"]["surplus"]
         # What is too large is refused as soon as it is announced.
-        assert "its work failed" in row["refused"]["endless"]
+        assert row["refused"]["endless"] == "its reply is not taken: it is larger than agreed"
 
 
 def test_another_number_format_is_refused() -> None:
@@ -160,6 +160,21 @@ def test_requests_are_bounded_and_signed() -> None:
         assert post(PUSH_OBJECT, endless(), signer.headers(PUSH_OBJECT, b"")) == (413, "size")
         assert post(PULL_MESSAGES, b"\xff", signer.headers(PULL_MESSAGES, b"\xff")) == (400, "protobuf")
         assert post(PULL_MESSAGES, b"", Signer(new_key()).headers(PULL_MESSAGES, b"")) == (401, "client")
+
+
+def test_where_a_request_comes_from_is_not_its_own_word() -> None:
+    notes, signer = Notes(), Signer(new_key())
+    forged = {"x-forwarded-for": b"6.6.6.6\x9b31mEvil", "x-forwarded-proto": "https"}
+    hello = TYPES[ACTIVATE][0](public_key=signer.public_key).SerializeToString()
+    with serving(reporter=notes) as server:
+        url = f"http://127.0.0.1:{server.address[1]}{ACTIVATE}"
+        assert httpx.post(url, headers=forged).status_code == 401
+        answer = httpx.post(url, content=hello, headers={**signer.headers(ACTIVATE, hello), **forged})
+    assert notes.lines == [
+        "Refused a connection from 127.0.0.1: its request is none of a fedrag client of this version"
+    ]
+    # A known client's connection is kept, which the door does only where it knows the connection.
+    assert (answer.status_code, answer.headers.get("connection")) == (200, None)
 
 
 def test_a_port_scan_and_garbage_disturb_nobody() -> None:
@@ -307,13 +322,27 @@ def test_what_one_client_announces_is_nothing_to_another() -> None:
         assert server.grid is not None
         hostile.connect(server)
         record = RecordDict({"arrays": update_to_wire({"w": torch.tensor(STEPS[0])}, {"w": torch.zeros(3)}, "float32")})
-        server.grid.push_messages([Message(RecordDict({"a": ConfigRecord({"x": 1})}), hostile.node_id, "query")])
+        server.grid.push_messages([Message(RecordDict({"a": ConfigRecord({"x": 1})}), hostile.node_id, "train")])
         (head,), _ = hostile.pull()
         copied = Packer().pack(Message(record, reply_to=message_from_proto(head)), "reply")
         assert len(hostile.announce(copied) or []) == 1
         state = federate(server, [honest], rounds=1)
     assert state.history[0]["refused"] == {}
     assert state.weights["w"].tolist() == STEPS[0]
+
+
+@pytest.mark.parametrize("kind", ["query", "evaluate"])
+def test_only_training_is_answered_with_tensors(kind: str) -> None:
+    raw = Raw(Signer(new_key()))
+    with serving() as server:
+        assert server.grid is not None
+        raw.connect(server)
+        asked = server.grid.push_messages([Message(RecordDict(), raw.node_id, kind)])
+        (head,), _ = raw.pull()
+        content = RecordDict({"arrays": to_wire({"w": torch.zeros(3)})})
+        assert raw.announce(Packer().pack(Message(content, reply_to=message_from_proto(head)), "reply")) is None
+        (reply,) = server.grid.pull_messages(asked)
+    assert reply.error.reason == "it is larger than agreed"
 
 
 def test_refused_announcements_leave_nothing_behind() -> None:

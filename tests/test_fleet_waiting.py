@@ -20,13 +20,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from line import Line
-from toy_federation import Notes, ToyClient, common, new_key, node, rounds_of, serving, start
+from toy_federation import Notes, ToyClient, asking, common, new_key, node, rounds_of, serving, start
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.client import ACTION, HANDSHAKE, STOP
 from fedrag_cli.federated.endpoint import ServerAddress
 from fedrag_cli.federated.fleet import client as client_module
 from fedrag_cli.federated.fleet import http as routes
+from fedrag_cli.federated.fleet._flower import ACTIVATE, PULL_MESSAGES, PULL_OBJECT, TYPES, Packer
 from fedrag_cli.federated.fleet.auth import DIGEST_HEADER
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
@@ -92,7 +93,7 @@ def answering(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> I
 def with_code(code: int, **headers: str) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
-        for name, value in {"content_length": "0", **headers}.items():
+        for name, value in {"content_length": "0", "connection": "close", **headers}.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
 
@@ -268,6 +269,35 @@ def damaged(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(content)
 
 
+def refusing(content: bytes, code: int = 401) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        handler.send_header("connection", "close")
+        handler.send_header("content-length", str(len(content)))
+        handler.send_header(DIGEST_HEADER, hashlib.sha256(content).hexdigest())
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 60_000,
+        b'{"detail": "clock", "seconds": 1' + b"0" * 400 + b"}",
+        b'{"detail": "clock", "seconds": true}',
+        b'{"detail": {"key": []}}',
+        b'["ab", 1]',
+        b"\xff",
+    ],
+)
+def test_refusals_that_are_none_are_waited_out(content: bytes) -> None:
+    with answering(refusing(content)) as address, pytest.raises(ConnectionFailedError) as error:
+        a_node(address, Notes(), timeout=0.5).run(ToyClient("a", [1.0]))
+    assert "it answered 401" in error.value.message
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -288,6 +318,38 @@ def test_answers_have_bounds(monkeypatch: pytest.MonkeyPatch, answer: Any, words
         tracemalloc.stop()
     assert f"({words})" in error.value.message
     assert peak < 16 * 2**20
+
+
+def test_a_confused_server_is_not_asked_without_a_pause() -> None:
+    message = asking(RecordDict({"arrays": to_wire({"w": torch.zeros(3)}), "config": ConfigRecord({})}))
+    offered = Packer().pack(message, "message")
+    pulled = TYPES[PULL_MESSAGES][1](messages_list=[offered.head], message_object_trees=[offered.tree])
+    empty, offer = refusing(b"", 200), refusing(pulled.SerializeToString(), 200)
+    answers = {
+        "forgets": {ACTIVATE: empty},
+        "has no pieces": {
+            ACTIVATE: empty,
+            PULL_MESSAGES: offer,
+            PULL_OBJECT: empty,
+        },
+    }
+    for name, routes_of in answers.items():
+        asked: list[str] = []
+
+        def answer(handler: http.server.BaseHTTPRequestHandler, of: Any = routes_of, asked: Any = asked) -> None:
+            asked.append(handler.path)
+            of.get(handler.path, refusing(b'{"detail": "client"}'))(handler)
+
+        client = ToyClient("a", [1.0])
+        with answering(answer) as address:
+            (thread,) = start({a_node(address, Notes()): client})
+            eventually(lambda asked=asked: len(asked) >= 3)
+            time.sleep(1.5)
+            client.ended = True
+            thread.join(20)
+        # Without a pause they are hundreds.
+        assert not thread.is_alive()
+        assert len(asked) < 30, name
 
 
 def test_what_a_server_sends_is_held_against_what_was_agreed() -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 
-from fedrag_cli.federated.grid import POLL_SECONDS, FederationGrid
+from fedrag_cli.federated.grid import CLIENT_FAILED, POLL_SECONDS, FederationGrid
 from fedrag_cli.federated.roster import Participant, Roster
+from fedrag_cli.text import printable
 
 # Beyond the time that clients have, so that time is up by our clock and not by Flower's.
 SPARE_SECONDS = 600.0
@@ -91,7 +92,9 @@ class Exchange:
             name = names[reply.metadata.reply_to_message_id]
             item = self._outstanding.pop(name)
             if reply.has_error():
-                on_failure(name, "its work failed; its own messages say why")
+                is_own = reply.error.reason == CLIENT_FAILED
+                why = "its work failed; its own messages say why"
+                on_failure(name, why if is_own else f"its reply is not taken: {printable(reply.error.reason)}")
             else:
                 on_reply(name, reply, time.monotonic() - item.sent)
         return bool(replies)

@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 POLL_SECONDS = 0.05
+# The reason of a reply whose client could not do the work; other reasons are the transport's.
+CLIENT_FAILED = "the client failed"
 
 
 def quiet_flower() -> None:

@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedrag_cli.errors import FedRAGError, RunInterruptedError
 from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.grid import FederationGrid, Member
+from fedrag_cli.federated.grid import CLIENT_FAILED, FederationGrid, Member
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 from fedrag_cli.text import printable, readable
 
@@ -76,4 +76,4 @@ class LocalGrid(FederationGrid):
             where = f"{last.name}, line {last.lineno}"
             reason = f"{type(error).__name__}: {printable(str(error))} ({where})"
             self._reporter.note(f"{printable(self._clients[number])} failed: {reason}")
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the client failed"), reply_to=message)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, CLIENT_FAILED), reply_to=message)

@@ -16,6 +16,7 @@ from fedrag_cli.runs.reporting import Reporter
 
 Status = Literal["ready", "refused", "offline", "given up", "dismissed"]
 LONGEST_NAME = 64
+MOST_STRANGERS = 100
 
 
 @dataclass
@@ -62,14 +63,14 @@ class Roster:
         self._reporter = reporter
         self._participants: dict[str, Participant] = {}
         self._pending: dict[str, Member] = {}
-        self._seen: set[tuple[int, int]] = set()
+        self._greeted: dict[int, int] = {}
 
     def refresh(self) -> None:
         """Look who is there, greet the new ones, and take the handshakes that came back."""
         members = {member.node_id: member for member in self._grid.members()}
         for member in sorted(members.values(), key=lambda member: (member.name, member.key)):
-            if (member.node_id, member.activation) not in self._seen:
-                self._seen.add((member.node_id, member.activation))
+            if self._greeted.get(member.node_id) != member.activation:
+                self._greeted[member.node_id] = member.activation
                 self._greet(member)
         while replies := self._grid.pull_messages(list(self._pending)):
             for reply in replies:
@@ -87,6 +88,7 @@ class Roster:
                 self._tell(participant)
         for participant in self.with_status("offline"):
             self._take_over(participant)
+        self._forget_strangers(members)
 
     def find(self, name: str) -> Participant | None:
         """Return the participant of a name; None where it has come back under another one."""
@@ -128,6 +130,19 @@ class Roster:
                 other.name = gone.name
                 self._tell(other)
                 return
+
+    def _forget_strangers(self, members: dict[int, Member]) -> None:
+        """Forget those that went away and never worked, once they are many: without allowed keys anybody can come."""
+        gone = [p for p in self._participants.values() if p.node_id not in members and not p.has_worked]
+        for participant in gone[: max(0, len(gone) - MOST_STRANGERS)]:
+            del self._participants[participant.name]
+        known = {participant.node_id for participant in self._participants.values()} | set(members)
+        # Who comes back later is greeted again.
+        self._greeted = {node_id: number for node_id, number in self._greeted.items() if node_id in known}
+        lost = [message_id for message_id, member in self._pending.items() if member.node_id not in known]
+        self._grid.forget(lost)
+        for message_id in lost:
+            del self._pending[message_id]
 
     def _is_current(self, participant: Participant, members: dict[int, Member]) -> bool:
         return members[participant.node_id].activation == participant.activation

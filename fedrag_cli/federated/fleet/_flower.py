@@ -166,9 +166,18 @@ class Incoming:
         return frozenset(self._places)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all pieces have come."""
+        return not self._missing
+
+    @property
     def missing(self) -> list[str]:
         """The names of the pieces that have not come yet, in their order."""
         return [object_id for object_id in self._places if object_id in self._missing]
+
+    def has(self, object_id: str) -> bool:
+        """Return whether there is a piece of this name."""
+        return object_id in self._places
 
     def put(self, object_id: str, content: bytes) -> bool:
         """Keep a piece, and return whether it is what was announced; raises OSError where there is no room for it."""

@@ -31,7 +31,7 @@ from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet.auth import CLOCK, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
 from fedrag_cli.federated.fleet.http import POLL_SECONDS
 from fedrag_cli.federated.fleet.state import head_bytes
-from fedrag_cli.federated.grid import quiet_flower
+from fedrag_cli.federated.grid import CLIENT_FAILED, quiet_flower
 from fedrag_cli.federated.keys import fingerprint
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter
@@ -150,6 +150,8 @@ class FleetNode:
                         self._serve(handler)
                     except ForgottenError:
                         self._note("does not know this client any more (it may have been started again)")
+                        # Two servers behind one address each forget the other's clients.
+                        self._ended.wait(FIRST_PAUSE)
                         self._introduce(self._call)
             finally:
                 self._ended.set()
@@ -265,7 +267,7 @@ class FleetNode:
         """Return what an answer other than 200 means; its words are compared, and never shown."""
         try:
             detail = dict(json.loads(content))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             detail = {}
         reason, seconds = detail.get("detail"), detail.get("seconds")
         if reason == SUPERSEDED:
@@ -285,7 +287,7 @@ class FleetNode:
                 f"{fingerprint(self._signer.public_key)}).",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
             )
-        if reason == CLOCK and isinstance(seconds, int | float):
+        if reason == CLOCK and isinstance(seconds, float):
             words = f"the clocks of this machine and the server's differ by {abs(seconds):.0f} s"
             if self._was_connected:
                 return AnsweredError(words)
@@ -349,11 +351,12 @@ class FleetNode:
         while not handler.ended:
             asked = time.monotonic()
             answer = self._call(flower.PULL_MESSAGES)
-            if not answer.messages_list:
-                # A server that is about to end answers at once.
-                self._ended.wait(max(0.0, asked + LONGEST_PAUSE - time.monotonic()))
-            elif (message := self._fetch(answer)) is not None:
+            message = self._fetch(answer) if answer.messages_list else None
+            if message is not None:
                 self._send(self._answer(handler, message))
+            else:
+                # A server that is about to end answers at once, and a confused one offers what it does not have.
+                self._ended.wait(max(0.0, asked + LONGEST_PAUSE - time.monotonic()))
 
     def _fetch(self, answer: Any) -> Message | None:
         """Return the message that the server has, or None where it has withdrawn it meanwhile.
@@ -399,7 +402,7 @@ class FleetNode:
             self._reporter.note(f"This round failed here: {error}")
         except Exception as error:  # noqa: BLE001  (an exception's text may quote private data, so it stays here)
             self._reporter.note(f"This round failed here: {type(error).__name__}: {error}")
-        return flower.failed(message, "the client failed")
+        return flower.failed(message, CLIENT_FAILED)
 
     def _send(self, reply: Message) -> None:
         outgoing = self._packer.pack(reply, uuid.uuid4().hex)

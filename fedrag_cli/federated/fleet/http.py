@@ -138,8 +138,8 @@ class Door(socket.socket):
         self._strangers.pop(connection, None)
         connection.owner = public_key
         own = [other for other in self._all.values() if other.owner == public_key]
-        if len(own) > MOST_OF_A_CLIENT:
-            own[0].end()
+        for other in own[:-MOST_OF_A_CLIENT]:
+            other.end()
 
     def forget(self, connection: _Connection) -> None:
         """Give a connection's place back."""
@@ -313,10 +313,13 @@ class FleetApp:
         return {"success": True}
 
     async def _pull_messages(self, client: Client, request: Any) -> dict[str, Any]:
-        session = client.session
+        session, client.polls = client.session, client.polls + 1
+        poll = client.polls
+        # The newest waits alone; of older ones nobody may know any more, and their connections end only after them.
+        client.arrived.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_SECONDS):
-                while not self._is_closing:
+                while not self._is_closing and client.polls == poll:
                     if client.session != session:
                         raise RefusedError(409, SUPERSEDED)
                     if (found := self._state.next_message(client)) is not None:

@@ -67,7 +67,7 @@ class FleetServer:
         self._reporter = reporter or SilentReporter()
         self._most_bytes = max_message_bytes
         self._pieces = pieces if pieces is not None else Path(tempfile.gettempdir())
-        self._refusals = Refusals(self._reporter.note)
+        self._refusals = Refusals(self._note)
         self.state = FleetState(self._pieces, max_message_bytes)
         self._admission = Admission(allowed, read_allowed, self.state.allow, self._refusals)
         self._known = len(allowed or {})
@@ -101,13 +101,15 @@ class FleetServer:
                 lifespan="off",
                 ws="none",
                 server_header=False,
+                # Whoever speaks through the loopback address could say it is anybody, and leave its place in the door.
+                proxy_headers=False,
                 callback_notify=door.sweep,
                 timeout_notify=1,
                 timeout_keep_alive=int(SILENT_SECONDS),
                 timeout_graceful_shutdown=2,
             )
         )
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([door],), daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(door,), daemon=True)
         self._thread.start()
         end = time.monotonic() + START_SECONDS
         while not self._uvicorn.started:
@@ -131,6 +133,18 @@ class FleetServer:
             # Replies have no names, so the folder is empty.
             with suppress(OSError):
                 self._pieces.rmdir()
+
+    def _note(self, line: str) -> None:
+        try:
+            self._reporter.note(line)
+        except Exception as error:  # noqa: BLE001  (the rounds raise it, as they would where they noted something)
+            self.state.fail(error)
+
+    def _serve(self, door: Door) -> None:
+        try:
+            self._uvicorn.run([door])
+        except BaseException as error:  # noqa: BLE001  (the rounds raise it, which would wait for clients otherwise)
+            self.state.fail(error)
 
     def _most_connections(self) -> int:
         """Return how many connections there may be at once: half of the open files, the others are for replies."""

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 
 from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet.auth import SUPERSEDED, UNKNOWN_CLIENT, USED, Claim, Counts, RefusedError
-from fedrag_cli.federated.grid import Member
+from fedrag_cli.federated.grid import CLIENT_FAILED, Member
 from fedrag_cli.runs.atomic import os_errors
 
 MOST_CLIENTS = 1000
@@ -51,7 +51,7 @@ class Question:
     @property
     def is_answered(self) -> bool:
         """Whether all of the reply is there, or is known not to come."""
-        return bool(self.failure) or (self.reply is not None and not self.reply.missing)
+        return bool(self.failure) or (self.reply is not None and self.reply.is_complete)
 
 
 @dataclass(eq=False)
@@ -67,6 +67,7 @@ class Client:
         questions: What it is asked, by message id, in the order of asking.
         has_replied: Whether it ever answered one.
         bodies: Large bodies that it is sending now.
+        polls: How often it has asked for messages.
         arrived: Set where there may be a question for it.
     """
 
@@ -78,6 +79,7 @@ class Client:
     questions: dict[str, Question] = field(default_factory=dict)
     has_replied: bool = False
     bodies: int = 0
+    polls: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -103,7 +105,7 @@ class FleetState:
         self._by_id: dict[int, Client] = {}
         self._asked: dict[str, Client] = {}
         self._packer = flower.Packer()
-        self._failure: OSError | None = None
+        self._failure: BaseException | None = None
         self._lock = threading.RLock()
         self._changed = threading.Event()
         self.wake: Callable[[Client], None] = lambda client: None
@@ -192,9 +194,11 @@ class FleetState:
                 return None if question is None or question.failure else []
             if question.reply is None or question.reply.pieces != {child.object_id for child in tree.children}:
                 try:
-                    question.reply = flower.Incoming(head, tree, self._directory, self._most_bytes)
+                    # Only training is answered with tensors; strangers that shake hands get no room for any.
+                    most = self._most_bytes if question.asked.metadata.message_type == MessageType.TRAIN else 0
+                    question.reply = flower.Incoming(head, tree, self._directory, most)
                 except OSError as error:
-                    self._failure = error
+                    self.fail(error)
                     raise
                 except Exception as error:  # noqa: BLE001  (whatever hostile bytes make Flower raise)
                     question.failure = str(error) if isinstance(error, flower.UnusableError) else "it is no message"
@@ -209,13 +213,13 @@ class FleetState:
         """Keep a piece of a client's reply, and return whether it is one that was announced."""
         with self._lock:
             replies = [question.reply for question in client.questions.values() if question.reply is not None]
-        reply = next((reply for reply in replies if object_id in reply.pieces), None)
+        reply = next((reply for reply in replies if reply.has(object_id)), None)
         try:
             stored = reply is not None and reply.put(object_id, content)
         except OSError as error:
-            self._failure = error
+            self.fail(error)
             raise
-        if reply is not None and not reply.missing:
+        if reply is not None and reply.is_complete:
             self._changed.set()
         return stored
 
@@ -245,7 +249,8 @@ class FleetState:
             return list(self._clients.values())
 
     def members(self) -> list[Member]:
-        """Return the clients that are connected now."""
+        """Return the clients that are connected now; raises what has made it impossible to serve them."""
+        self._raise_failure()
         with self._lock:
             return [client.member for client in self._clients.values() if client.is_online]
 
@@ -268,9 +273,7 @@ class FleetState:
         Raises:
             FedRAGError: What clients have sent cannot be written.
         """
-        if self._failure is not None:
-            with os_errors(self._directory):
-                raise self._failure
+        self._raise_failure()
         with self._lock:
             client = self._asked.get(message_id)
             question = client.questions[message_id] if client is not None else None
@@ -278,7 +281,7 @@ class FleetState:
             return None
         self.drop([message_id])
         if question.reply is None or question.failure or not question.reply.message.has_content():
-            return flower.failed(question.asked, question.failure or "the client failed")
+            return flower.failed(question.asked, question.failure or CLIENT_FAILED)
         # Who answers what is known from the question; the client's own word on it does not count.
         return Message(question.reply.content(), reply_to=question.asked)
 
@@ -289,6 +292,16 @@ class FleetState:
                 client = self._asked.pop(message_id, None)
                 if client is not None:
                     del client.questions[message_id]
+
+    def fail(self, error: BaseException) -> None:
+        """Have the rounds raise an error of the web server's threads."""
+        self._failure = error
+        self._changed.set()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            with os_errors(self._directory):
+                raise self._failure
 
     def wait(self, seconds: float) -> None:
         """Wait until a reply is there or a client has come or gone, but not longer than so many seconds."""
