@@ -209,8 +209,7 @@ def test_a_client_that_was_away_at_the_end_gets_the_model_later(federate: Callab
         sites=3, trainer=SLOW_ROUNDS, federated={"min_clients": 2, "wait_for_clients": 3, "rejoin_timeout": 4.0}
     )
     server, clients = federation.serve(), [federation.join(site) for site in range(3)]
-    clients[2].wait_for("Round 2 of 2: sending")
-    time.sleep(1.0)
+    clients[2].wait_for("Round 2 of 2: received the global model")
     clients[2].kill()
     summary = server.finish()
     assert summary["missing"] == ["site2"]
