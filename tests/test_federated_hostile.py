@@ -18,7 +18,7 @@ from flwr.common import Code, EvaluateRes, FitRes, Status, ndarrays_to_parameter
 from flwr.server.strategy import FedAvg as ClassicFedAvg
 from flwr.serverapp.strategy import FedAvg
 from test_federated_strategies import federate, moved, strategy
-from toy_federation import ToyClient, asking, common, serving
+from toy_federation import Recorder, ToyClient, asking, common, serving
 from toy_federation import federate as federate_over_the_wire
 
 from fedrag_cli import federated
@@ -48,20 +48,6 @@ class HostileClient(ToyClient):
         if message.metadata.message_type != "query":
             self.spoil(reply.content)
         return reply
-
-
-class Told(SilentReporter):
-    """Keeps notes and events."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.events: list[dict[str, Any]] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def event(self, name: str, **fields: Any) -> None:
-        self.events.append({"event": name, **fields})
 
 
 def honest(count: int = 4) -> list[ToyClient]:
@@ -203,7 +189,7 @@ REFUSALS += [
 
 @pytest.mark.parametrize(("spoil", "reason"), REFUSALS)
 def test_what_is_refused_is_named_and_the_round_goes_on(spoil: Change, reason: str) -> None:
-    told = Told()
+    told = Recorder()
     settings = {"metrics": ("loss", "mrr")}
     clients = [*honest(3), hostile([0.0, 1.0, 0.0], 1, spoil=spoil)]
     state = federate(strategy("FedAvg"), clients, min_clients=3, reporter=told, settings=settings)
@@ -214,7 +200,7 @@ def test_what_is_refused_is_named_and_the_round_goes_on(spoil: Change, reason: s
 
 def test_what_nobody_agreed_on_is_left_out() -> None:
     many = metrics(**{f"m{n}": 1.0 for n in range(5000)}, **{HOSTILE: 7.0})
-    told = Told()
+    told = Recorder()
     state = federate(strategy("FedAvg"), [*honest(3), hostile([0.0, 0.0, 0.0], 1, spoil=many)], reporter=told)
     assert state.history[0]["refused"] == {}
     assert "m1" not in json.dumps(told.events)
@@ -229,7 +215,7 @@ def test_forged_measurements_are_bounded_in_number_and_range() -> None:
         toy.name = name
         return toy
 
-    told = Told()
+    told = Recorder()
     clients = [client("a", 4, 0.25), client("b", 6, 0.5), client("liar", 2**40, 1.0)]
     settings = {"metrics": ("loss", "mrr")}
     state = federate(strategy("FedAvg"), clients, rounds=2, reporter=told, settings=settings)
@@ -257,7 +243,7 @@ class Server:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = FederatedConfig(min_clients=2, metrics=("loss", "mrr"), **settings)
-        self.told = Told()
+        self.told = Recorder()
         self.task: Any = SimpleNamespace(settings=self.settings, agreement=common())
         self.message = ScreenedStrategy(FedAvg(), self.task, self.told)
         self.message._reference = to_wire({"w": torch.zeros(3)})
@@ -419,7 +405,7 @@ def test_a_server_that_names_no_round_is_refused(number: object) -> None:
 def test_a_client_prints_no_number_of_rounds_that_is_none() -> None:
     from fedrag_cli.federated.client import ClientHandler
 
-    told = Told()
+    told = Recorder()
     settings, agreement = FederatedConfig(), Agreement(1, "retriever", {}, {}, {})
 
     def fit(*_: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from test_federated_task import SECTIONS, make_manager, make_task
 from torch import Tensor
-from toy_federation import asking
+from toy_federation import Recorder, asking
 
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
@@ -22,23 +22,8 @@ from fedrag_cli.federated.task import SERVER_ROUND, FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.reporting import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainer_managers.run_parts import load_run_data
-
-
-class Recorder(SilentReporter):
-    """Keeps notes and events."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.events: list[dict[str, Any]] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def event(self, name: str, **fields: Any) -> None:
-        self.events.append({"event": name, **fields})
 
 
 def train_once(

@@ -51,6 +51,20 @@ def new_key() -> PrivateKey:
     return ec.generate_private_key(ec.SECP384R1())
 
 
+class Recorder(SilentReporter):
+    """Keeps notes and events."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.events: list[dict[str, Any]] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.events.append({"event": name, **fields})
+
+
 class Notes(SilentReporter):
     """Keeps what is noted."""
 
