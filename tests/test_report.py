@@ -266,6 +266,10 @@ def test_answers_and_passages_of_a_question(
         record = {**row, "passages": passages, "answer": answer, "metrics": {"f1": value, "perplexity": 9 * value}}
         file = Path(run) / "evaluation" / "evaluated-predictions.jsonl"
         file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        evaluation = file.with_name("evaluated.json")
+        evaluation.write_text(
+            json.dumps({**json.loads(evaluation.read_text(encoding="utf-8")), "n": 1}), encoding="utf-8"
+        )
     output = tmp_path / "report.html"
     capsys.readouterr()
     assert main(["report", *runs, "-o", str(output)]) == 0
