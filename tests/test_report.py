@@ -244,6 +244,17 @@ def test_a_simulated_federation_has_its_rounds(
     assert "Federation, simulated in one process" in page.text
 
 
+@pytest.mark.parametrize("damage", [{"tuned": 5}, {"lengths": [3]}, {"settings": "x"}, {"overlaps": [{}]}])
+def test_a_damaged_summary_is_told(
+    config: Path, tmp_path: Path, made: Callable[..., dict[str, Any]], damage: dict[str, Any]
+) -> None:
+    run = Path(made("evaluate", str(config))["run_dir"])
+    file = run / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | damage), encoding="utf-8")
+    error = made("report", str(run), "-o", str(tmp_path / "report.html"), code=3)["error"]
+    assert "has recorded of itself is damaged" in error["message"]
+
+
 def test_a_run_that_has_not_finished(config: Path, tmp_path: Path, made: Callable[..., dict[str, Any]]) -> None:
     run = Path(made("evaluate", str(config))["run_dir"])
     (run / "summary.json").unlink()

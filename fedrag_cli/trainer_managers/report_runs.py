@@ -60,16 +60,23 @@ def describe_run(path: Path) -> dict[str, Any]:
     known = run.manifest() | (run.read_json_if_there("summary.json") or {})
     role = "evaluation" if known.get("evaluation") is not None else run.federation_role()
     config = _config(run)
-    return {
-        "name": short_name(run),
-        "facts": _facts(known, role, config),
-        "settings": {part: _flat(portable(values)) for part, values in (known.get("settings") or {}).items()},
-        "rounds": _rounds(known.get("rounds") or (), known.get("evaluations") or {}),
-        "group_by": (config.get("evaluation") or {}).get("group_by"),
-        "plots": _plots(run),
-        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        "compared": {"kind": KINDS.get(role, str(role)), "models": _measured(known, role) or "tuned"} | _flat(config),
-    }
+    try:
+        return {
+            "name": short_name(run),
+            "facts": _facts(known, role, config),
+            "settings": {part: _flat(portable(values)) for part, values in (known.get("settings") or {}).items()},
+            "rounds": _rounds(known.get("rounds") or (), known.get("evaluations") or {}),
+            "group_by": (config.get("evaluation") or {}).get("group_by"),
+            "plots": _plots(run),
+            "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+            "compared": {"kind": KINDS.get(role, str(role)), "models": _measured(known, role) or "tuned"}
+            | _flat(config),
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"What the run in '{run.path}' has recorded of itself is damaged ({type(error).__name__}: {error}).",
+            "Restore its manifest.json and summary.json, or evaluate the run again.",
+        ) from error
 
 
 def what_differs(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
