@@ -26,11 +26,10 @@ from fedrag_cli.federated.weights import Weights, load_weights, save_weights
 from fedrag_cli.runs.atomic import (
     os_errors,
     replace_directory_atomically,
-    sync_directory,
+    replace_file_atomically,
     write_json_atomically,
     write_text_atomically,
 )
-from fedrag_cli.runs.temporary import temporary_name
 
 PREFIX = "round-"
 WEIGHTS, STRATEGY, STATE = "weights.safetensors", "strategy.safetensors", "state.json"
@@ -314,19 +313,9 @@ class ClientRounds:
 
 def _write_privately(path: Path, weights: Weights, about: dict[str, Any]) -> None:
     """Write tensors and what belongs to them into a file for its owner's eyes, all of it or nothing."""
-    temporary = temporary_name(path)
-    with os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            save_tensors(
-                {name: tensor.contiguous() for name, tensor in weights.items()}, temporary, {ABOUT: json.dumps(about)}
-            )
-            temporary.chmod(0o600)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
+    with replace_file_atomically(path) as temporary:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        save_tensors(
+            {name: tensor.contiguous() for name, tensor in weights.items()}, temporary, {ABOUT: json.dumps(about)}
+        )
+        temporary.chmod(0o600)

@@ -89,13 +89,30 @@ def write_bytes_atomically(path: Path | str, content: bytes) -> None:
             with path.open("wb") as file:
                 file.write(content)
             return
+        with replace_file_atomically(path) as temporary, temporary.open("xb") as file:
+            file.write(content)
+
+
+@contextmanager
+def replace_file_atomically(path: Path) -> Iterator[Path]:
+    """Write a temporary file and put it in the place of another when all went well.
+
+    Args:
+        path: The file; missing parent folders are made. Where it is a link, what it leads to is replaced.
+
+    Yields:
+        The temporary file's path, which the enclosed code makes and closes.
+
+    Raises:
+        FedRAGError: If the enclosed code or the renaming meets an error of the operating system.
+    """
+    with os_errors(path):
         path = Path(os.path.realpath(path))
         temporary = temporary_name(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
+            yield temporary
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
