@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from fedrag_cli.errors import FedRAGError
-from fedrag_cli.runs import temporary
-from fedrag_cli.runs.atomic import (
+from fedrag_cli.runs import files as temporary
+from fedrag_cli.runs.files import (
+    lock,
     os_errors,
+    remove_abandoned,
     remove_leftovers,
     replace_directory_atomically,
     require_writable,
@@ -27,7 +29,6 @@ from fedrag_cli.runs.atomic import (
     write_json_atomically,
     write_text_atomically,
 )
-from fedrag_cli.runs.temporary import lock, remove_abandoned
 
 
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_kill_leaves_the_old_directory_and_a_recognisable_leftover(tmp_path: P
     (target / "old").write_text("old")
     program = (
         "import os, signal, sys\n"
-        "from fedrag_cli.runs.atomic import replace_directory_atomically\n"
+        "from fedrag_cli.runs.files import replace_directory_atomically\n"
         "with replace_directory_atomically(sys.argv[1]) as directory:\n"
         "    (directory / 'half').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -190,7 +191,7 @@ def test_what_a_kill_between_the_two_renames_set_aside_gets_its_name_back(tmp_pa
     (target / "old").write_text("old")
     program = (
         "import os, pathlib, signal, sys\n"
-        "from fedrag_cli.runs.atomic import replace_directory_atomically\n"
+        "from fedrag_cli.runs.files import replace_directory_atomically\n"
         "rename = pathlib.Path.rename\n"
         "def killed_after_the_first(self, to):\n"
         "    rename(self, to)\n"
@@ -239,7 +240,7 @@ def test_a_reader_that_restores_between_the_two_renames_does_not_stop_the_writer
 
 KILLED_WHILE_FILLING = """
 import os, signal, sys
-from fedrag_cli.runs.atomic import replace_directory_atomically
+from fedrag_cli.runs.files import replace_directory_atomically
 with replace_directory_atomically(sys.argv[1]) as directory:
     (directory / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from fedrag_cli.config import load_config
-from fedrag_cli.config.checks import evaluation_split, require_generator, require_training, tuned_sides
-from fedrag_cli.config.metrics import GENERATOR_METRICS
+from fedrag_cli.config.fields import GENERATOR_METRICS
 from fedrag_cli.config.problems import InvalidConfigError
+from fedrag_cli.config.validation import evaluation_split, require_generator, require_training, tuned_sides
 from fedrag_cli.errors import ConfigError
 
 BASE = """\

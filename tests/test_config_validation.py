@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from fedrag_cli.config import load_config
-from fedrag_cli.config.metrics import METRIC_HELP
+from fedrag_cli.config.fields import METRIC_HELP
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, Position, suggestion
 from fedrag_cli.registry import registry
 

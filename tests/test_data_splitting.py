@@ -4,8 +4,7 @@ import time
 import pytest
 import regex
 
-from fedrag_cli.data.markdown import split_markdown
-from fedrag_cli.data.splitting import count_words, sentence_spans, split_text
+from fedrag_cli.data.splitting import count_words, sentence_spans, split_markdown, split_text
 from fedrag_cli.errors import ConfigError
 
 

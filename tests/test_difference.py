@@ -8,7 +8,7 @@ import pytest
 
 from fedrag_cli.config.schema import EvaluationConfig
 from fedrag_cli.errors import DataError
-from fedrag_cli.evaluation.difference import compare_metrics
+from fedrag_cli.evaluation.comparison import compare_metrics
 
 SETTINGS = EvaluationConfig(resamples=2000)
 LOW = [0.0, 0.1, 0.2, 0.1, 0.0, 0.2, 0.1, 0.0]

@@ -23,7 +23,7 @@ from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.data.examples import Example
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate
-from fedrag_cli.evaluation.likelihoods import Candidate, choose
+from fedrag_cli.evaluation.generator_metrics import Candidate, choose
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.system import RAGSystem
 

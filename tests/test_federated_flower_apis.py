@@ -22,18 +22,17 @@ from flwr.serverapp.strategy import FedAvg as MessageFedAvg
 from test_federated_task import SECTIONS, largest_difference
 from toy_federation import asking
 
+from fedrag_cli.commands.job import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError, DataError, FederationError
-from fedrag_cli.federated.apps import ScreenedStrategy
-from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.local import LocalGrid
+from fedrag_cli.federated.client import ClientHandler, LocalGrid
+from fedrag_cli.federated.flower_api import ScreenedStrategy
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import load_run_data
 
 ONE = FederatedConfig(min_clients=1)
 

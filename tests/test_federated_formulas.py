@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from test_federated_strategies import START, federate, strategy
 from toy_federation import ToyClient
 
+from fedrag_cli.federated.checkpoint import RoundState
 from fedrag_cli.federated.config import STRATEGIES
-from fedrag_cli.federated.rounds import RoundState
 from fedrag_cli.registry import build
 
 Vector = NDArray[np.float64]

@@ -24,14 +24,13 @@ from toy_federation import federate as federate_over_the_wire
 from fedrag_cli import federated
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.agreement import Agreement, differences
-from fedrag_cli.federated.apps import ScreenedStrategy
-from fedrag_cli.federated.classic import AgreedStrategy
-from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.checkpoint import RoundState
+from fedrag_cli.federated.flower_api import AgreedStrategy, ScreenedStrategy
+from fedrag_cli.federated.handshake import Agreement, differences
 from fedrag_cli.federated.task import round_number
 from fedrag_cli.federated.weights import to_wire
-from fedrag_cli.runs.model_card import model_card
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.reports.model_card import model_card
+from fedrag_cli.runs.reporter import SilentReporter
 
 WEIGHING = ["FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "MultiKrum"]
 HOSTILE = "\x1b[2J\x1b]0;x\x07\n| \x9b31m\u202e\u200b\ud800`<b>[red]"
@@ -358,8 +357,8 @@ def test_factors_that_no_training_reaches_are_refused_before_svd() -> None:
             content = {"arrays": to_wire(changed), "metrics": MetricRecord({"num-examples": 1, "loss": 1.0})}
             return Message(RecordDict(content), reply_to=message)
 
-    from fedrag_cli.federated.federation import Federation
-    from fedrag_cli.federated.local import LocalGrid
+    from fedrag_cli.federated.client import LocalGrid
+    from fedrag_cli.federated.rounds_loop import Federation
     from fedrag_cli.registry import build
 
     settings = FederatedConfig(min_clients=2, rounds=1, lora_aggregation="svd", rejoin_timeout=0.01)

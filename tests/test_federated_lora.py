@@ -22,9 +22,9 @@ from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.aggregation import aggregate, lora_gap, require_mean
-from fedrag_cli.federated.agreement import differences
+from fedrag_cli.federated.handshake import differences
 from fedrag_cli.federated.lora import Factors, adapter_pairs, best_of_rank, norm_of_product, residual, stacked
-from fedrag_cli.federated.screening import Update, screen_update
+from fedrag_cli.federated.validate_update import Update, screen_update
 from fedrag_cli.federated.weights import manifest_of, to_wire
 
 E1, E2 = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])

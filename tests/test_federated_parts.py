@@ -18,21 +18,25 @@ from toy_federation import asking
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError, FederationError, FedRAGError, ModelError
 from fedrag_cli.federated.aggregation import weighted_mean
-from fedrag_cli.federated.agreement import Agreement, base_fingerprint, differences
-from fedrag_cli.federated.arrays import BLOCK, FileArray, ScratchFile, record_bytes, whole
+from fedrag_cli.federated.checkpoint import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.fleet._flower import PIECE_BYTES, Incoming, Outgoing, Packer
 from fedrag_cli.federated.fleet.auth import Claim
 from fedrag_cli.federated.fleet.state import FleetState
-from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_missing, save_round
-from fedrag_cli.federated.screening import RefusedUpdateError, Update, screen_update
+from fedrag_cli.federated.handshake import Agreement, base_fingerprint, differences
+from fedrag_cli.federated.validate_update import RefusedUpdateError, Update, screen_update
 from fedrag_cli.federated.weights import (
+    BLOCK,
+    FileArray,
     Manifest,
+    ScratchFile,
     from_wire,
     in_dtype,
     manifest_of,
+    record_bytes,
     record_digest,
     to_arrays,
     to_wire,
+    whole,
 )
 
 WEIGHTS = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([[0.5]])}
@@ -222,7 +226,7 @@ def test_the_base_fingerprint_ignores_number_format_and_adapters(models: dict[st
     from transformers import AutoModelForCausalLM
 
     from fedrag_cli.trainers.config import LoRAConfig
-    from fedrag_cli.trainers.huggingface.adapters import add_adapter
+    from fedrag_cli.trainers.huggingface.generator import add_adapter
 
     model = AutoModelForCausalLM.from_pretrained(models["generator"])
     known = base_fingerprint(model, {"a": 1})

@@ -20,13 +20,14 @@ from toy_federation import ToyClient, asking, common
 
 from fedrag_cli.cli.federation_view import federation_line
 from fedrag_cli.config import load_config
-from fedrag_cli.config.checks import _STRATEGIES_OF_MEANS
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.config.schema import FederatedConfig, PrivacyConfig
+from fedrag_cli.config.validation import _STRATEGIES_OF_MEANS
 from fedrag_cli.errors import ConfigError, FederationError, ModelError, ServerRefusedError
-from fedrag_cli.federated.agreement import differences
-from fedrag_cli.federated.apps import ScreenedStrategy
+from fedrag_cli.federated.checkpoint import ClientRounds, FitResult, RoundState, load_newest_round, save_round
 from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.flower_api import ScreenedStrategy
+from fedrag_cli.federated.handshake import differences
 from fedrag_cli.federated.privacy import (
     clip_scale,
     epsilon_of_ledger,
@@ -37,10 +38,9 @@ from fedrag_cli.federated.privacy import (
     protected,
     spent_epsilon,
 )
-from fedrag_cli.federated.rounds import ClientRounds, FitResult, RoundState, load_newest_round, save_round
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import from_wire, to_wire
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 # So little that it is lost in float32: what is left is clipping and weighing.
 SILENT = 1e-12

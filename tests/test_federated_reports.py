@@ -13,6 +13,7 @@ from test_federated_task import SECTIONS, make_manager, make_task
 from torch import Tensor
 from toy_federation import Recorder, asking
 
+from fedrag_cli.commands.job import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.examples import Example
@@ -23,7 +24,6 @@ from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import load_run_data
 
 
 def train_once(

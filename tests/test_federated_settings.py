@@ -25,7 +25,7 @@ from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.sites import corpus_by_owner, split_at_random, split_by_dirichlet, split_by_owner
+from fedrag_cli.data.partition import corpus_by_owner, split_at_random, split_by_dirichlet, split_by_owner
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, DataError
 from fedrag_cli.federated.endpoint import (
     check_server_settings,

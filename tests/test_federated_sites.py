@@ -14,14 +14,14 @@ from federation import Federation, events, tuned_weights
 from safetensors.torch import load_file
 
 from fedrag_cli.cli.main import main
+from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.simulate import site_name
 from fedrag_cli.config import load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.federated.weights import load_weights
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.prompts import PromptEncoder
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import load_run_data
-from fedrag_cli.trainer_managers.simulation import site_name
 
 NEVER = {"every": "never"}
 TRAINER = {

@@ -17,17 +17,17 @@ from toy_federation import ToyClient, common
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.agreement import Agreement
+from fedrag_cli.federated.checkpoint import RoundState, load_newest_round, save_missing, save_round
+from fedrag_cli.federated.client import LocalGrid
 from fedrag_cli.federated.config import STRATEGIES
-from fedrag_cli.federated.federation import Federation
 from fedrag_cli.federated.grid import Member
-from fedrag_cli.federated.local import LocalGrid
-from fedrag_cli.federated.roster import Roster
-from fedrag_cli.federated.rounds import RoundState, load_newest_round, save_missing, save_round
+from fedrag_cli.federated.handshake import Agreement
+from fedrag_cli.federated.participants import Roster
+from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
 from fedrag_cli.federated.weights import Weights, to_wire
 from fedrag_cli.registry import build, registry
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 COMMON = Agreement(1, "retriever", {"w": [3]}, {}, {})
 START = torch.tensor([1.0, 2.0, 3.0])

@@ -13,6 +13,8 @@ from datasets import Dataset
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from toy_federation import asking
 
+from fedrag_cli.commands.federation import run_federation
+from fedrag_cli.commands.job import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import (
@@ -24,18 +26,15 @@ from fedrag_cli.errors import (
     ModelError,
     ServerRefusedError,
 )
-from fedrag_cli.federated.agreement import agreement_of, differences
-from fedrag_cli.federated.apps import ScreenedStrategy
-from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.local import LocalGrid
+from fedrag_cli.federated.client import ClientHandler, LocalGrid
+from fedrag_cli.federated.flower_api import ScreenedStrategy
+from fedrag_cli.federated.handshake import agreement_of, differences
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.federated_parts import run_federation
-from fedrag_cli.trainer_managers.run_parts import load_run_data
 
 NEVER = {"every": "never"}
 SECTIONS = {

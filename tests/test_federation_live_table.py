@@ -12,8 +12,8 @@ from test_federated_strategies import federate, strategy
 from toy_federation import ToyClient, common
 
 from fedrag_cli.cli.federation_view import LiveFederationReporter
-from fedrag_cli.federated.rounds import RoundState
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.federated.checkpoint import RoundState
+from fedrag_cli.runs.reporter import SilentReporter
 
 SIZE = 1000
 # 1000 numbers of 4 bytes and a head of 128, sent and received in two rounds.

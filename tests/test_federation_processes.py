@@ -15,15 +15,14 @@ import torch
 from federation import PATIENCE, Federation, assert_same_weights, events, tuned_weights
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedrag_cli.commands.serve import _build_task
 from fedrag_cli.config import load_config
-from fedrag_cli.federated.exchange import Exchange
 from fedrag_cli.federated.fleet.server import FleetServer
+from fedrag_cli.federated.participants import Exchange, Roster
 from fedrag_cli.federated.privacy import spent_epsilon
-from fedrag_cli.federated.roster import Roster
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.runs.metrics_log import read_events, seconds_spent
-from fedrag_cli.runs.reporting import SilentReporter
-from fedrag_cli.trainer_managers.serving import _build_task
+from fedrag_cli.runs.reporter import SilentReporter
 
 pytestmark = pytest.mark.fl
 # Rounds that last long enough to be disturbed in their middle.

@@ -133,7 +133,7 @@ def test_a_resume_that_was_killed_and_is_interrupted_while_loading_is_told_as_in
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("fedrag_cli.trainer_managers.run_parts.build_rag_system", terminated)
+    monkeypatch.setattr("fedrag_cli.commands.job.build_rag_system", terminated)
     assert main(["resume", str(run)]) == 130
     assert "Interrupted before the run went on; it is as it was." in capsys.readouterr().err
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
@@ -268,7 +268,7 @@ def test_the_federation_beside_pooled_and_single_sites(simulate: Callable[..., A
 def test_a_comparison_is_resumed_where_it_stopped(
     simulate: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedrag_cli.trainer_managers import federation_baselines
+    from fedrag_cli.commands import simulate as federation_baselines
 
     _, whole = simulate("--compare")
     original, calls = federation_baselines._train, []

@@ -37,8 +37,8 @@ from fedrag_cli.federated.keys import (
     load_public_key,
     write_authority,
 )
-from fedrag_cli.federated.roster import Roster
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.federated.participants import Roster
+from fedrag_cli.runs.reporter import SilentReporter
 
 pytestmark = pytest.mark.fl
 
@@ -526,7 +526,7 @@ def test_what_fails_in_the_servers_thread_ends_the_rounds(dial: Callable[..., li
 
 
 def test_strangers_that_come_and_go_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedrag_cli.federated.roster.MOST_STRANGERS", 3)
+    monkeypatch.setattr("fedrag_cli.federated.participants.MOST_STRANGERS", 3)
     with serving() as server:
         assert server.grid is not None
         roster = Roster(server.grid, common(), SilentReporter())

@@ -13,9 +13,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from fedrag_cli.errors import DataError
-from fedrag_cli.evaluation.answers import exact_match, f1
+from fedrag_cli.evaluation.answers import ROUGE_METRICS, exact_match, f1, rouge
 from fedrag_cli.evaluation.ranking import ranking_metrics
-from fedrag_cli.evaluation.rouge import ROUGE_METRICS, rouge
 
 CUTOFFS = [1, 3, 10]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from fedrag_cli.runs.model_card import RunSummary, model_card
+from fedrag_cli.reports.model_card import RunSummary, model_card
 
 
 def full_summary() -> RunSummary:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from fedrag_cli.errors import FedRAGError
-from fedrag_cli.runs.federation_plot import plot_federation
-from fedrag_cli.runs.plots import label_of, plot_curves, plot_difference
+from fedrag_cli.reports.plots import label_of, plot_curves, plot_difference, plot_federation
 
 
 def training(phase: str, steps: int) -> list[dict[str, Any]]:
@@ -127,7 +126,7 @@ def test_names_are_no_mathematics_and_hold_no_codes(tmp_path: Path) -> None:
 def test_the_plots_leave_matplotlib_alone(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "import fedrag_cli.runs.plots as plots\n"
+        "import fedrag_cli.reports.plots as plots\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plots.plot_curves([{'event': 'train_step', 'phase': 'a', 'step': 1, 'loss': 1.0}], sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

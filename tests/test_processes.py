@@ -30,11 +30,10 @@ from fedrag_cli.errors import (
     TrainingError,
 )
 from fedrag_cli.rag.config import CausalLMConfig
-from fedrag_cli.rag.models import ModelLocation, choose_device
-from fedrag_cli.rag.placement import placement_options
+from fedrag_cli.rag.models import ModelLocation, choose_device, placement_options
 from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.processes import Processes
-from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
+from fedrag_cli.trainers.huggingface.checks import StepDiagnostics
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 SGD = {"optimizer": "sgd", "learning_rate": 1e-2}

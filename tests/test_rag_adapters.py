@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.rag.models import FingerprintMemory, weights_fingerprint
 from fedrag_cli.trainers.config import LoRAConfig
-from fedrag_cli.trainers.huggingface.adapters import add_adapter
+from fedrag_cli.trainers.huggingface.generator import add_adapter
 
 
 def adapted(folder: Path, *, seed: int = 0, **settings: object) -> PeftModel:

@@ -14,8 +14,8 @@ from fedrag_cli.config import Config, load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError, ModelError
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
-from fedrag_cli.rag.indexing import build_index
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.rag.index_build import build_index
+from fedrag_cli.runs.reporter import SilentReporter
 
 WriteConfig = Callable[..., Path]
 

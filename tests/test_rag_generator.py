@@ -19,7 +19,7 @@ from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.trainers.config import LoRAConfig
-from fedrag_cli.trainers.huggingface.adapters import add_adapter
+from fedrag_cli.trainers.huggingface.generator import add_adapter
 
 PROMPTS = [
     "the colour of the cat is",

@@ -16,9 +16,9 @@ from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config, load_config
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.rag.indexing import build_index
-from fedrag_cli.rag.knowledge_stores.qdrant_connection import in_memory
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.rag.index_build import build_index
+from fedrag_cli.rag.knowledge_stores.qdrant_collection import in_memory
+from fedrag_cli.runs.reporter import SilentReporter
 
 
 @pytest.mark.parametrize("reader", ["index", "query", "move"])
@@ -59,7 +59,8 @@ def test_a_server_out_of_reach_is_told_before_anything_is_encoded(
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a Qdrant in memory, which stands for any server."""
-    from fedrag_cli.rag.knowledge_stores import qdrant_publishing, qdrant_store
+    from fedrag_cli.rag.knowledge_stores import qdrant_store
+    from fedrag_cli.rag.knowledge_stores import qdrant_store as qdrant_publishing
 
     server = in_memory()
     for module in (qdrant_store, qdrant_publishing):

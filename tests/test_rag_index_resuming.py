@@ -21,12 +21,12 @@ from indexing import ROWS, STORES, TOLERANCE, Notes, assert_equal_stores, opened
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config
 from fedrag_cli.errors import FedRAGError, KnowledgeStoreError, RunInterruptedError
-from fedrag_cli.rag import indexing
-from fedrag_cli.rag import partial_index as partial_index_module
-from fedrag_cli.rag.indexing import build_index
-from fedrag_cli.rag.partial_index import partial_file
+from fedrag_cli.rag import index_build as indexing
+from fedrag_cli.rag import index_resume as partial_index_module
+from fedrag_cli.rag.index_build import build_index
+from fedrag_cli.rag.index_resume import partial_file
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 KILLED = """
 import os, signal, sys

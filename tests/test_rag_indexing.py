@@ -18,10 +18,9 @@ from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config, load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.changes import find_changes
-from fedrag_cli.rag.indexing import build_index
-from fedrag_cli.rag.moving import move_index
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.rag.index_build import build_index, find_changes
+from fedrag_cli.rag.index_convert import move_index
+from fedrag_cli.runs.reporter import SilentReporter
 
 CHANGES: dict[str, tuple[Rows, dict[str, int]]] = {
     "nothing": (ROWS, {"encoded": 0, "kept": 24, "removed": 0}),

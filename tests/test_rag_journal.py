@@ -16,9 +16,9 @@ from test_rag_knowledge_stores import nodes, numbered, vectors
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, FedRAGError, KnowledgeStoreError
 from fedrag_cli.rag.config import MemoryStoreConfig
+from fedrag_cli.rag.index_convert import require_place
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
-from fedrag_cli.rag.moving import require_place
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, JOURNAL_FILE
 
 load = InMemoryKnowledgeStore.load
 
@@ -278,7 +278,7 @@ from pathlib import Path
 import torch
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, JOURNAL_FILE
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 store = InMemoryKnowledgeStore.load(folder)

@@ -18,8 +18,8 @@ from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, NODES_FILE
 from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, NODES_FILE
 
 MakeStore = Callable[[], KnowledgeStore]
 LoadStore = Callable[[Path], KnowledgeStore]

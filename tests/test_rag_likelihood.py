@@ -16,7 +16,7 @@ from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.likelihood import TokenPair, length_sorted_batches, padded, padding_rule, token_log_probs
 from fedrag_cli.trainers.config import LoRAConfig
-from fedrag_cli.trainers.huggingface.adapters import add_adapter
+from fedrag_cli.trainers.huggingface.generator import add_adapter
 
 ARCHITECTURES = ["generator", "gpt2"]
 

@@ -20,12 +20,12 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
-from fedrag_cli.rag.indexing import build_index
+from fedrag_cli.rag.index_build import build_index
+from fedrag_cli.rag.index_convert import converted_store, move_index
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, NODES_FILE
-from fedrag_cli.rag.moving import converted_store, move_index
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, NODES_FILE
+from fedrag_cli.runs.reporter import SilentReporter
 
 WriteConfig = Callable[..., Path]
 HALVES = ["float16", "bfloat16"]
@@ -50,8 +50,8 @@ def test_a_mapped_store_finds_the_same_and_holds_nothing(
 ) -> None:
     store, queries = store_of(dtype=dtype), vectors(7, 16, seed=3)
     store.save(tmp_path / "store")
-    monkeypatch.setattr("fedrag_cli.rag.knowledge_stores.vectors.NUMBERS_AT_ONCE", 160)
-    monkeypatch.setattr("fedrag_cli.rag.knowledge_stores.memory_map._BYTES_AT_ONCE", 100)
+    monkeypatch.setattr("fedrag_cli.rag.knowledge_stores.exact_search.NUMBERS_AT_ONCE", 160)
+    monkeypatch.setattr("fedrag_cli.rag.knowledge_stores.store_files._BYTES_AT_ONCE", 100)
     again = mapped(tmp_path / "store", dtype=dtype)
     # Products of other sizes round otherwise in the last digit.
     for mine, expected in zip(again.search(queries, 9), store.search(queries, 9), strict=True):
@@ -125,8 +125,8 @@ def test_a_mapped_store_needs_a_path(write_config: WriteConfig) -> None:
 
 
 WRITE = """
-from fedrag_cli.rag.knowledge_stores.embeddings_file import write_embeddings
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, write_nodes
+from fedrag_cli.rag.knowledge_stores.store_files import write_embeddings
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, write_nodes
 FOLDER.mkdir()
 blocks = (torch.randn(1000, DIMENSION) for _ in range(PASSAGES // 1000))
 about = {"format": "fedrag-memory-store-1"}

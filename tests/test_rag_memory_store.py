@@ -11,10 +11,9 @@ import pytest
 import torch
 from test_rag_knowledge_stores import nodes, numbered, vectors
 
-from fedrag_cli.rag.knowledge_stores import blocks
+from fedrag_cli.rag.knowledge_stores import exact_search as blocks
+from fedrag_cli.rag.knowledge_stores.exact_search import LEAST_ROOM, HeldVectors, top_in_order
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.ties import top_in_order
-from fedrag_cli.rag.knowledge_stores.vectors import LEAST_ROOM, HeldVectors
 
 DIMENSION = 384
 PASSAGES = 200_000
@@ -88,7 +87,7 @@ def test_the_buffer_grows_by_an_eighth() -> None:
 
 @pytest.mark.parametrize("gone", [[0], [499], [3, 4, 5, 250], list(range(0, 500, 2)), list(range(499))])
 def test_embeddings_close_up_in_blocks_when_some_go(monkeypatch: pytest.MonkeyPatch, gone: list[int]) -> None:
-    monkeypatch.setattr("fedrag_cli.rag.knowledge_stores.vectors.NUMBERS_AT_ONCE", 14)
+    monkeypatch.setattr("fedrag_cli.rag.knowledge_stores.exact_search.NUMBERS_AT_ONCE", 14)
     store, stored = InMemoryKnowledgeStore(), vectors(500, 2)
     store.add(numbered(500), stored)
     store.delete([f"p{number}" for number in gone])

@@ -15,7 +15,7 @@ from fedrag_cli.config import load_config
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.knowledge_stores.faults import fault_of
+from fedrag_cli.rag.knowledge_stores.store_files import fault_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 
 WriteConfig = Callable[..., Path]

@@ -14,10 +14,9 @@ import torch
 from fedrag_cli.config import PromptConfig
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import TokenPair
-from fedrag_cli.rag.generators.packing import PACK_TOKENS, can_pack, packs
+from fedrag_cli.rag.generators.likelihood import PACK_TOKENS, TokenPair, can_pack, packs
 from fedrag_cli.trainers.config import LoRAConfig
-from fedrag_cli.trainers.huggingface.adapters import add_adapter
+from fedrag_cli.trainers.huggingface.generator import add_adapter
 
 
 def load(folder: Path, **settings: object) -> CausalLMGenerator:

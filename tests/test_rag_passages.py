@@ -19,11 +19,11 @@ from fedrag_cli.errors import DataError
 from fedrag_cli.rag.build import build_knowledge_store
 from fedrag_cli.rag.config import CausalLMConfig, SentenceTransformerConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.passages import PassageFormat, plain_text
+from fedrag_cli.rag.passage_format import PassageFormat, plain_text
 from fedrag_cli.rag.prompts import PromptEncoder
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 NAN = float("nan")
 EMPTY = [None, NAN, "", "  \n", [], {}, [None, ""], {"a": None}, np.float64("nan"), np.array([])]

@@ -12,22 +12,28 @@ import pytest
 import torch
 from torch import nn
 
+from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.train import start_training
 from fedrag_cli.config import PromptConfig, load_config, load_config_with_source
 from fedrag_cli.errors import ConfigError, ModelError
 from fedrag_cli.evaluation.evaluator import evaluate
-from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.rag.build import build_rag_system, load_config_or_run
 from fedrag_cli.rag.config import CausalLMConfig
-from fedrag_cli.rag.from_run import load_config_or_run
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.models import ModelLocation, choose_dtype, require_bfloat16
-from fedrag_cli.rag.placement import placement_note, placement_options, quantization_config, settled
+from fedrag_cli.rag.models import (
+    ModelLocation,
+    choose_dtype,
+    placement_note,
+    placement_options,
+    quantization_config,
+    require_bfloat16,
+    settled,
+)
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.reporting import SilentReporter
-from fedrag_cli.trainer_managers.run_parts import load_run_data
-from fedrag_cli.trainer_managers.training_run import start_training
+from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainers.config import RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForRALT
-from fedrag_cli.trainers.huggingface.arguments import training_arguments
+from fedrag_cli.trainers.huggingface.base import training_arguments
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROMPTS = ["the colour of the cat is", "the owl lives in the", "what is the colour of the dog ?"]
@@ -44,7 +50,7 @@ def load(model: Path, **settings: Any) -> CausalLMGenerator:
 @pytest.fixture
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let quantised layers compute in float32, so that their error is that of the weights alone."""
-    monkeypatch.setattr("fedrag_cli.rag.placement.has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("fedrag_cli.rag.models.has_fast_bfloat16", lambda device: False)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
@@ -90,7 +96,7 @@ def test_a_model_that_does_not_fit_on_the_gpus_is_refused() -> None:
 def test_the_settings_of_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantization_config("8bit", CPU).load_in_8bit
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("fedrag_cli.rag.placement.has_fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("fedrag_cli.rag.models.has_fast_bfloat16", lambda device, fast=fast: fast)
         settings = quantization_config("4bit", CPU)
         assert settings.load_in_4bit
         assert settings.bnb_4bit_quant_type == "nf4"
@@ -103,7 +109,7 @@ def test_what_quantization_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"GGUF file 'm\.gguf' cannot be loaded with"):
         placement_options(config, ModelLocation("m.gguf", ".", "m.gguf"), CPU)
     monkeypatch.setattr(
-        "fedrag_cli.rag.placement.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+        "fedrag_cli.rag.models.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     )
     with pytest.raises(ConfigError, match="needs the package bitsandbytes, which is not installed") as caught:
         placement_options(config, ModelLocation("org/m", "org/m"), CPU)

@@ -17,7 +17,7 @@ from fedrag_cli.rag.config import CausalLMConfig, SentenceTransformerConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainers.config import RALTConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForRALT
 from fedrag_cli.trainers.huggingface.generator import answer_loss

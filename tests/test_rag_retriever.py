@@ -25,9 +25,11 @@ from transformers import AutoTokenizer
 from fedrag_cli.errors import DataError, ModelError
 from fedrag_cli.rag.config import SentenceTransformerConfig
 from fedrag_cli.rag.models import weights_fingerprint
-from fedrag_cli.rag.retrievers.own_prompts import prompted_features
-from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
-from fedrag_cli.rag.retrievers.structure import structure_fingerprint
+from fedrag_cli.rag.retrievers.sentence_transformer import (
+    SentenceTransformerRetriever,
+    prompted_features,
+    structure_fingerprint,
+)
 
 TEXTS = [
     "the cat",

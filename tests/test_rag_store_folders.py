@@ -17,7 +17,7 @@ from fedrag_cli.rag.knowledge_stores import faiss_store, memory
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory_map import MappedStore
+from fedrag_cli.rag.knowledge_stores.store_files import MappedStore
 
 STORES: dict[str, Callable[[Path], KnowledgeStore]] = {
     "memory": lambda folder: InMemoryKnowledgeStore.load(folder),

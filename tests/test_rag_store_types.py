@@ -22,19 +22,17 @@ from fedrag_cli.config import Config, load_config, load_config_with_source
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, KnowledgeStoreError
-from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.rag.build import build_rag_system, with_tuned_models
 from fedrag_cli.rag.config import FaissStoreConfig, QdrantStoreConfig
-from fedrag_cli.rag.from_run import with_tuned_models
-from fedrag_cli.rag.indexing import build_index
+from fedrag_cli.rag.index_build import build_index
+from fedrag_cli.rag.index_convert import move_index
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.qdrant_connection import in_memory
-from fedrag_cli.rag.knowledge_stores.qdrant_publishing import publish
-from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
-from fedrag_cli.rag.moving import move_index
+from fedrag_cli.rag.knowledge_stores.qdrant_collection import in_memory
+from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore, publish
 from fedrag_cli.rag.system import refresh_store
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 WriteConfig = Callable[..., Path]
 TYPES: dict[str, dict[str, Any]] = {
@@ -394,7 +392,7 @@ def test_training_both_encoders_refreshes_the_store_of_the_run_and_leaves_the_ot
 
 
 def test_sites_of_a_federation_copy_the_store_into_memory(write_config: WriteConfig) -> None:
-    from fedrag_cli.federated.site import _copy_of
+    from fedrag_cli.federated.task import _copy_of
 
     store = build_rag_system(with_store(write_config, type="qdrant")).knowledge_store
     copy = _copy_of(store, torch.device("cpu"))

@@ -17,7 +17,7 @@ from fedrag_cli.rag.config import CausalLMConfig, SentenceTransformerConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import RAGAnswer, RAGSystem, count_truncation, refresh_store
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 QUERIES = ["what is the colour of the cat ?", "where ?", "where is the owl , the fox and the hen ?"]
 

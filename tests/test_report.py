@@ -15,8 +15,8 @@ import pytest
 from conftest import data_rows, write_rows
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.config.metrics import GENERATOR_METRICS
-from fedrag_cli.runs.report import explain_metric
+from fedrag_cli.config.fields import GENERATOR_METRICS
+from fedrag_cli.reports.html import explain_metric
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "source"}
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'single' & {{ 7 * 7 }}"

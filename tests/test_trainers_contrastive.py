@@ -195,7 +195,7 @@ def test_scores_are_computed_in_float32_under_mixed_precision(
         given.append(scores.detach().clone())
         return contrastive_loss(scores, *arguments)
 
-    monkeypatch.setattr("fedrag_cli.trainers.huggingface.contrastive.contrastive_loss", noted)
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.retriever.contrastive_loss", noted)
     config = ContrastiveConfig(precision="bfloat16", batch_size=4, learning_rate=1e-3, max_steps=1, validation=NEVER)
     HuggingFaceTrainerForContrastive(rag_system, config=config).train()
     assert given[0].dtype == torch.float32

@@ -17,7 +17,7 @@ from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.interrupt import InterruptGuard
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainers.config import ContrastiveConfig, LOOPConfig, LSRConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import (
     HuggingFaceTrainerForContrastive,
@@ -25,8 +25,7 @@ from fedrag_cli.trainers.huggingface import (
     HuggingFaceTrainerForLSR,
     HuggingFaceTrainerForRALT,
 )
-from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
-from fedrag_cli.trainers.huggingface.movement import PhaseStart, module_of, movement
+from fedrag_cli.trainers.huggingface.checks import PhaseStart, StepDiagnostics, module_of, movement
 
 NEVER = ValidationConfig(every="never")
 

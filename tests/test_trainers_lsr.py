@@ -183,7 +183,7 @@ def test_scores_are_computed_in_float32_under_mixed_precision(
         given.append(scores.detach().clone())
         return lsr_loss(scores, *arguments, **settings)
 
-    monkeypatch.setattr("fedrag_cli.trainers.huggingface.lsr.lsr_loss", noted)
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.lm_supervision.lsr_loss", noted)
     config = LSRConfig(precision="bfloat16", max_steps=1, validation=NEVER, **QUICK)
     HuggingFaceTrainerForLSR(rag_system, config=config).train()
     assert given[0].dtype == torch.float32

@@ -15,7 +15,7 @@ from fedrag_cli.config import load_config
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.trainers.config import RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForRALT
-from fedrag_cli.trainers.huggingface.sampling import LengthGroupedOrder
+from fedrag_cli.trainers.huggingface.training_loop import LengthGroupedOrder
 
 LENGTHS = [random.Random(number).randrange(10, 400) for number in range(203)]
 GROUP = 8

@@ -15,8 +15,7 @@ from fedrag_cli.errors import ModelError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.trainers.config import LSRConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT
-from fedrag_cli.trainers.huggingface.arguments import training_arguments
-from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
+from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer, training_arguments
 from fedrag_cli.trainers.huggingface.training_loop import TrainingLoop
 
 NEVER = ValidationConfig(every="never")

@@ -15,11 +15,11 @@ import torch
 from conftest import data_rows, write_rows
 
 from fedrag_cli.cli.main import main
+from fedrag_cli.commands.train import resume_training, start_training
 from fedrag_cli.config import load_config, load_config_with_source
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.reporting import SilentReporter
-from fedrag_cli.trainer_managers.training_run import resume_training, start_training
+from fedrag_cli.runs.reporter import SilentReporter
 
 
 def test_train_writes_a_whole_run_directory(write_config: Callable[..., Path], capsys) -> None:
@@ -85,7 +85,7 @@ def test_the_time_of_a_resumed_run_counts_all_its_parts(
 
     source = load_config_with_source(write_config())
     with monkeypatch.context() as patched:
-        patched.setattr("fedrag_cli.trainer_managers.training_run.save_models", interrupt)
+        patched.setattr("fedrag_cli.commands.train.save_models", interrupt)
         with pytest.raises(RunInterruptedError):
             start_training(source, ["fedrag"], SilentReporter())
     (path,) = Path(source.config.run.output_dir).glob("*/*")

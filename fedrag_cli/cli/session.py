@@ -31,7 +31,7 @@ from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
-    from fedrag_cli.runs.reporting import Reporter
+    from fedrag_cli.runs.reporter import Reporter
 
 SCHEMA_VERSION = 1
 _OF_PATHS = (
@@ -67,7 +67,7 @@ class Session:
     def reporter(self) -> Reporter:
         """Return what long work reports to, which begins now."""
         gc.enable()
-        from fedrag_cli.runs.reporting import SilentReporter
+        from fedrag_cli.runs.reporter import SilentReporter
 
         return SilentReporter() if self.quiet else self.renderer.reporter()
 

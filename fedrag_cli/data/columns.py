@@ -17,8 +17,8 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from fedrag_cli.data.problems import BadValueError
 from fedrag_cli.data.readers import Row, Table, kind_of
+from fedrag_cli.data.row_problems import BadValueError
 from fedrag_cli.errors import DataError
 
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedrag_cli import registry
-from fedrag_cli.data.beir import read_judgements, read_queries
 from fedrag_cli.data.columns import (
     answers_value,
     checked_id,
@@ -30,10 +29,10 @@ from fedrag_cli.data.config import (
     HuggingFaceExamplesConfig,
     SquadExamplesConfig,
 )
-from fedrag_cli.data.huggingface import read_dataset, table_of_dataset
-from fedrag_cli.data.problems import BadValueError, Place, Problems
+from fedrag_cli.data.formats import UNANSWERABLE_HINT, read_judgements, read_queries, read_questions
+from fedrag_cli.data.hub_datasets import read_dataset, table_of_dataset
 from fedrag_cli.data.readers import Row, Table, read_table, table_of_mappings
-from fedrag_cli.data.squad import UNANSWERABLE_HINT, read_questions
+from fedrag_cli.data.row_problems import BadValueError, Place, Problems
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.text import printable
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import Problems
+from fedrag_cli.data.row_problems import Problems
 from fedrag_cli.errors import DataError
 
 # Between digits a mark belongs to the number, and these signs to formulas and names such as C#.

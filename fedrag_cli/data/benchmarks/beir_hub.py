@@ -7,11 +7,11 @@ join title and text of a document, and report nDCG@10.
 
 from __future__ import annotations
 
-from fedrag_cli.data.beir import judgements_of_table, queries_of_table
 from fedrag_cli.data.benchmarks.config import BeirHubCorpusConfig, BeirHubExamplesConfig
 from fedrag_cli.data.benchmarks.loading import HubSplit, table_of
 from fedrag_cli.data.corpora import nodes_of_beir_table, split_nodes
 from fedrag_cli.data.examples import Example, judged_examples
+from fedrag_cli.data.formats import judgements_of_table, queries_of_table
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError
 

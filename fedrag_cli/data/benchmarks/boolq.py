@@ -15,8 +15,8 @@ from fedrag_cli.data.benchmarks.values import MissingLabelError, passage_id
 from fedrag_cli.data.columns import get_value, text_value
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import BadValueError
 from fedrag_cli.data.readers import kind_of
+from fedrag_cli.data.row_problems import BadValueError
 
 REPOSITORY = "google/boolq"
 CHOICES = ("yes", "no")

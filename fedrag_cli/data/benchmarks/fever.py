@@ -17,8 +17,8 @@ from fedrag_cli.data.benchmarks.loading import HubSplit, map_rows
 from fedrag_cli.data.benchmarks.values import label_value
 from fedrag_cli.data.columns import get_value, id_value, text_value
 from fedrag_cli.data.examples import Example
-from fedrag_cli.data.problems import BadValueError, Problems
 from fedrag_cli.data.readers import kind_of
+from fedrag_cli.data.row_problems import BadValueError, Problems
 
 CHOICES = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
 LABELLED = {"v1.0": ("train", "labelled_dev", "paper_dev", "paper_test"), "v2.0": ("validation",)}

@@ -16,7 +16,7 @@ from fedrag_cli.data.benchmarks.loading import HubSplit, map_rows
 from fedrag_cli.data.benchmarks.values import kept_metadata, label_value, texts_value
 from fedrag_cli.data.columns import answers_value, text_value
 from fedrag_cli.data.examples import Example
-from fedrag_cli.data.problems import BadValueError
+from fedrag_cli.data.row_problems import BadValueError
 
 LABELS = ("0", "1", "2", "3")
 LABELLED = ("train", "validation")

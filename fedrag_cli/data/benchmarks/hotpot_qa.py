@@ -18,8 +18,8 @@ from fedrag_cli.data.benchmarks.values import kept_metadata, passage_id, texts_v
 from fedrag_cli.data.columns import answers_value, checked_text, get_value, id_value, text_value
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import BadValueError
 from fedrag_cli.data.readers import kind_of
+from fedrag_cli.data.row_problems import BadValueError
 
 
 def load_examples(config: HotpotExamplesConfig) -> list[Example]:

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 
 from fedrag_cli.data.benchmarks.values import MissingLabelError
 from fedrag_cli.data.corpora import split_nodes
-from fedrag_cli.data.files import check_file, check_folder, reaching
-from fedrag_cli.data.huggingface import load_from_hub
+from fedrag_cli.data.hub_datasets import load_from_hub
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import Problems
-from fedrag_cli.data.readers import READERS, Row, Table
+from fedrag_cli.data.readers import READERS, Row, Table, check_file, check_folder, reaching
+from fedrag_cli.data.row_problems import Problems
 from fedrag_cli.errors import ConfigError, DataError
 
 T = TypeVar("T")

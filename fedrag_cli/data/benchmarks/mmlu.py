@@ -15,7 +15,7 @@ from fedrag_cli.data.benchmarks.loading import map_rows, named_split
 from fedrag_cli.data.benchmarks.values import MissingLabelError, kept_metadata, texts_value
 from fedrag_cli.data.columns import get_value, text_value
 from fedrag_cli.data.examples import Example
-from fedrag_cli.data.problems import BadValueError
+from fedrag_cli.data.row_problems import BadValueError
 
 LETTERS = ("A", "B", "C", "D")
 LABELLED = ("test", "validation", "dev", "auxiliary_train")

@@ -17,7 +17,7 @@ from fedrag_cli.data.benchmarks.values import MissingLabelError, kept_metadata, 
 from fedrag_cli.data.columns import checked_text, id_value, text_value
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import BadValueError
+from fedrag_cli.data.row_problems import BadValueError
 
 REPOSITORY = "mandarjoshi/trivia_qa"
 LABELLED = ("train", "validation")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedrag_cli.data.columns import get_value, is_missing
-from fedrag_cli.data.problems import BadValueError
 from fedrag_cli.data.readers import kind_of
+from fedrag_cli.data.row_problems import BadValueError
 
 DIGEST_LENGTH = 12
 
