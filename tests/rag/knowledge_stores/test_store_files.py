@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_rag_knowledge_stores import nodes, numbered, vectors
-from test_rag_memory_store import MEASURE, needs_proc
+from stores import MEASURE, needs_proc, nodes, numbered, vectors
 
 from fedrag_cli.config import load_config
 from fedrag_cli.config.problems import InvalidConfigError

@@ -17,9 +17,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common import Code, EvaluateRes, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server.strategy import FedAvg as ClassicFedAvg
 from flwr.serverapp.strategy import FedAvg
-from test_federated_strategies import federate, moved, strategy
 from toy_federation import Recorder, ToyClient, asking, common, serving
 from toy_federation import federate as federate_over_the_wire
+from toy_strategies import federate, moved, strategy
 
 from fedrag_cli import federated
 from fedrag_cli.config.schema import FederatedConfig

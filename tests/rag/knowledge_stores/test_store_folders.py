@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_rag_knowledge_stores import numbered, vectors
+from stores import numbered, vectors
 
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from federation import events
+from fl_tasks import make_manager
 from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 from safetensors.torch import load_file
-from test_federated_task import make_manager
-from test_federation_simulation import simulate as simulate  # a fixture
 from toy_federation import asking
 
 from fedrag_cli.config import load_config

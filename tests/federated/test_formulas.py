@@ -7,10 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
 from numpy.typing import NDArray
-from test_federated_strategies import START, federate, strategy
 from toy_federation import ToyClient
+from toy_strategies import START, federate, measuring, strategy
 
 from fedrag_cli.federated.checkpoint import RoundState
 from fedrag_cli.federated.config import STRATEGIES
@@ -128,28 +127,6 @@ def test_every_setting_reaches_flowers_strategy_of_that_name(name: str) -> None:
     assert {key: vars(built)[key] for key in values} == values
     assert vars(built)["fraction_train"] == 0.75
     assert {vars(built)[key] for key in ("min_train_nodes", "min_available_nodes")} == {3}
-
-
-class MeasuringClient(ToyClient):
-    """Has validation examples too, and reports the mean of what it received plus its own number as their loss."""
-
-    validation_examples = 1
-    offset = 0.0
-
-    def __call__(self, message: Message) -> Message:
-        reply = super().__call__(message)
-        if message.metadata.message_type != "query":
-            (record,) = reply.content.metric_records.values()
-            received = self.final if self.final is not None else self.received[-1]
-            record["validation-examples"] = self.validation_examples
-            record["validation_loss"] = float(received["w"].mean()) + self.offset
-        return reply
-
-
-def measuring(name: str, step: list[float], examples: int, loss: float, checked: int, offset: float) -> MeasuringClient:
-    client = MeasuringClient(name, step, examples, loss)
-    client.validation_examples, client.offset = checked, offset
-    return client
 
 
 def test_losses_are_averaged_over_examples_and_measurements_over_validation_examples() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_rag_knowledge_stores import nodes, numbered, vectors
+from stores import nodes, numbered, vectors
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config, load_config, load_config_with_source

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from fl_tasks import SECTIONS, make_manager, make_task
 from flwr.app import ConfigRecord, Message, RecordDict
-from test_federated_task import SECTIONS, make_manager, make_task
 from torch import Tensor
 from toy_federation import Recorder, asking
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_retriever
+from fl_tasks import SECTIONS, largest_difference
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.client import Client
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, parameters_to_ndarrays
@@ -19,7 +20,6 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.history import History
 from flwr.server.strategy import FedAvg, FedProx, Strategy
 from flwr.serverapp.strategy import FedAvg as MessageFedAvg
-from test_federated_task import SECTIONS, largest_difference
 from toy_federation import asking
 
 from fedrag_cli.commands.job import load_run_data

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fl_tasks import make_manager
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
-from test_federated_strategies import federate, moved, strategy, toys
-from test_federated_task import make_manager
 from toy_federation import ToyClient, asking, common
+from toy_strategies import federate, moved, strategy, toys
 
 from fedrag_cli.cli.federation_view import federation_line
 from fedrag_cli.config import load_config

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from fl_tasks import NEVER, SECTIONS, largest_difference, make_manager, make_task
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from toy_federation import asking
 
@@ -29,42 +30,11 @@ from fedrag_cli.errors import (
 from fedrag_cli.federated.client import ClientHandler, LocalGrid
 from fedrag_cli.federated.flower_api import ScreenedStrategy
 from fedrag_cli.federated.handshake import agreement_of, differences
-from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
-
-NEVER = {"every": "never"}
-SECTIONS = {
-    "retriever": {
-        "mode": "retriever",
-        "retriever": {"top_k": 4, "batch_size": 4, "learning_rate": 1e-3, "epochs": 1, "validation": NEVER},
-    },
-    "generator": {
-        "mode": "generator",
-        "generator": {"top_k": 2, "batch_size": 4, "learning_rate": 1e-2, "epochs": 1, "validation": NEVER},
-    },
-}
-
-
-def make_manager(write_config: Callable[..., Path], side: str, **settings: Any) -> Any:
-    trainer = {**SECTIONS[side], side: {**SECTIONS[side][side], **settings}}
-    config = load_config(write_config(trainer=trainer))
-    data = load_run_data(config)
-    rag_system = build_rag_system(config, nodes=data.nodes)
-    return build_manager(config, rag_system, train=data.train, validation=data.validation)
-
-
-def make_task(write_config: Callable[..., Path], side: str = "retriever", **settings: Any) -> FLTask:
-    task: FLTask = make_manager(write_config, side, **settings).get_federated_task()
-    return task
-
-
-def largest_difference(one: Weights, other: Weights) -> float:
-    assert set(one) == set(other)
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.parametrize("side", ["retriever", "generator"])

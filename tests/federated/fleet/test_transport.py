@@ -111,7 +111,7 @@ def test_another_number_format_is_refused() -> None:
 
 def test_80_rounds_of_identical_replies_in_three_processes_at_once() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("toy_federation.py")), "80", "4"]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parents[2] / "toy_federation.py"), "80", "4"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(3)]
     for process in running:
         output, _ = process.communicate(timeout=300)

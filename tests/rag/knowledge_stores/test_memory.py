@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rag_knowledge_stores import nodes, numbered, vectors
+from stores import MEASURE, needs_proc, nodes, numbered, vectors
 
 from fedrag_cli.rag.knowledge_stores import exact_search as blocks
 from fedrag_cli.rag.knowledge_stores.exact_search import LEAST_ROOM, HeldVectors, top_in_order
@@ -17,7 +17,6 @@ from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 
 DIMENSION = 384
 PASSAGES = 200_000
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
 
 @pytest.mark.parametrize("scores_at_once", [1, 7, 64, 1000, 2**22])
@@ -103,35 +102,6 @@ def test_numbers_that_only_float64_can_hold_are_not_finite() -> None:
     with pytest.raises(KnowledgeStoreError, match="'b' has a number that is too large for float32"):
         store.add(nodes("a", "b"), torch.tensor([[1.0], [1e300]], dtype=torch.float64))
     assert len(store) == 0
-
-
-MEASURE = """
-import sys
-from pathlib import Path
-
-import torch
-
-from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.rag.config import MemoryStoreConfig
-from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-
-PASSAGES, DIMENSION, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-
-
-def memory(name):
-    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
-    return int(line.split()[1]) * 1024
-
-
-def passages():
-    return [KnowledgeNode(f"p{number}", "text", {}) for number in range(PASSAGES)]
-
-
-def queries(count=64):
-    return torch.randn(count, DIMENSION)
-
-
-"""
 
 
 def measured(tmp_path: Path, code: str, passages: int = PASSAGES) -> float:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from test_federated_formulas import MeasuringClient, measuring
-from test_federated_strategies import federate, strategy
 from toy_federation import ToyClient, common
+from toy_strategies import MeasuringClient, federate, measuring, strategy
 
 from fedrag_cli.cli.federation_view import LiveFederationReporter
 from fedrag_cli.federated.checkpoint import RoundState

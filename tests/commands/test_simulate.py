@@ -13,32 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SIMULATED_TRAINER
 from federation import assert_same_weights, events, tuned_weights
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.federated.privacy import spent_epsilon
-
-TRAINER = {
-    "mode": "retriever",
-    "retriever": {"top_k": 4, "batch_size": 4, "learning_rate": 1e-3, "epochs": 1, "validation": {"every": "never"}},
-    "generator": {"top_k": 2, "batch_size": 4, "learning_rate": 1e-2, "max_steps": 2, "validation": {"every": "never"}},
-}
-
-
-@pytest.fixture
-def simulate(
-    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[Path, dict[str, Any]]]:
-    """Return a function that simulates, and returns the run directory and the summary."""
-
-    def run(*arguments: str, folder: str = "a", code: int = 0, **sections: Any) -> tuple[Path, dict[str, Any]]:
-        config = write_config(folder, trainer=TRAINER, federated={"rounds": 2}, **sections)
-        capsys.readouterr()
-        assert main(["simulate", str(config), *arguments, "--json", "--quiet"]) == code
-        document = json.loads(capsys.readouterr().out)
-        return Path(document.get("run_dir", "")), document
-
-    return run
 
 
 def test_owners_are_the_clients_and_the_same_seed_gives_the_same_weights(simulate: Callable[..., Any]) -> None:
@@ -104,7 +83,7 @@ def test_a_federation_that_is_interrupted_while_loading_leaves_nothing(
     command: str,
     number: signal.Signals,
 ) -> None:
-    config = write_config(trainer=TRAINER, federated={"rounds": 1}, evaluation={"resamples": 100})
+    config = write_config(trainer=SIMULATED_TRAINER, federated={"rounds": 1}, evaluation={"resamples": 100})
 
     def terminated(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), number)
@@ -162,7 +141,7 @@ def test_a_simulation_waits_for_no_more_clients_than_it_has(
     write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     # If it waited, it would do so for the ten minutes of gather_timeout.
-    config = write_config(trainer=TRAINER, federated={"rounds": 1, "wait_for_clients": 9})
+    config = write_config(trainer=SIMULATED_TRAINER, federated={"rounds": 1, "wait_for_clients": 9})
     assert main(["simulate", str(config)]) == 0
     printed = " ".join(capsys.readouterr().err.split())
     assert "federated.wait_for_clients is 9, but this simulation has 2 clients" in printed
@@ -305,7 +284,7 @@ def test_differential_privacy_is_told_wherever_rounds_are(
     assert all(event["clipped"] and event["norm"] > 0.01 for event in updates)
     card = (run / "README.md").read_text(encoding="utf-8")
     assert f"epsilon {spent[1]:.4g} at delta 1e-05" in card
-    config = write_config("b", trainer=TRAINER, federated={"rounds": 1})
+    config = write_config("b", trainer=SIMULATED_TRAINER, federated={"rounds": 1})
     privacy = "federated.privacy={clipping_norm: 1e-9, noise_multiplier: 1.0, at: client}"
     assert main(["simulate", str(config), privacy]) == 0
     printed = capsys.readouterr().err

@@ -13,65 +13,19 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
-from toy_federation import ToyClient, common
+from toy_federation import ToyClient
+from toy_strategies import COMMON, EXAMPLES, STEPS, UNBOUNDED, federate, moved, strategy, toys
 
-from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.checkpoint import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.client import LocalGrid
 from fedrag_cli.federated.config import STRATEGIES
 from fedrag_cli.federated.grid import Member
-from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.participants import Roster
-from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
 from fedrag_cli.federated.weights import Weights, to_wire
 from fedrag_cli.registry import build, registry
 from fedrag_cli.runs.reporter import SilentReporter
-
-COMMON = Agreement(1, "retriever", {"w": [3]}, {}, {})
-START = torch.tensor([1.0, 2.0, 3.0])
-STEPS = {"a": [1.0, 0.0, 0.0], "b": [0.0, 2.0, 0.0], "c": [0.0, 0.0, 4.0]}
-EXAMPLES = {"a": 1, "b": 2, "c": 5}
-UNBOUNDED: dict[str, Any] = {"settings": {"max_norm_ratio": None}}
-
-
-def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options: Any) -> RoundState:
-    names = {client.name: client for client in clients}
-    settings = FederatedConfig(
-        rounds=rounds,
-        min_clients=options.pop("min_clients", len(clients)),
-        strategy=strategy,
-        rejoin_timeout=0.01,
-        transport_dtype=options.pop("transport_dtype", "float32"),
-        privacy=options.pop("privacy", None),
-        **options.pop("settings", {}),
-    )
-    built = build("strategy", strategy, min_clients=settings.min_clients, learning_rate=0.5)
-    state = options.pop("state", None) or RoundState(0, {"w": START.clone()})
-    federation = Federation(
-        LocalGrid(names),  # type: ignore[arg-type]
-        common(state.weights["w"].numel()),
-        settings,
-        built,
-        seed=1,
-        reporter=options.pop("reporter", SilentReporter()),
-        **options,
-    )
-    return federation.run(state)
-
-
-def toys() -> list[ToyClient]:
-    return [ToyClient(name, STEPS[name], EXAMPLES[name]) for name in STEPS]
-
-
-def strategy(name: str, **settings: Any) -> Any:
-    return STRATEGIES[name][0](**settings)
-
-
-def moved(state: RoundState) -> list[float]:
-    values: list[float] = (state.weights["w"] - START).tolist()
-    return values
 
 
 def test_every_strategy_of_the_issue_is_registered() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from stores import nodes, numbered, vectors
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
@@ -49,18 +50,6 @@ STORES: dict[str, tuple[MakeStore, LoadStore]] = {
     "faiss mapped": faiss_store(path="unused", memory_map=True),
     "qdrant": (QdrantKnowledgeStore, QdrantKnowledgeStore.load),
 }
-
-
-def nodes(*ids: str) -> list[KnowledgeNode]:
-    return [KnowledgeNode(id, f"text of {id}", {"title": id.upper()}) for id in ids]
-
-
-def numbered(count: int, start: int = 0) -> list[KnowledgeNode]:
-    return nodes(*(f"p{number}" for number in range(start, start + count)))
-
-
-def vectors(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def ids_of(store: KnowledgeStore, query: list[float], top_k: int) -> list[str]:

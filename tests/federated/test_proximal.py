@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_federated_task import largest_difference, make_task
+from fl_tasks import largest_difference, make_task
 
 from fedrag_cli.federated.weights import Weights
 

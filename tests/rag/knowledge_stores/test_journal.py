@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_rag_knowledge_stores import nodes, numbered, vectors
+from stores import nodes, numbered, vectors
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, FedRAGError, KnowledgeStoreError
