@@ -64,7 +64,7 @@ def start_training(source: ConfigSource, command: Sequence[str], reporter: Repor
     _require_shared_store(config)
     processes = join_processes(lambda: choose_device(config.run.device))
     with terminable(once=processes.count > 1), processes.failures_told():
-        return _start(source, command, reporter, processes) if processes.is_main else _follow(config, processes)
+        return _start(source, command, reporter, processes) if processes.is_rank_0 else _follow(config, processes)
 
 
 def _start(source: ConfigSource, command: Sequence[str], reporter: Reporter, processes: Processes) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def resume_training(run: RunDirectory, source: ConfigSource, reporter: Reporter)
     _require_shared_store(config)
     processes = join_processes(lambda: choose_device(config.run.device))
     with terminable(once=processes.count > 1), processes.failures_told():
-        return _resume(run, config, reporter, processes) if processes.is_main else _follow(config, processes)
+        return _resume(run, config, reporter, processes) if processes.is_rank_0 else _follow(config, processes)
 
 
 def _resume(run: RunDirectory, config: Config, reporter: Reporter, processes: Processes) -> dict[str, Any]:
@@ -123,13 +123,13 @@ def _require_shared_store(config: Config) -> None:
 
 def _follow(config: Config, processes: Processes) -> dict[str, Any]:
     """Take part in the steps of a training that another process starts, evaluates and saves."""
-    checkpoints: Path = processes.hear()
+    checkpoints: Path = processes.receive()
     data = load_run_data(config)
     reporter = SilentReporter()
     rag_system = load_rag_system(config, data, reporter)
     manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
     manager.train(checkpoints)
-    summary: dict[str, Any] = processes.hear()
+    summary: dict[str, Any] = processes.receive()
     return summary
 
 
@@ -145,7 +145,7 @@ def _see_through(
     # A run that goes on counts what its earlier parts have taken.
     started = time.monotonic() - seconds_spent(run.events())
     with processes.failures_told():
-        processes.main_does(lambda: run.checkpoints)
+        processes.run_on_rank_0(lambda: run.checkpoints)
         record_fingerprints(run, rag_system, data)
         # Before the first evaluation, so that what cannot be trained is told before anything is computed.
         manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
@@ -158,7 +158,7 @@ def _see_through(
         summary = _summary(run, config, data, rag_system, manager, result, before, after, time.monotonic() - started)
         summary["processes"] = processes.count
         write_results(run, summary)
-        return processes.main_does(lambda: summary)
+        return processes.run_on_rank_0(lambda: summary)
 
 
 def _summary(

@@ -17,7 +17,7 @@ from fedrag_cli.config.fields import ModelLocation as ModelLocation
 from fedrag_cli.config.fields import locate_model as locate_model
 from fedrag_cli.errors import ConfigError, FedRAGError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
-from fedrag_cli.runs.launch import local_process_number, process_count
+from fedrag_cli.runs.launch import local_rank, process_count
 
 _SAMPLED_VALUES = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,7 +86,7 @@ def choose_device(device: str) -> torch.device:
                 f"run.device is {device}, but each of {process_count()} processes needs a GPU of its own.",
                 "Set run.device to auto or cuda.",
             )
-        device = f"cuda:{local_process_number()}"
+        device = f"cuda:{local_rank()}"
     missing = ModelError(f"This machine has no device '{device}'.", "Set run.device to auto or cpu.")
     try:
         chosen = torch.device(device)

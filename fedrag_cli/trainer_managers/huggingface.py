@@ -134,7 +134,7 @@ class HuggingFaceRAGTrainerManager(BaseRAGTrainerManager):
         if finished.is_dir():
             return _restore_phase(trainer, finished)
         result = trainer.train(phase=phase, checkpoints=directory)
-        trainer.processes.main_does(lambda: _keep_phase(trainer, result, finished))
+        trainer.processes.run_on_rank_0(lambda: _keep_phase(trainer, result, finished))
         return result
 
 

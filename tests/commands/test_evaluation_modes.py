@@ -334,8 +334,8 @@ def test_an_interruption_while_loading_says_that_nothing_was_computed(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    for module in ("evaluation_run", "run_parts"):
-        monkeypatch.setattr(f"fedrag_cli.trainer_managers.{module}.build_rag_system", terminated)
+    for module in ("evaluate", "job"):
+        monkeypatch.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
     assert main([command, str(config)]) == 130
     shown = capsys.readouterr().err
     run = shown.partition("Run directory: ")[2].splitlines()[0]
@@ -357,14 +357,14 @@ def test_a_resume_that_is_interrupted_while_loading_can_be_given_again(
     config = write_config()
     stop = "evaluate_once"
     with monkeypatch.context() as patched:
-        for module in ("evaluation_run", "training_run"):
-            patched.setattr(f"fedrag_cli.trainer_managers.{module}.{stop}", terminated)
+        for module in ("evaluate", "train"):
+            patched.setattr(f"fedrag_cli.commands.{module}.{stop}", terminated)
         assert main([command, str(config)]) == 130
     (run,) = (config.parent / "runs").glob("*/*")
     assert f"fedrag resume {run}\n" in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        for module in ("evaluation_run", "run_parts"):
-            patched.setattr(f"fedrag_cli.trainer_managers.{module}.build_rag_system", terminated)
+        for module in ("evaluate", "job"):
+            patched.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
         assert main(["resume", str(run)]) == 130
     shown = capsys.readouterr().err
     assert "Interrupted before the run went on; it is as it was." in shown

@@ -89,8 +89,8 @@ def test_a_federation_that_is_interrupted_while_loading_leaves_nothing(
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    for module in ("serving", "run_parts"):
-        monkeypatch.setattr(f"fedrag_cli.trainer_managers.{module}.build_rag_system", terminated)
+    for module in ("serve", "job"):
+        monkeypatch.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
     address = [] if command == "simulate" else ["--address", "127.0.0.1:0"]
     assert main([command, str(config), *address]) == 130
     shown = capsys.readouterr().err

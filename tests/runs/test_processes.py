@@ -64,21 +64,21 @@ def test_what_the_main_process_does_is_done_once_and_heard_by_all() -> None:
 
     def work(processes: Processes) -> list[Any]:
         def count() -> int:
-            done.append(f"process {processes.number}")
+            done.append(f"process {processes.rank}")
             return len(done)
 
-        return [processes.main_does(count), processes.main_does(count), processes.main_does(lambda: None)]
+        return [processes.run_on_rank_0(count), processes.run_on_rank_0(count), processes.run_on_rank_0(lambda: None)]
 
     assert in_threads(work, work, work) == [[1, 2, None]] * 3
     assert done == ["process 0"] * 2
-    assert Processes().main_does(lambda: 7) == 7
+    assert Processes().run_on_rank_0(lambda: 7) == 7
 
 
 def test_a_failure_of_the_main_process_ends_the_waiting_of_the_others() -> None:
     def fail(processes: Processes) -> None:
         raise DataError("The file is empty.", "Fill it.")
 
-    own, heard = in_threads(fail, lambda processes: processes.hear())
+    own, heard = in_threads(fail, lambda processes: processes.receive())
     assert isinstance(own, DataError)
     assert isinstance(heard, OtherProcessError)
     assert str(heard) == "Process 0 of this training failed: The file is empty.\nFill it."
@@ -129,10 +129,10 @@ def test_a_process_that_is_ended_because_another_has_failed_says_so() -> None:
 
 
 def test_the_shares_of_a_batch_are_the_batch() -> None:
-    shares = [Processes(number, 3).share_of([1, 2, 3, 4, 5]) for number in range(3)]
+    shares = [Processes(number, 3).shard([1, 2, 3, 4, 5]) for number in range(3)]
     assert shares == [[1, 4], [2, 5], [3]]
-    assert Processes(2, 3).share_of([1, 2]) == []
-    assert Processes().share_of([1, 2]) == [1, 2]
+    assert Processes(2, 3).shard([1, 2]) == []
+    assert Processes().shard([1, 2]) == [1, 2]
 
 
 def test_diagnostics_are_means_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ class HuggingFaceTrainer(BaseTrainer):
         self.config = config or self._config_of(rag_system)
         self.seed = seed if seed is not None else rag_system.config.run.seed if rag_system.config else 42
         self.processes = join_processes(lambda: rag_system.retriever.device)
-        self.reporter: Reporter = reporter if reporter and self.processes.is_main else SilentReporter()
+        self.reporter: Reporter = reporter if reporter and self.processes.is_rank_0 else SilentReporter()
         self.train_examples = self._examples(train_dataset, "train")
         self.validation_examples = self._examples(validation_dataset, "validation")
         self.extra_validation: ExtraMetrics | None = None
@@ -307,12 +307,12 @@ class HuggingFaceTrainer(BaseTrainer):
         if checkpoints is not None:
             return self._train_in(checkpoints, name, started, lasting=True, finish=finish)
         with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
-            shared = self.processes.main_does(lambda: Path(directory))
+            shared = self.processes.run_on_rank_0(lambda: Path(directory))
             return self._train_in(shared, name, started, lasting=False, finish=finish)
 
     def _train_in(self, directory: Path, phase: str, started: float, *, lasting: bool, finish: bool) -> TrainResult:
-        resuming = self.processes.main_does(lambda: _newest_in(directory))
-        start = PhaseStart(self.model, directory, writes=self.processes.is_main)
+        resuming = self.processes.run_on_rank_0(lambda: _newest_in(directory))
+        start = PhaseStart(self.model, directory, writes=self.processes.is_rank_0)
         instances = self._prepare_once(self.cache_directory or (directory if lasting else None), resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
@@ -344,7 +344,7 @@ class HuggingFaceTrainer(BaseTrainer):
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()
         # A folder that does not last may go when all have read the best weights.
-        self.processes.meet()
+        self.processes.barrier()
         self.model.eval()
         require_moved(start.fingerprint, tensors_fingerprint(trainable(self.model)), self.what, loop.state.log_history)
         require_finite(self.model, self.what)
@@ -377,20 +377,20 @@ class HuggingFaceTrainer(BaseTrainer):
         )
 
     def _prepare_once(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[Any]:
-        instances, prepared = self.processes.main_does(
+        instances, prepared = self.processes.run_on_rank_0(
             lambda: (self._prepare(cache_directory, resuming), self._prepared())
         )
-        if not self.processes.is_main:
+        if not self.processes.is_rank_0:
             self._take_over(prepared, resuming)
         return instances
 
     def _validate_once(self) -> dict[str, float]:
-        if not self.processes.is_main:
+        if not self.processes.is_rank_0:
             self._on_validation()
-        return self.processes.main_does(self.validate)
+        return self.processes.run_on_rank_0(self.validate)
 
     def _collate_share(self, instances: list[Any]) -> dict[str, Any]:
-        own = self.processes.share_of(instances)
+        own = self.processes.shard(instances)
         if own:
             return self._collate(list(own))
         # Gradients are averaged over all processes, so one without an instance takes part with one that has no loss.

@@ -237,7 +237,7 @@ class StepDiagnostics:
         """Return the mean of each value over the batches of all processes since the last call, and start anew."""
         totals: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for of_one, counts_of_one in self._processes.gather((self._totals, self._counts)):
+        for of_one, counts_of_one in self._processes.all_gather((self._totals, self._counts)):
             for name, total in of_one.items():
                 totals[name] = totals.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0.0) + counts_of_one[name]

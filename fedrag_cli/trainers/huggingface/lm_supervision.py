@@ -154,8 +154,8 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     def _exchange_likelihoods(self) -> None:
         """Let each process know what the others have scored, and the main one keep it for a resume."""
         cache = self._scoring().cache
-        for number, scored in enumerate(self.processes.gather(cache.take_new())):
-            if number != self.processes.number and scored:
+        for number, scored in enumerate(self.processes.all_gather(cache.take_new())):
+            if number != self.processes.rank and scored:
                 cache.put(list(scored), list(scored.values()))
         cache.take_new()
 

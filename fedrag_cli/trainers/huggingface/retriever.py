@@ -297,7 +297,7 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
     def _on_batches(self, batches: Batches) -> None:
         if batches:
             own = torch.cat([batch["examples"][batch["labels"] != IGNORED] for batch in batches])
-            step = torch.cat(self.processes.gather(own))
+            step = torch.cat(self.processes.all_gather(own))
             for batch in batches:
                 batch["step"] = step
 

@@ -349,8 +349,8 @@ class ScheduleCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete a checkpoint with what is ours, and mark it whole."""
         # Each process has written the state of its random numbers.
-        self.processes.meet()
-        if not self.processes.is_main:
+        self.processes.barrier()
+        if not self.processes.is_rank_0:
             return
         directory = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
         self.on_checkpoint(directory)
