@@ -65,10 +65,6 @@ class HubSplit:
 def rows_of(source: HubSplit, limit: int | None = None) -> Iterator[Row]:
     """Yield the rows of a split, counted from 1.
 
-    Args:
-        source: The split.
-        limit: Read the first so many rows only.
-
     Raises:
         ConfigError: A revision is given for a local copy.
         DataError: The split cannot be read, or has no rows.
@@ -87,10 +83,6 @@ def rows_of(source: HubSplit, limit: int | None = None) -> Iterator[Row]:
 
 def table_of(source: HubSplit, limit: int | None = None) -> Table:
     """Return the rows of a split as a table.
-
-    Args:
-        source: The split.
-        limit: Read the first so many rows only.
 
     Raises:
         ConfigError: A revision is given for a local copy.
