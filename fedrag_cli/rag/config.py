@@ -7,12 +7,14 @@ from typing import Literal
 
 from fedrag_cli.config.fields import (
     CollectionName,
+    Fraction,
     HttpUrlStr,
     ModelStr,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
     PathStr,
+    PositiveFloat,
     PositiveInt,
     SecretStr,
     config_class,
@@ -88,6 +90,40 @@ class CausalLMConfig:
     quantization: Literal["8bit", "4bit"] | None = None
     """Load the weights in fewer bits (extra `quantization`): 8bit is LLM.int8(), 4bit the NF4 of QLoRA with double
     quantization. Training the generator then needs lora. Slow on a CPU; not for GGUF files."""
+
+
+@config_class
+class BM25Config:
+    """BM25 over the words of the passages, beside the dense retriever."""
+
+    type: Literal["bm25"] = "bm25"
+    """Names this retriever."""
+    language: NonEmptyStr | None = None
+    """Language of stemming and stop words, such as english or german."""
+    stemming: bool = False
+    """Reduce words to their stems (extra `stemming`), which inflected languages need."""
+    stop_words: bool = False
+    """Leave out the language's commonest words."""
+    k1: NonNegativeFloat = 1.5
+    """How fast a word that is repeated in a passage loses weight; 0 counts it once."""
+    b: Fraction = 0.75
+    """How much long passages are discounted, from 0 to 1."""
+    fields: dict[NonEmptyStr, PositiveInt] = dataclasses.field(default_factory=dict)
+    """Metadata whose words count too, and how often each counts, for instance {title: 2}."""
+
+
+@config_class
+class FusionConfig:
+    """How dense and lexical scores become one ranking."""
+
+    method: Literal["weighted", "rrf"] = "weighted"
+    """weighted mixes scores that are standardised for each query over its candidates, rrf adds reciprocal ranks."""
+    weight: Fraction = 0.7
+    """Share of the dense side with method: weighted."""
+    candidates: PositiveInt = 100
+    """Passages that each side proposes."""
+    rrf_constant: PositiveFloat = 60.0
+    """Damps the first ranks with method: rrf; 60 is the paper's."""
 
 
 @config_class
