@@ -22,13 +22,14 @@ ENTRY_POINT_GROUP = "fedrag.components"
 BUILT_IN_MODULES = {
     "fedrag_cli.data.config": ("corpus", "examples"),
     "fedrag_cli.data.benchmarks.config": ("corpus", "examples"),
-    "fedrag_cli.rag.config": ("retriever", "generator", "knowledge_store"),
+    "fedrag_cli.rag.config": ("retriever", "lexical", "generator", "knowledge_store"),
     "fedrag_cli.trainers.config": ("retriever_trainer", "generator_trainer"),
     "fedrag_cli.federated.config": ("strategy",),
 }
 """Modules that register components, and of which kinds; each is imported when somebody asks for what it may hold."""
 KINDS = (
     "retriever",
+    "lexical",
     "generator",
     "knowledge_store",
     "corpus",

@@ -80,11 +80,29 @@ class PromptConfig:
 
 
 @config_class
+class FusionConfig:
+    """How dense and lexical scores become one ranking."""
+
+    method: Literal["weighted", "rrf"] = "weighted"
+    """weighted mixes scores that are standardised for each query over its candidates, rrf adds reciprocal ranks."""
+    weight: Annotated[float, Interval(gt=0, le=1)] = 0.7
+    """Share of the dense side with method: weighted; 1 is dense retrieval alone."""
+    candidates: PositiveInt = 100
+    """Passages that each side proposes."""
+    rrf_constant: PositiveFloat = 60.0
+    """Damps the first ranks with method: rrf; 60 is the paper's."""
+
+
+@config_class
 class RAGSystemConfig:
     """Retriever, generator, knowledge store and prompt."""
 
     retriever: Annotated[Any, ComponentSlot("retriever", default="sentence_transformer")]
     """Encodes queries and passages."""
+    lexical: Annotated[Any, ComponentSlot("lexical", default="bm25")] | None = None
+    """Searches by words beside the retriever; {} is BM25 with its defaults."""
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    """How both rankings become one, where there is a lexical side."""
     generator: Annotated[Any, ComponentSlot("generator", default="causal_lm")] | None = None
     """Answers from the retrieved passages; needed by all commands but `index` and retrieval-only evaluation."""
     knowledge_store: Annotated[Any, ComponentSlot("knowledge_store", default="memory")] = default_component(

@@ -14,7 +14,6 @@ from fedrag_cli.config.fields import (
     NonNegativeFloat,
     NonNegativeInt,
     PathStr,
-    PositiveFloat,
     PositiveInt,
     SecretStr,
     config_class,
@@ -113,20 +112,6 @@ class BM25Config:
 
 
 @config_class
-class FusionConfig:
-    """How dense and lexical scores become one ranking."""
-
-    method: Literal["weighted", "rrf"] = "weighted"
-    """weighted mixes scores that are standardised for each query over its candidates, rrf adds reciprocal ranks."""
-    weight: Fraction = 0.7
-    """Share of the dense side with method: weighted."""
-    candidates: PositiveInt = 100
-    """Passages that each side proposes."""
-    rrf_constant: PositiveFloat = 60.0
-    """Damps the first ranks with method: rrf; 60 is the paper's."""
-
-
-@config_class
 class MemoryStoreConfig:
     """Exact search over embeddings held in memory, or left on disk."""
 
@@ -208,6 +193,13 @@ def register(registry: Registry) -> None:
         CausalLMConfig,
         "fedrag_cli.rag.generators.causal_lm:CausalLMGenerator.from_config",
         "causal language model of transformers",
+    )
+    registry.register(
+        "lexical",
+        "bm25",
+        BM25Config,
+        "fedrag_cli.rag.lexical:LexicalIndex.from_config",
+        "BM25 over the passages' words, fused with the retriever",
     )
     registry.register(
         "knowledge_store",

@@ -23,33 +23,25 @@ def candidates_of(dense: Tensor, lexical: Tensor) -> tuple[Tensor, Tensor]:
     return positions, is_new
 
 
-def standardized(scores: Tensor, mask: Tensor) -> Tensor:
-    """Return z-scores a query: mean 0 and standard deviation 1 over its candidates; 0 where all scores are equal.
+def lexical_bonus(dense: Tensor, lexical: Tensor, mask: Tensor, weight: float | Tensor) -> Tensor:
+    """Return what the words of a query add to the similarity of each candidate.
 
-    Args:
-        scores: Of shape (queries, candidates).
-        mask: Which candidates count, of the same shape; at least one a query. The others get 0.
-    """
-    count = mask.sum(dim=1, keepdim=True)
-    mean = (scores * mask).sum(dim=1, keepdim=True) / count
-    centred = (scores - mean) * mask
-    variance = centred.square().sum(dim=1, keepdim=True) / count
-    # Scores that differ by rounding alone are equal; and the root of 0 has no gradient.
-    is_flat = variance <= (1e-6 * (scores.abs() * mask).amax(dim=1, keepdim=True)).square()
-    return torch.where(is_flat, 0.0, centred / variance.masked_fill(is_flat, 1.0).sqrt())
-
-
-def weighted_sum(dense: Tensor, lexical: Tensor, mask: Tensor, weight: float | Tensor) -> Tensor:
-    """Return weight * z(dense) + (1 - weight) * z(lexical), with gradient into `dense` and `weight`.
+    Ranking by similarity + bonus is ranking by weight * z(dense) + (1 - weight) * z(lexical), with z-scores over the
+    candidates of a query. In units of the similarity, fused scores go with the temperatures that similarities have, and
+    a loss of them has the same gradient into the encoder.
 
     Args:
         dense: Similarities, of shape (queries, candidates).
         lexical: BM25 scores, of the same shape.
-        mask: Which candidates count, of the same shape; the others get minus infinity.
-        weight: Share of the dense side, from 0 to 1.
+        mask: Which candidates count, of the same shape; at least one a query. The others get 0.
+        weight: Share of the dense side, above 0, up to 1.
     """
-    fused = weight * standardized(dense, mask) + (1 - weight) * standardized(lexical, mask)
-    return fused.masked_fill(~mask, -torch.inf)
+    deviation = _deviation(dense, mask)
+    # Where similarities tell nothing apart, the words do.
+    scale = torch.where(deviation > 0, deviation, 1.0)
+    spread = _deviation(lexical, mask)
+    centred = (lexical - _mean(lexical, mask)) * mask
+    return (1 - weight) / weight * scale * torch.where(spread > 0, centred / spread.clamp(min=1e-30), 0.0)
 
 
 def reciprocal_rank_fusion(dense: Tensor, lexical: Tensor, mask: Tensor, constant: float = 60.0) -> Tensor:
@@ -78,6 +70,19 @@ def best(scores: Tensor, positions: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     """
     found = scores.sort(dim=1, descending=True, stable=True)
     return found.values[:, :top_k], positions.gather(1, found.indices[:, :top_k])
+
+
+def _mean(scores: Tensor, mask: Tensor) -> Tensor:
+    return (scores * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+
+
+def _deviation(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return the standard deviation of each query's candidates, (queries, 1); 0 where they differ by rounding alone."""
+    centred = (scores - _mean(scores, mask)) * mask
+    variance = centred.square().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+    least = (1e-6 * (scores.abs() * mask).amax(dim=1, keepdim=True)).square()
+    # The root of 0 has no gradient.
+    return torch.where(variance > least, variance.clamp(min=1e-30).sqrt(), 0.0)
 
 
 def _ranks(scores: Tensor, mask: Tensor) -> Tensor:

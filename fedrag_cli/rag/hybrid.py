@@ -1,0 +1,57 @@
+"""Hybrid retrieval: what dense and lexical search find, in one ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrag_cli.config.schema import FusionConfig
+from fedrag_cli.rag.fusion import best, candidates_of, lexical_bonus, reciprocal_rank_fusion
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
+from fedrag_cli.rag.lexical import LexicalIndex
+
+
+@dataclass
+class HybridSearch:
+    """Fuses the search of a knowledge store with BM25 over the same passages.
+
+    Args:
+        lexical: The lexical index of the store's passages, by their positions.
+        settings: How scores are fused.
+    """
+
+    lexical: LexicalIndex
+    settings: FusionConfig
+
+    def search(self, store: KnowledgeStore, queries: Sequence[str], embeddings: Tensor, top_k: int) -> SearchResult:
+        """Find the best passages of each query.
+
+        Args:
+            store: The passages.
+            queries: The questions.
+            embeddings: Their embeddings, of shape (queries, dimension).
+            top_k: How many, from 1 to the number of passages.
+
+        Returns:
+            Fused scores and positions, both of shape (queries, top_k), best first; equal scores by position. With
+            method `weighted` a score is the similarity and what the words add to it (see `lexical_bonus`), with `rrf`
+            the sum of reciprocal ranks.
+
+        Raises:
+            KnowledgeStoreError: As `KnowledgeStore.search_positions`.
+        """
+        count = min(max(self.settings.candidates, top_k), len(store))
+        # The store says what is wrong with the search before anything is done with its passages.
+        found = store.search_positions(embeddings, count if len(store) >= top_k else top_k)[1]
+        lexical_found = self.lexical.search(queries, count)[1]
+        positions, mask = candidates_of(found, lexical_found.to(found.device))
+        dense = torch.einsum("qd,qcd->qc", embeddings.float(), store.embeddings_at(positions).float())
+        lexical = self.lexical.scores_at(queries, positions).to(dense.device)
+        if self.settings.method == "rrf":
+            fused = reciprocal_rank_fusion(dense, lexical, mask, self.settings.rrf_constant)
+        else:
+            fused = dense + lexical_bonus(dense, lexical, mask, self.settings.weight)
+        return best(fused.masked_fill(~mask, -torch.inf), positions, top_k)
