@@ -262,7 +262,8 @@ def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> Non
         with replace_directory_atomically(run.generator) as target:
             rag_system.require_generator().save(target)
     store = rag_system.knowledge_store
-    if len(store) and not store.is_kept_elsewhere:
+    can_be_saved = config.rag_system.knowledge_store.in_folder(run.knowledge_store) is not None
+    if len(store) and can_be_saved and not store.is_kept_elsewhere:
         store.save(run.knowledge_store)
 
 

@@ -93,7 +93,7 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
 
 
 def _copy_of(store: KnowledgeStore, device: torch.device) -> InMemoryKnowledgeStore:
-    copy = InMemoryKnowledgeStore(device)
+    copy = InMemoryKnowledgeStore(device=device)
     copy.add(store.nodes, store.embeddings)
     copy.corpus_fingerprint = store.corpus_fingerprint
     return copy

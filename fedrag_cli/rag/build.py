@@ -15,8 +15,7 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.index_convert import converted_store
-from fedrag_cli.rag.index_place import open_store, place_of
+from fedrag_cli.rag.index_convert import converted_store, open_store
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.models import choose_device
@@ -100,10 +99,8 @@ def with_tuned_models(config: Config, run: RunDirectory) -> Config:
         generator = dataclasses.replace(old_generator, model=str(run.generator), adapter=None, revision=None)
         rag_system = dataclasses.replace(rag_system, generator=generator)
     if run.knowledge_store.is_dir():
-        old_store: Any = rag_system.knowledge_store
         # A run keeps its store in its own folder, also where it started from one on a server.
-        elsewhere = {name: None for name in ("url", "api_key") if getattr(old_store, name, None) is not None}
-        store = dataclasses.replace(old_store, path=str(run.knowledge_store), **elsewhere)
+        store = rag_system.knowledge_store.in_folder(run.knowledge_store)
         rag_system = dataclasses.replace(rag_system, knowledge_store=store)
     return dataclasses.replace(config, rag_system=rag_system)
 
@@ -161,7 +158,7 @@ def build_rag_system_without_passages(
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
     generator = _load_generator(config, reporter) if with_generator else None
-    store = InMemoryKnowledgeStore(retriever.device)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
     return _assemble(config, retriever, store, generator)
 
@@ -170,7 +167,7 @@ def build_knowledge_store(
     retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
 ) -> InMemoryKnowledgeStore:
     """Encode passages into a new store that carries the fingerprints of encoder and corpus."""
-    store = InMemoryKnowledgeStore(retriever.device)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     with reporter.task("Encoding passages", len(nodes), "passage") as advance:
         store.add(nodes, retriever.encode_passages([node.text for node in nodes], advance))
     store.encoder_fingerprint = retriever.fingerprint()
@@ -223,7 +220,7 @@ def _tell(notes: Sequence[str], reporter: Reporter) -> None:
 def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> KnowledgeStore | None:
     """Return the built store that a config names; None where there is none, so that the passages are to be encoded."""
     settings = config.rag_system.knowledge_store
-    store, place = open_store(settings, choose_device(config.run.device)), place_of(settings)
+    store, place = open_store(settings, choose_device(config.run.device)), settings.place
     # A filter may hide all passages of a store.
     if not len(store) and store.encoder_fingerprint is None:
         if place is not None:
