@@ -265,6 +265,8 @@ def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> Non
     can_be_saved = config.rag_system.knowledge_store.in_folder(run.knowledge_store) is not None
     if len(store) and can_be_saved and not store.is_kept_elsewhere:
         store.save(run.knowledge_store)
+        if rag_system.hybrid is not None:
+            rag_system.hybrid.save_beside(run.knowledge_store)
 
 
 def tuned_models(sides: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]:

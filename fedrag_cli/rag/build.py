@@ -15,6 +15,7 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.hybrid import HybridSearch, lexical_folder
 from fedrag_cli.rag.index_convert import converted_store, open_store
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
@@ -138,7 +139,7 @@ def build_rag_system(
     if store is None:
         built = build_knowledge_store(retriever, nodes, reporter)
         store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
-    return _assemble(config, retriever, store, generator)
+    return _assemble(config, retriever, store, generator, _hybrid_search(config, nodes, store, reporter))
 
 
 def build_rag_system_without_passages(
@@ -188,10 +189,26 @@ def _assemble(
     retriever: SentenceTransformerRetriever,
     store: KnowledgeStore,
     generator: CausalLMGenerator | None,
+    hybrid: HybridSearch | None = None,
 ) -> RAGSystem:
     settings = config.rag_system
     temperature = settings.ensemble_temperature or ENSEMBLE_TEMPERATURE
-    return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
+    return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature, hybrid)
+
+
+def _hybrid_search(
+    config: Config, nodes: Sequence[KnowledgeNode], store: KnowledgeStore, reporter: Reporter
+) -> HybridSearch | None:
+    """Open or build the lexical side that a config names; None where it names none."""
+    settings = config.rag_system
+    if settings.lexical is None:
+        return None
+    folder = lexical_folder(settings.knowledge_store.folder)
+    if folder is None or not folder.exists():
+        reporter.note("Counting the words of the passages")
+    # A filter hides passages of the store, whose positions then are others.
+    passages = nodes if len(nodes) == len(store) else store.nodes
+    return HybridSearch(build("lexical", settings.lexical, passages, folder), settings.fusion)
 
 
 def load_retriever(config: Config, reporter: Reporter) -> SentenceTransformerRetriever:

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fedrag_cli.config import Config
 from fedrag_cli.config.schema import FusionConfig
+from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.fusion import best, candidates_of, lexical_bonus, reciprocal_rank_fusion
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
 from fedrag_cli.rag.lexical import LexicalIndex
+from fedrag_cli.registry import build
+from fedrag_cli.runs.reporter import Reporter
+
+
+def lexical_folder(store: Path | None) -> Path | None:
+    """Return the folder of the lexical index beside that of a knowledge store; None where that has none."""
+    return None if store is None else store.with_name(f"{store.name}-lexical")
+
+
+def refresh_lexical_index(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> str | None:
+    """Bring the lexical index beside the knowledge store up to date.
+
+    Args:
+        config: Names the lexical side and the store.
+        nodes: All passages of the store, by their positions.
+        reporter: Shown how far it is.
+
+    Returns:
+        `built` or `kept`; None where the config has no lexical side, or the store no folder beside which it could be.
+    """
+    settings, folder = config.rag_system.lexical, lexical_folder(config.rag_system.knowledge_store.folder)
+    if settings is None or folder is None:
+        return None
+    if folder.exists():
+        with suppress(KnowledgeStoreError):
+            build("lexical", settings, nodes, folder)
+            return "kept"
+    with reporter.task("Counting the words of the passages", len(nodes), "passage") as advance:
+        build("lexical", settings, nodes, None, progress=advance).save(folder)
+    return "built"
 
 
 @dataclass
@@ -55,3 +90,9 @@ class HybridSearch:
         else:
             fused = dense + lexical_bonus(dense, lexical, mask, self.settings.weight)
         return best(fused.masked_fill(~mask, -torch.inf), positions, top_k)
+
+    def save_beside(self, store: Path) -> None:
+        """Write the lexical index beside the folder of a knowledge store."""
+        folder = lexical_folder(store)
+        assert folder is not None
+        self.lexical.save(folder)

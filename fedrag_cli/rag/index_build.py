@@ -19,6 +19,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.rag.build import corpus_fingerprint, load_retriever
 from fedrag_cli.rag.config import KnowledgeStoreConfig
+from fedrag_cli.rag.hybrid import refresh_lexical_index
 from fedrag_cli.rag.index_convert import PreviousStore, open_previous, require_place, store_report, write_store
 from fedrag_cli.rag.index_resume import PartialIndex, partial_index
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
@@ -119,10 +120,11 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
             _encode(retriever, missing, partial, reporter)
             update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
             written, source = update.write(settings)
+        lexical = refresh_lexical_index(config, nodes, reporter)
     lengths = retriever.measure([node.text for node in nodes], "passages", queries=False)
     if lengths.truncated:
         reporter.note(lengths.message)
-    return store_report(
+    report = store_report(
         written,
         source,
         settings,
@@ -135,6 +137,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         truncated_share=round(lengths.share, 4),
         encoder_changed=previous is not None and previous_encoder != encoder,
     )
+    return report if lexical is None else {**report, "lexical": lexical}
 
 
 def _is_reusable(

@@ -12,6 +12,7 @@ from fedrag_cli.config import Config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.config import KnowledgeStoreConfig
+from fedrag_cli.rag.hybrid import refresh_lexical_index
 from fedrag_cli.rag.index_place import require_named_place, require_own_folder, settings_as_built
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.store_files import sentence
@@ -122,7 +123,10 @@ def move_index(config: Config, target: Config, reporter: Reporter, *, replace: b
             f"The embeddings were rounded to {store.rounded_to} and stay so; "
             "'fedrag index OTHER_CONFIG --rebuild' encodes them with all digits."
         )
-    return store_report(write_store(store, wanted), store, wanted, started)
+    written = write_store(store, wanted)
+    lexical = refresh_lexical_index(target, store.nodes, reporter)
+    report = store_report(written, store, wanted, started)
+    return report if lexical is None else {**report, "lexical": lexical}
 
 
 def _require_same_passages(wanted: KnowledgeStoreConfig, store: KnowledgeStore, place: str, reporter: Reporter) -> None:

@@ -6,6 +6,7 @@ Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import unicodedata
@@ -75,13 +76,13 @@ class LexicalIndex:
         settings: How texts are split, and the parameters of BM25.
         index: The scores by word, as bm25s holds them.
         count: Number of passages.
-        corpus_fingerprint: That of the passages.
+        fingerprint: That of the passages' texts.
     """
 
-    def __init__(self, settings: BM25Config, index: bm25s.BM25, count: int, corpus_fingerprint: str | None) -> None:
+    def __init__(self, settings: BM25Config, index: bm25s.BM25, count: int, fingerprint: str) -> None:
         """Keep the parts; `build` and `load` make them."""
         self.settings = settings
-        self.corpus_fingerprint = corpus_fingerprint
+        self.fingerprint = fingerprint
         self._count = count
         self._index = index
         self._tokenize = Tokenizer(settings)
@@ -91,11 +92,40 @@ class LexicalIndex:
         return self._count
 
     @classmethod
+    def from_config(
+        cls,
+        settings: BM25Config,
+        nodes: Sequence[KnowledgeNode],
+        folder: Path | None,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> LexicalIndex:
+        """Open the index that is saved in a folder, or build it where there is none.
+
+        Args:
+            settings: How texts are split, and the parameters of BM25.
+            nodes: The passages, in the order of their positions.
+            folder: Where the index may be; None where it is kept nowhere. It stays on disk, memory-mapped.
+            progress: Called with the number of passages that were split.
+
+        Raises:
+            KnowledgeStoreError: It is damaged, of other passages, or was built with other settings.
+        """
+        if folder is None or not folder.exists():
+            return cls.build(nodes, settings, progress)
+        index = cls.load(folder, settings, memory_map=True)
+        if index.fingerprint != texts_fingerprint(nodes, settings):
+            raise KnowledgeStoreError(
+                f"The lexical index in '{folder}' is of other passages than the knowledge store.",
+                "Refresh it with 'fedrag index CONFIG'.",
+            )
+        return index
+
+    @classmethod
     def build(
         cls,
         nodes: Sequence[KnowledgeNode],
         settings: BM25Config,
-        corpus_fingerprint: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> LexicalIndex:
         """Count the words of passages.
@@ -103,7 +133,6 @@ class LexicalIndex:
         Args:
             nodes: The passages, in the order of their positions.
             settings: How texts are split, and the parameters of BM25.
-            corpus_fingerprint: That of the passages, which a search compares.
             progress: Called with the number of passages that were split.
         """
         tokenize = Tokenizer(settings)
@@ -112,14 +141,14 @@ class LexicalIndex:
         for node in nodes:
             words = tokenize(node.text)
             for name, weight in settings.fields.items():
-                words += tokenize(str(node.metadata.get(name) or "")) * weight
+                words += tokenize(_field(node, name)) * weight
             passages.append([vocabulary.setdefault(word, len(vocabulary)) for word in words])
             if progress is not None:
                 progress(1)
         index = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
         if vocabulary:
             index.index((passages, vocabulary), create_empty_token=False, show_progress=False)
-        return cls(settings, index, len(nodes), corpus_fingerprint)
+        return cls(settings, index, len(nodes), texts_fingerprint(nodes, settings))
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """Return the score of every passage, of shape (passages,); 0 where no word of the query is in it."""
@@ -166,7 +195,7 @@ class LexicalIndex:
             stamp = {
                 "version": _VERSION,
                 "passages": self._count,
-                "corpus_fingerprint": self.corpus_fingerprint,
+                "fingerprint": self.fingerprint,
                 "settings": settings_stamp(self.settings),
             }
             (target / LEXICAL_FILE).write_text(json.dumps(stamp, ensure_ascii=False), encoding="utf-8")
@@ -195,7 +224,7 @@ class LexicalIndex:
             index = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
             if any(directory.glob("*.npy")):
                 index = bm25s.BM25.load(directory, mmap=memory_map, show_progress=False)
-            return cls(settings, index, int(stamp["passages"]), stamp["corpus_fingerprint"])
+            return cls(settings, index, int(stamp["passages"]), str(stamp["fingerprint"]))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise KnowledgeStoreError(
                 f"The lexical index in '{directory}' is damaged: {error}", "Build it anew with 'fedrag index CONFIG'."
@@ -206,6 +235,19 @@ def settings_stamp(settings: BM25Config) -> dict[str, Any]:
     """Return what of the settings an index depends on, as JSON has it."""
     names = ("language", "stemming", "stop_words", "k1", "b")
     return {name: getattr(settings, name) for name in names} | {"fields": dict(settings.fields)}
+
+
+def texts_fingerprint(nodes: Sequence[KnowledgeNode], settings: BM25Config) -> str:
+    """Return a hash of 16 hexadecimal digits over what BM25 reads of passages, in their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for node in nodes:
+        digest.update(json.dumps([node.text, *(_field(node, name) for name in settings.fields)]).encode())
+    return digest.hexdigest()
+
+
+def _field(node: KnowledgeNode, name: str) -> str:
+    value = node.metadata.get(name)
+    return "" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _reaching_zero(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:

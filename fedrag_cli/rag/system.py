@@ -14,7 +14,8 @@ from fedrag_cli.errors import ConfigError
 from fedrag_cli.losses import passage_log_weights
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.ensemble import generate_ensemble
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, ScoredNode
+from fedrag_cli.rag.hybrid import HybridSearch
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, ScoredNode, SearchResult
 from fedrag_cli.rag.prompts import TruncationCount
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 
@@ -56,6 +57,7 @@ class RAGSystem:
         config: The config that it was built from, if it was; trainers take their settings and data from it.
         inference: concat puts all passages into one prompt, ensemble weighs an answer from each (REPLUG, RA-DIT).
         ensemble_temperature: Temperature of the softmax that makes weights of the passages' scores, above 0.
+        hybrid: Fuses the retriever's ranking with that of BM25; None where only embeddings are searched.
     """
 
     retriever: SentenceTransformerRetriever
@@ -65,6 +67,7 @@ class RAGSystem:
     config: Config | None = None
     inference: Literal["concat", "ensemble"] = "concat"
     ensemble_temperature: float = ENSEMBLE_TEMPERATURE
+    hybrid: HybridSearch | None = None
 
     def __post_init__(self) -> None:
         """Look which fields the passages have, because what some of them have may be absent from others.
@@ -108,9 +111,27 @@ class RAGSystem:
         """
         if not queries:
             return []
-        return self.knowledge_store.search(
-            self._query_embeddings(queries, progress), self.top_k if top_k is None else top_k
-        )
+        embeddings = self._query_embeddings(queries, progress)
+        found = self.search(queries, embeddings, self.top_k if top_k is None else top_k)
+        return self.knowledge_store.scored_nodes(*found)
+
+    def search(self, queries: Sequence[str], embeddings: Tensor, top_k: int) -> SearchResult:
+        """Find the best passages of each query, by its embedding and, where there is a lexical side, by its words.
+
+        Args:
+            queries: The questions.
+            embeddings: Their embeddings, of shape (queries, dimension).
+            top_k: How many, from 1 to the number of passages.
+
+        Returns:
+            Scores and positions in the knowledge store, both of shape (queries, top_k), best first.
+
+        Raises:
+            KnowledgeStoreError: As `KnowledgeStore.search_positions`.
+        """
+        if self.hybrid is None:
+            return self.knowledge_store.search_positions(embeddings, top_k)
+        return self.hybrid.search(self.knowledge_store, queries, embeddings, top_k)
 
     def _query_embeddings(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
         self.require_matching_store()

@@ -129,18 +129,17 @@ def test_search_returns_the_largest_scores_of_many_passages() -> None:
 
 @pytest.mark.parametrize("texts", [["..."], ["one passage"], ["word " * 10_000, "other"]])
 def test_any_corpus_can_be_indexed(texts: list[str], tmp_path: Path) -> None:
-    index = LexicalIndex.build(nodes(texts), BM25Config(), "abc")
+    index = LexicalIndex.build(nodes(texts), BM25Config())
     index.save(tmp_path / "lexical")
     loaded = LexicalIndex.load(tmp_path / "lexical", BM25Config())
     assert len(loaded) == len(texts)
-    assert loaded.corpus_fingerprint == "abc"
     for query in ("word", "passage", "", "unknown"):
         assert loaded.scores(query).tolist() == index.scores(query).tolist()
 
 
 @pytest.mark.parametrize("memory_map", [False, True])
 def test_a_saved_index_gives_the_same_scores(memory_map: bool, tmp_path: Path) -> None:
-    index = LexicalIndex.build(nodes(), BM25Config(k1=1.2), "abc")
+    index = LexicalIndex.build(nodes(), BM25Config(k1=1.2))
     index.save(tmp_path / "lexical")
     loaded = LexicalIndex.load(tmp_path / "lexical", BM25Config(k1=1.2), memory_map=memory_map)
     assert torch.equal(loaded.search(["ferry island"], 4)[0], index.search(["ferry island"], 4)[0])
@@ -149,7 +148,7 @@ def test_a_saved_index_gives_the_same_scores(memory_map: bool, tmp_path: Path) -
 
 def test_an_index_of_other_settings_or_with_damage_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "lexical"
-    LexicalIndex.build(nodes(), BM25Config(), "abc").save(folder)
+    LexicalIndex.build(nodes(), BM25Config()).save(folder)
     with pytest.raises(KnowledgeStoreError, match=r"other settings \(k1, fields\)"):
         LexicalIndex.load(folder, BM25Config(k1=1.0, fields={"title": 2}))
     for damage in ("{", json.dumps({"version": 1}), json.dumps([])):
@@ -158,3 +157,20 @@ def test_an_index_of_other_settings_or_with_damage_is_refused(tmp_path: Path) ->
             LexicalIndex.load(folder, BM25Config())
     with pytest.raises(KnowledgeStoreError, match="is damaged"):
         LexicalIndex.load(tmp_path / "missing", BM25Config())
+
+
+def test_a_saved_index_is_opened_and_one_of_other_passages_is_refused(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "lexical", BM25Config(fields={"title": 1})
+    passages = [KnowledgeNode("a", "one", {"title": "Ferry", "owner": "x"}), KnowledgeNode("b", "two")]
+    built = LexicalIndex.from_config(settings, passages, folder)
+    assert not folder.exists()
+    built.save(folder)
+    # What BM25 does not read may change.
+    renamed = [KnowledgeNode("c", "one", {"title": "Ferry"}), KnowledgeNode("b", "two")]
+    assert (
+        LexicalIndex.from_config(settings, renamed, folder).scores("ferry").tolist() == built.scores("ferry").tolist()
+    )
+    for other in (passages[::-1], passages[:1], [KnowledgeNode("a", "one"), passages[1]]):
+        with pytest.raises(KnowledgeStoreError, match="of other passages") as caught:
+            LexicalIndex.from_config(settings, other, folder)
+        assert "fedrag index" in caught.value.hint

@@ -170,7 +170,10 @@ class KnowledgeStore(ABC):
 
     def search(self, query_embeddings: Tensor, top_k: int) -> list[list[ScoredNode]]:
         """Find the best passages of each query; see `search_positions`."""
-        scores, positions = self.search_positions(query_embeddings, top_k)
+        return self.scored_nodes(*self.search_positions(query_embeddings, top_k))
+
+    def scored_nodes(self, scores: Tensor, positions: Tensor) -> list[list[ScoredNode]]:
+        """Return the passages at positions with their scores, both of shape (queries, top_k)."""
         return [
             [ScoredNode(node, score) for node, score in zip(self.nodes_at(row), row_scores, strict=True)]
             for row, row_scores in zip(positions.tolist(), scores.tolist(), strict=True)

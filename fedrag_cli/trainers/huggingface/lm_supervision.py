@@ -61,12 +61,14 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     def losses(self, features: dict[str, Any], examples: Sequence[int], **shared: Tensor) -> Tensor:
         """Return the loss of each training example; see `HuggingFaceTrainerForRetriever.losses`."""
         queries = self._retriever.embed(self._retriever.query_encoder, features)
-        store = self.rag_system.knowledge_store
-        positions = store.search_positions(queries.detach(), self.config.top_k)[1]
+        texts = [self.train_examples[example].query for example in examples]
+        fused, positions = self.rag_system.search(texts, queries.detach(), self.config.top_k)
         passages = self._passage_embeddings(positions, queries.device)
         # bfloat16 has three digits; a difference of scores below 0.004 would be lost, before it is divided by tau.
         with torch.autocast(queries.device.type, enabled=False):
             scores = torch.einsum("bd,bkd->bk", queries.float(), passages.float())
+            if self.rag_system.hybrid is not None:
+                scores = scores + self._lexical_bonus(queries.detach(), positions, fused)
         lm_scores = self._lm_scores([self.train_examples[example] for example in examples], positions)
         lm_scores = lm_scores.to(scores.device)
         self._diagnose(scores.detach(), lm_scores)
@@ -76,10 +78,16 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     def validate(self) -> dict[str, float]:
         """Return the loss on the validation examples, and what `extra_validation` adds."""
         self._refresh_passages()
-        embeddings = self._retriever.encode_queries([example.query for example in self.validation_examples])
-        scores, positions = self.rag_system.knowledge_store.search_positions(embeddings, self.config.top_k)
+        queries = [example.query for example in self.validation_examples]
+        embeddings = self._retriever.encode_queries(queries)
+        scores, positions = self.rag_system.search(queries, embeddings, self.config.top_k)
         losses = self._loss(scores, self._lm_scores(self.validation_examples, positions).to(scores.device))
         return self._with_extra(losses.mean().item())
+
+    def _lexical_bonus(self, queries: Tensor, positions: Tensor, fused: Tensor) -> Tensor:
+        """Return what the words have added to the similarities of retrieved passages, (examples, top_k)."""
+        found = self.rag_system.knowledge_store.embeddings_at(positions).to(queries.device)
+        return fused.to(queries.device) - torch.einsum("bd,bkd->bk", queries.float(), found.float())
 
     def _diagnose(self, scores: Tensor, lm_scores: Tensor) -> None:
         """Note how far retriever and language model are apart, and how sure each of them is."""
@@ -116,9 +124,8 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         generator = self.rag_system.require_generator()
         if self._scorer is None or not self._scorer.serves(generator, cache_directory):
             self._scorer = LikelihoodScorer(generator, cache_directory)
-        store = self.rag_system.knowledge_store
-        embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
-        positions = store.search_positions(embeddings, self.config.top_k)[1]
+        queries = [example.query for example in self.train_examples]
+        positions = self.rag_system.search(queries, self._retriever.encode_queries(queries), self.config.top_k)[1]
         scores = self._lm_scores(self.train_examples, positions, show=True)
         self._truncation, self._prompt_tokens = self._scoring().truncation, self._scoring().prompt_tokens
         require_peaked_targets(self._log_targets(scores).exp(), getattr(self.config, "lm_temperature", None))

@@ -231,9 +231,9 @@ class HuggingFaceTrainerForContrastive(HuggingFaceTrainerForRetriever):
         spared = [frozenset(places[name] for name in names) for names in not_negatives(examples, known, same)]
         found: list[list[int]] = [[] for _ in examples]
         if wanted:
-            embeddings = self._retriever.encode_queries([example.query for example in examples])
+            queries = [example.query for example in examples]
             depth = min(len(store), wanted + max(len(positions) for positions in spared))
-            found = store.search_positions(embeddings, depth)[1].tolist()
+            found = self.rag_system.search(queries, self._retriever.encode_queries(queries), depth)[1].tolist()
         return [
             Pair(example.query, position, never, tuple(place for place in row if place not in never)[:wanted])
             for example, own, never, row in zip(examples, relevant, spared, found, strict=True)
