@@ -83,8 +83,9 @@ class PromptConfig:
 class FusionConfig:
     """How dense and lexical scores become one ranking."""
 
-    method: Literal["weighted", "rrf"] = "weighted"
-    """weighted mixes scores that are standardised for each query over its candidates, rrf adds reciprocal ranks."""
+    method: Literal["weighted", "rrf", "lexical"] = "weighted"
+    """weighted mixes scores that are standardised for each query over its candidates, rrf adds reciprocal ranks, and
+    lexical leaves the ranking to the words alone."""
     weight: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Share of the dense side with method: weighted; 1 is dense retrieval alone."""
     candidates: PositiveInt = 100

@@ -15,7 +15,7 @@ from fedrag_cli.config.schema import FusionConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.fusion import best, candidates_of, lexical_bonus, reciprocal_rank_fusion
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_search
 from fedrag_cli.rag.lexical import LexicalIndex
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporter import Reporter
@@ -71,16 +71,18 @@ class HybridSearch:
             top_k: How many, from 1 to the number of passages.
 
         Returns:
-            Fused scores and positions, both of shape (queries, top_k), best first; equal scores by position. With
+            Scores and positions, both of shape (queries, top_k), best first; equal scores by position. With
             method `weighted` a score is the similarity and what the words add to it (see `lexical_bonus`), with `rrf`
-            the sum of reciprocal ranks.
+            the sum of reciprocal ranks, with `lexical` that of BM25.
 
         Raises:
             KnowledgeStoreError: As `KnowledgeStore.search_positions`.
         """
+        check_search(embeddings, top_k, len(store), store.dimension)
+        if self.settings.method == "lexical":
+            return self.lexical.search(queries, top_k)
         count = min(max(self.settings.candidates, top_k), len(store))
-        # The store says what is wrong with the search before anything is done with its passages.
-        found = store.search_positions(embeddings, count if len(store) >= top_k else top_k)[1]
+        found = store.search_positions(embeddings, count)[1]
         lexical_found = self.lexical.search(queries, count)[1]
         positions, mask = candidates_of(found, lexical_found.to(found.device))
         dense = torch.einsum("qd,qcd->qc", embeddings.float(), store.embeddings_at(positions).float())
