@@ -227,7 +227,7 @@ def test_unknown_component() -> None:
 
 
 def test_every_built_in_component_can_be_imported_and_has_help_for_every_setting() -> None:
-    from fedrag_cli.config.listing import component_settings
+    from fedrag_cli.config.json_schema import component_settings
 
     for component in registry().all():
         assert callable(component.load_builder())

@@ -18,11 +18,10 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedrag_cli.config.schema import FederatedConfig, TransportDtype
-from fedrag_cli.federated.agreement import Agreement
+from fedrag_cli.federated.checkpoint import RoundState
 from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
 from fedrag_cli.federated.config import FedAvgConfig
 from fedrag_cli.federated.endpoint import ServerAddress
-from fedrag_cli.federated.federation import Federation
 from fedrag_cli.federated.fleet._flower import (
     ACTIVATE,
     PULL_MESSAGES,
@@ -35,11 +34,12 @@ from fedrag_cli.federated.fleet._flower import (
 from fedrag_cli.federated.fleet.auth import Signer
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
+from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.keys import PrivateKey
-from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 SHAPE = [3]
 

@@ -49,8 +49,8 @@ def command(
     """Say what runs have over each other: differences with intervals, questions won and lost, a verdict in words."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         thresholds = dict(_threshold(text) for text in fail_under or ())
-        from fedrag_cli.runs.comparison_plot import plot_comparisons, require_plot_file
-        from fedrag_cli.trainer_managers.comparing import compare_runs, interval_settings, load_compared, questions_of
+        from fedrag_cli.reports.compare import compare_runs, interval_settings, load_compared, questions_of
+        from fedrag_cli.reports.comparison_plot import plot_comparisons, require_plot_file
 
         if plot is not None:
             require_plot_file(plot, force=force)

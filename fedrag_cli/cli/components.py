@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """List the registered components, those of installed plug-ins included."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.config.listing import component_settings
+        from fedrag_cli.config.json_schema import component_settings
         from fedrag_cli.config.problems import suggestion
         from fedrag_cli.errors import ConfigError
         from fedrag_cli.registry import registry

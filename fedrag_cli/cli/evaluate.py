@@ -30,10 +30,10 @@ def command(
 ) -> None:
     """Measure a RAG system on the test (or validation) split; `fedrag resume` goes on with what was stopped."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.config.checks import require_evaluation_split
         from fedrag_cli.config.fields import is_folder
-        from fedrag_cli.rag.from_run import load_config_or_run
-        from fedrag_cli.runs.atomic import require_writable, write_bytes_atomically
+        from fedrag_cli.config.validation import require_evaluation_split
+        from fedrag_cli.rag.build import load_config_or_run
+        from fedrag_cli.runs.files import require_writable, write_bytes_atomically
 
         given = sort_arguments(arguments)
         config, source = load_config_or_run(given.path, given.overrides)
@@ -41,7 +41,7 @@ def command(
         if predictions is not None:
             require_writable(predictions)
         evaluated_run = given.path if given.path is not None and is_folder(given.path) else None
-        from fedrag_cli.trainer_managers.evaluation_run import start_evaluation
+        from fedrag_cli.commands.evaluate import start_evaluation
 
         command_line = ["fedrag", *sys.argv[1:]]
         summary = start_evaluation(source, evaluated_run, command=command_line, reporter=current.reporter())

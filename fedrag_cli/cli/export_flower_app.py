@@ -27,7 +27,7 @@ def command(
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.trainer_managers.flower_export import export_flower_app
+        from fedrag_cli.commands.export import export_flower_app
 
         written = export_flower_app(source, directory)
         current.result(

@@ -38,7 +38,7 @@ def command(
     """Bring the knowledge store where rag_system.knowledge_store says up to date: only what is new is encoded."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.config import load_config, load_config_with_source
-        from fedrag_cli.rag.places import require_named_place, require_own_folder
+        from fedrag_cli.rag.index_place import require_named_place, require_own_folder
 
         if to is not None and rebuild:
             raise ConfigError("--rebuild encodes, and --to encodes nothing.", "Leave one of them out.")
@@ -53,8 +53,8 @@ def command(
         written = (target or config).rag_system.knowledge_store
         require_named_place(written)
         require_own_folder(written)
-        from fedrag_cli.rag.indexing import build_index
-        from fedrag_cli.rag.moving import move_index
+        from fedrag_cli.rag.index_build import build_index
+        from fedrag_cli.rag.index_convert import move_index
 
         report: dict[str, Any]
         if target is not None:

@@ -32,7 +32,7 @@ def command(
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.trainer_managers.joining import start_joining
+        from fedrag_cli.commands.join import start_joining
 
         summary = start_joining(
             source, address, insecure=insecure, command=["fedrag", *sys.argv[1:]], reporter=current.reporter()

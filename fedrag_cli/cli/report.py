@@ -35,8 +35,7 @@ def command(
 ) -> None:
     """Write a report of runs as one HTML file: verdicts, metrics, settings, curves, questions won and lost."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.runs.report import require_replaceable
-        from fedrag_cli.trainer_managers.report import write_report
+        from fedrag_cli.reports.html import require_replaceable, write_report
 
         require_replaceable(output, force=force)
         written = write_report(runs, output, confidence, examples)

@@ -35,7 +35,7 @@ def command(
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
         with current.federation_reporter() as reporter:
-            from fedrag_cli.trainer_managers.serving import start_serving
+            from fedrag_cli.commands.serve import start_serving
 
             summary = start_serving(
                 source, address, insecure=insecure, command=["fedrag", *sys.argv[1:]], reporter=reporter

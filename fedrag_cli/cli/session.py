@@ -26,12 +26,12 @@ from fedrag_cli.errors import (
     OtherProcessError,
     RunInterruptedError,
 )
-from fedrag_cli.runs.launch import local_process_number, process_count, process_number
+from fedrag_cli.runs.launch import local_rank, process_count, rank
 from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
-    from fedrag_cli.runs.reporting import Reporter
+    from fedrag_cli.runs.reporter import Reporter
 
 SCHEMA_VERSION = 1
 _OF_PATHS = (
@@ -67,7 +67,7 @@ class Session:
     def reporter(self) -> Reporter:
         """Return what long work reports to, which begins now."""
         gc.enable()
-        from fedrag_cli.runs.reporting import SilentReporter
+        from fedrag_cli.runs.reporter import SilentReporter
 
         return SilentReporter() if self.quiet else self.renderer.reporter()
 
@@ -100,7 +100,7 @@ def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool
     """
     from fedrag_cli.cli.render import Renderer
 
-    if process_number() > 0:
+    if rank() > 0:
         json_output, quiet = False, True
     renderer = Renderer()
     if quiet:
@@ -154,10 +154,10 @@ def abandon_stdout() -> None:
 
 
 def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) -> None:
-    if process_number() > 0:
+    if rank() > 0:
         if not _is_own(error):
             raise typer.Exit(code)
-        error.message = f"Process {process_number()}: {error.message}"
+        error.message = f"Process {rank()}: {error.message}"
     if json_output:
         details: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
         problems = getattr(error, "problems", None)
@@ -178,7 +178,7 @@ def _is_own(error: FedRAGError) -> bool:
 
     if isinstance(error, ConfigError | DataError) and not have_joined():
         # All processes of a machine read the same files, and the main one tells what is wrong with them.
-        return local_process_number() == 0
+        return local_rank() == 0
     return not isinstance(error, OtherProcessError | RunInterruptedError)
 
 

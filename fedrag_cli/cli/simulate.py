@@ -34,7 +34,7 @@ def command(
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
         with current.federation_reporter() as reporter:
-            from fedrag_cli.trainer_managers.simulation import start_simulation
+            from fedrag_cli.commands.simulate import start_simulation
 
             command_line = ["fedrag", *sys.argv[1:]]
             summary = start_simulation(source, clients, command=command_line, reporter=reporter, with_baselines=compare)

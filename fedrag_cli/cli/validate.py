@@ -22,7 +22,7 @@ def command(
     """Check a config and report every error with its line; what it names and is not there is a warning."""
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         from fedrag_cli.config import load_config_with_source
-        from fedrag_cli.config.warnings import config_warnings
+        from fedrag_cli.config.load import config_warnings
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
@@ -33,7 +33,7 @@ def command(
             "warnings": [warning.to_dict() for warning in config_warnings(source.config, source.tree)],
         }
         if load:
-            from fedrag_cli.trainer_managers.inspection import inspect_config
+            from fedrag_cli.commands.validate import inspect_config
 
             document |= {"loaded": inspect_config(source.config, current.reporter())}
         current.result(document, lambda renderer: renderer.validation(document))

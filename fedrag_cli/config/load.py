@@ -1,4 +1,4 @@
-"""Loading a config: read, resolve, validate, check, and make its paths absolute."""
+"""Loading a config: read, resolve, validate, check, and make its paths absolute; what it names that is not there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedrag_cli.config.checks import check_config
-from fedrag_cli.config.fields import SecretMarker, markers_of, whole_path
-from fedrag_cli.config.paths import absolute_paths
+from fedrag_cli.config.fields import (
+    ModelMarker,
+    OutputPathMarker,
+    PathMarker,
+    SecretMarker,
+    is_folder,
+    is_there,
+    locate_model,
+    markers_of,
+    whole_path,
+)
 from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path, in_order
 from fedrag_cli.config.references import (
     escape,
@@ -27,7 +35,117 @@ from fedrag_cli.config.references import (
 )
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import DEFAULT_CONFIG, ConfigTree, read_tree
-from fedrag_cli.config.validation import validate_values
+from fedrag_cli.config.validation import check_config, validate_values
+from fedrag_cli.errors import ModelError
+
+T = TypeVar("T")
+
+
+def absolute_paths(config: T, tree: ConfigTree, path: KeyPath = ()) -> T:
+    """Return a copy of a config dataclass with absolute paths.
+
+    Args:
+        config: Any config dataclass.
+        tree: Where its values came from; a relative path counts from the folder of the file that names it, and from
+            the current folder where the command line names it. Output folders always count from the current folder.
+        path: The dataclass's place in the whole config.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, inner = getattr(config, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = absolute_paths(value, tree, inner)
+        elif isinstance(value, str):
+            changes[field.name] = _absolute(value, markers_of(type(config), field.name), tree.folder(inner) or Path())
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _absolute(value: str, markers: tuple[object, ...], folder: Path) -> str:
+    if any(isinstance(marker, OutputPathMarker) for marker in markers):
+        return str(whole_path(Path(value).expanduser()))
+    if any(isinstance(marker, PathMarker) for marker in markers):
+        return str(whole_path(folder / Path(value).expanduser()))
+    if any(isinstance(marker, ModelMarker) for marker in markers):
+        return _absolute_model(value, folder)
+    return value
+
+
+def _absolute_model(reference: str, folder: Path) -> str:
+    """Resolve a reference that is meant as a path; what is neither written as one nor exists is a hub id."""
+    if "://" in reference:
+        return reference
+    candidate = whole_path(folder / Path(reference).expanduser())
+    written_as_path = reference.startswith((".", "/", "~")) or reference.endswith(".gguf")
+    return str(candidate) if written_as_path or is_there(candidate) else reference
+
+
+# Sources that are one file, and those that are a folder.
+_FILES = ("file", "squad")
+_FOLDERS = ("beir",)
+
+
+def config_warnings(config: Config, tree: ConfigTree) -> list[ConfigProblem]:
+    """Return what a config names and is not there, and what training would miss.
+
+    These are no errors: the files may be made, and the package be installed, on the machine that runs the config.
+
+    Args:
+        config: A loaded config, its paths absolute.
+        tree: Where its values came from.
+    """
+    found = [
+        *_missing_data_files(config),
+        *_missing_models(config.rag_system, ("rag_system",)),
+        *_without_training(config),
+    ]
+    return [ConfigProblem(tree.position(path), format_path(path), message) for path, message in found]
+
+
+def _missing_data_files(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    for field in dataclasses.fields(config.dataset):
+        source = getattr(config.dataset, field.name)
+        for name, value in _marked(source, PathMarker, ModelMarker):
+            path, where = Path(value), ("dataset", field.name, name)
+            # A hub id is no path; absolute_paths has made paths absolute.
+            if not path.is_absolute():
+                continue
+            if not is_there(path):
+                yield where, f"'{path}' does not exist"
+            elif source.type in _FILES and path.is_dir():
+                yield where, f"'{path}' is a folder, but a file is expected"
+            elif source.type in _FOLDERS and not path.is_dir():
+                yield where, f"'{path}' is a file, but a folder is expected"
+
+
+def _missing_models(section: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _missing_models(value, (*path, field.name))
+    adapter = getattr(section, "adapter", None)
+    if adapter is not None and not is_folder(adapter):
+        yield (*path, "adapter"), f"there is no folder '{adapter}'"
+    for name, reference in _marked(section, ModelMarker):
+        try:
+            locate_model(reference)
+        except ModelError as error:
+            yield (*path, name), error.message.rstrip(".")
+
+
+def _without_training(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    if config.dataset.train is None and config.federated is None:
+        yield ("dataset", "train"), "is not set; all commands but those that train can do without"
+
+
+def _marked(section: Any, *markers: type) -> Iterator[tuple[str, str]]:
+    """Yield names and values of a section's texts that have one of the markers."""
+    for field in dataclasses.fields(section) if section is not None else ():
+        value = getattr(section, field.name)
+        if isinstance(value, str) and any(
+            isinstance(found, markers) for found in markers_of(type(section), field.name)
+        ):
+            yield field.name, value
+
 
 _MOST_LEVELS = 32
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*\w+\s*\}")

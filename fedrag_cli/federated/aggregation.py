@@ -20,12 +20,11 @@ from torch import Tensor
 
 from fedrag_cli.config.schema import FederatedConfig, TransportDtype
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.arrays import joined
 from fedrag_cli.federated.lora import Factors, adapter_pairs, best_of_rank, norm_of_product, residual, stacked
 from fedrag_cli.federated.privacy import gaussian_noise, noise_on_mean
-from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
 from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS, strategy_state
-from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, move_to_wire
+from fedrag_cli.federated.validate_update import EXAMPLES, STRATEGY_LOSS, Update
+from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, joined, move_to_wire
 from fedrag_cli.text import printable
 
 SAVED = "The round before is saved. Lower federated.max_update_norm, or the strategy's learning rate."

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedrag_cli.config.fields import check_client_name
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.files import os_errors
 
 PrivateKey = ec.EllipticCurvePrivateKey
 CURVE = ec.SECP384R1

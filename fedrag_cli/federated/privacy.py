@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedrag_cli.config.schema import PrivacyConfig
 from fedrag_cli.federated.weights import Weights
-from fedrag_cli.runs.reporting import epsilon_text
+from fedrag_cli.runs.reporter import epsilon_text
 
 # Beyond it the second term of the formula is nothing but rounding; without it epsilon is bounded from above.
 LARGEST_EXACT_MU = 100.0

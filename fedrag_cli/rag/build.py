@@ -1,26 +1,111 @@
-"""Building a RAG system from a config."""
+"""Building a RAG system from a config, or from what a run has tuned."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from fedrag_cli.config import Config
+from fedrag_cli.config import Config, ConfigSource, load_config_with_source
+from fedrag_cli.config.fields import is_folder
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.index_convert import converted_store
+from fedrag_cli.rag.index_place import open_store, place_of
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.models import choose_device
-from fedrag_cli.rag.moving import converted_store
-from fedrag_cli.rag.opening import open_store
-from fedrag_cli.rag.places import place_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.runs.reporter import Reporter, SilentReporter
+
+FIXED_BY_A_RUN = (
+    *(
+        f"rag_system.retriever.{name}"
+        for name in (
+            "type", "model", "query_model", "passage_model", "revision", "passage_prompt", "max_length", "similarity",
+        )
+    ),
+    *(f"rag_system.generator.{name}" for name in ("type", "model", "adapter", "revision")),
+    *(f"rag_system.knowledge_store.{name}" for name in ("type", "path", "url", "collection")),
+)  # fmt: skip
+
+
+def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Config, ConfigSource]:
+    """Load a config file, or the config of a run directory with the tuned models in it.
+
+    Args:
+        path: A YAML file, a run directory, or None for `fedrag.yaml`.
+        overrides: `key.path=value` texts.
+
+    Raises:
+        ConfigError: The run is not finished, the config is wrong, or an override names what the run has fixed.
+    """
+    if path is None or not is_folder(path):
+        source = load_config_with_source(path, overrides)
+        return source.config, source
+    run = RunDirectory.open(path)
+    run.require_finished()
+    evaluation = run.manifest().get("evaluation")
+    if evaluation is not None:
+        raise ConfigError(
+            f"'{path}' is an evaluation, which has no models of its own.",
+            f"Give what it evaluated: {evaluation['of'] or path / 'config.yaml'}",
+        )
+    _refuse_fixed(overrides, path)
+    source = load_config_with_source(run.config_file, overrides)
+    return with_tuned_models(source.config, run), source
+
+
+def _refuse_fixed(overrides: Sequence[str], path: Path) -> None:
+    """Refuse overrides of what a run's tuned models and its knowledge store stand for."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in FIXED_BY_A_RUN or any(fixed.startswith(key + ".") for fixed in FIXED_BY_A_RUN):
+            raise ConfigError(
+                f"{key} is fixed by the run in '{path}', whose tuned models are used.",
+                f"Leave it out, or use the run's config with other models: {path / 'config.yaml'} {override}",
+            )
+
+
+def with_tuned_models(config: Config, run: RunDirectory) -> Config:
+    """Return the config with the run's tuned retriever, generator and knowledge store in the place of the old ones.
+
+    Raises:
+        DataError: What the run has tuned is gone.
+    """
+    if missing := run.missing_models():
+        raise DataError(
+            f"The tuned models of the run in '{run.path}' are gone: {', '.join(missing)}.",
+            "Put them back from a copy, or train again with the run's config.yaml.",
+        )
+    rag_system = config.rag_system
+    old_generator: Any = rag_system.generator
+    if run.retriever.is_dir():
+        retriever = dataclasses.replace(
+            rag_system.retriever, model=str(run.retriever), query_model=None, passage_model=None, revision=None
+        )
+        rag_system = dataclasses.replace(rag_system, retriever=retriever)
+    if (run.generator / "adapter_config.json").is_file():
+        generator = dataclasses.replace(old_generator, adapter=str(run.generator))
+        rag_system = dataclasses.replace(rag_system, generator=generator)
+    elif run.generator.is_dir():
+        generator = dataclasses.replace(old_generator, model=str(run.generator), adapter=None, revision=None)
+        rag_system = dataclasses.replace(rag_system, generator=generator)
+    if run.knowledge_store.is_dir():
+        old_store: Any = rag_system.knowledge_store
+        # A run keeps its store in its own folder, also where it started from one on a server.
+        elsewhere = {name: None for name in ("url", "api_key") if getattr(old_store, name, None) is not None}
+        store = dataclasses.replace(old_store, path=str(run.knowledge_store), **elsewhere)
+        rag_system = dataclasses.replace(rag_system, knowledge_store=store)
+    return dataclasses.replace(config, rag_system=rag_system)
 
 
 def build_rag_system(

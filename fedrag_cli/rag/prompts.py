@@ -19,7 +19,7 @@ from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.splitting import WITHOUT_BLANKS
 from fedrag_cli.errors import DataError, ModelError
-from fedrag_cli.rag.passages import PassageFormat
+from fedrag_cli.rag.passage_format import PassageFormat
 from fedrag_cli.rag.tokens import TextTokens
 
 TODAY = date(2024, 7, 26)

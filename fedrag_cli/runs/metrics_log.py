@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.errors import DataError, FedRAGError
-from fedrag_cli.runs.atomic import os_errors
-from fedrag_cli.runs.json_lines import whole_lines
+from fedrag_cli.runs.files import os_errors, whole_lines
 
 _RESERVED = ("time", "non_finite")
 

@@ -261,5 +261,5 @@ def register(registry: Registry) -> None:
         ("generator", "raft", RAFTConfig, "HuggingFaceTrainerForRAFT", "tuning of the generator among distractors"),
     )
     for side, name, settings, trainer, help in components:
-        builder = f"fedrag_cli.trainers.huggingface.{name}:{trainer}.from_config"
+        builder = f"fedrag_cli.trainers.huggingface:{trainer}.from_config"
         registry.register(f"{side}_trainer", name, settings, builder, help)

@@ -27,10 +27,9 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.config import MemoryStoreConfig
-from fedrag_cli.rag.knowledge_stores.embeddings_file import write_embeddings
+from fedrag_cli.rag.index_convert import converted_store
 from fedrag_cli.rag.knowledge_stores.memory import FORMAT, InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, write_nodes
-from fedrag_cli.rag.moving import converted_store
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, write_embeddings, write_nodes
 
 DIMENSION, TOP_K, TARGET = 384, 10, 1.1
 MEMORY_TARGET, MAPPED_TARGET_MB, ADDED_TO, WRITTEN_AT_ONCE = 1.2, 500, 100_000, 10_000

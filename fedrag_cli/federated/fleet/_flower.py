@@ -29,7 +29,7 @@ from flwr.supercore.primitives import asymmetric
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from fedrag_cli.federated.arrays import FileArray, ScratchFile
+from fedrag_cli.federated.weights import FileArray, ScratchFile
 
 KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = (
     name.lower() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)

@@ -26,15 +26,16 @@ from fedrag_cli.rag.generators.likelihood import (
     TokenPair,
     alike,
     base_model,
+    can_pack,
     length_sorted_batches,
+    packed_log_probs,
+    packs,
     padded,
     padding_rule,
     stretched_beyond,
     token_log_probs,
     trial_ids,
 )
-from fedrag_cli.rag.generators.packing import can_pack, packed_log_probs, packs
-from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     ModelLocation,
@@ -43,11 +44,14 @@ from fedrag_cli.rag.models import (
     has_fast_bfloat16,
     locate_model,
     model_errors,
+    placement_note,
+    placement_options,
     require_bfloat16,
     require_vocabulary,
+    settled,
 )
-from fedrag_cli.rag.placement import placement_note, placement_options, settled
 from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
+from fedrag_cli.rag.tokens import Lengths
 
 OnTexts = Callable[[list[int], list[str]], None]
 Together = Literal["ragged", "equal", "single"]

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.knowledge_stores.embeddings_file import raw_bytes
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, JOURNAL_FILE
-from fedrag_cli.runs.atomic import os_errors, sync_directory
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, JOURNAL_FILE, raw_bytes
+from fedrag_cli.runs.files import os_errors, sync_directory
 
 # With more changes than this part of the passages, writing everything is worth it.
 _PART = 8

@@ -13,18 +13,31 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import MemoryStoreConfig
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
-from fedrag_cli.rag.knowledge_stores.blocks import search_blocks
-from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
-from fedrag_cli.rag.knowledge_stores.embeddings_file import EmbeddingsFile, write_embeddings
-from fedrag_cli.rag.knowledge_stores.faults import damaged_store, no_store
-from fedrag_cli.rag.knowledge_stores.folders import read_one_state
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, check_search
+from fedrag_cli.rag.knowledge_stores.exact_search import (
+    HeldVectors,
+    format_name,
+    found_at_once,
+    recall,
+    sampled_positions,
+    search_blocks,
+)
 from fedrag_cli.rag.knowledge_stores.journal import Change, Journal
-from fedrag_cli.rag.knowledge_stores.memory_map import MappedStore, MappedVectors
-from fedrag_cli.rag.knowledge_stores.passages import EMBEDDINGS_FILE, NODES_FILE, Passages, read_nodes, write_nodes
-from fedrag_cli.rag.knowledge_stores.recall import found_at_once, recall, sampled_positions
-from fedrag_cli.rag.knowledge_stores.vectors import HeldVectors, format_name
-from fedrag_cli.runs.atomic import replace_directory_atomically
+from fedrag_cli.rag.knowledge_stores.store_files import (
+    EMBEDDINGS_FILE,
+    NODES_FILE,
+    EmbeddingsFile,
+    MappedStore,
+    MappedVectors,
+    Passages,
+    damaged_store,
+    no_store,
+    read_nodes,
+    read_one_state,
+    write_embeddings,
+    write_nodes,
+)
+from fedrag_cli.runs.files import replace_directory_atomically
 
 FORMAT = "fedrag-memory-store-1"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,32 +14,33 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import QdrantStoreConfig
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
-from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
-from fedrag_cli.rag.knowledge_stores.passages import Passages
-from fedrag_cli.rag.knowledge_stores.qdrant_connection import (
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, check_search
+from fedrag_cli.rag.knowledge_stores.exact_search import search_in_order
+from fedrag_cli.rag.knowledge_stores.qdrant_collection import (
+    FORMAT,
     QdrantClient,
     connect,
-    in_memory,
-    new_folder,
-    open_folder,
-    qdrant_errors,
-)
-from fedrag_cli.rag.knowledge_stores.qdrant_folder import seal_folder, version_of_folder
-from fedrag_cli.rag.knowledge_stores.qdrant_points import (
-    FORMAT,
     copy_store,
     create_collection,
+    create_filter_indexes,
     describe,
+    in_memory,
     metadata_filter,
+    models,
+    new_folder,
+    open_folder,
+    payload_key,
     point_id,
+    qdrant_errors,
     read_passages,
     read_vectors,
+    seal_folder,
     search_points,
+    version_of_folder,
     write_points,
 )
-from fedrag_cli.rag.knowledge_stores.ties import search_in_order
-from fedrag_cli.runs.atomic import replace_directory_atomically
+from fedrag_cli.rag.knowledge_stores.store_files import Passages
+from fedrag_cli.runs.files import replace_directory_atomically
 
 
 class QdrantKnowledgeStore(KnowledgeStore):
@@ -284,3 +287,96 @@ class QdrantKnowledgeStore(KnowledgeStore):
     def _number(self, start: int) -> None:
         for position in range(start, len(self._passages)):
             self._position_of[point_id(self._passages.nodes[position].id)] = position
+
+
+def publish(source: KnowledgeStore, config: QdrantStoreConfig, client: QdrantClient | None = None) -> KnowledgeStore:
+    """Write a store into a new collection, and let the configured name point to it when it is complete.
+
+    Whoever searches sees the old passages or the new ones, never half; the old collection is removed afterwards.
+
+    Args:
+        source: What to write.
+        config: The server, the collection's name and the filter.
+        client: The server, where it is connected already.
+
+    Returns:
+        The store on the server.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The name belongs to a collection that fedrag did not write, or the server fails.
+    """
+    server = client if client is not None else connect(config)
+    name = f"{config.collection}-{uuid.uuid4().hex[:8]}"
+    old = require_own_collection(config, server)
+    with qdrant_errors(config.url or "memory"):
+        try:
+            _fill(server, name, source, config)
+            _point_to(server, config.collection, name, replaces=old is not None)
+        except BaseException:
+            # The first error is the one to report.
+            with contextlib.suppress(Exception):
+                server.delete_collection(name)
+            raise
+        if old is not None:
+            server.delete_collection(old)
+    return QdrantKnowledgeStore(config, client=server)
+
+
+def require_own_collection(config: QdrantStoreConfig, client: QdrantClient | None = None) -> str | None:
+    """Check that publishing would replace nothing but what was published before.
+
+    Args:
+        config: The server and the collection's name.
+        client: The server, where it is connected already.
+
+    Returns:
+        The collection that the name points to; None where nothing has this name yet.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The name belongs to a collection that fedrag did not write.
+    """
+    server = client if client is not None else connect(config)
+    with qdrant_errors(config.url or "memory"):
+        old = _target_of(server, config.collection)
+        if old is None and server.collection_exists(config.collection):
+            raise KnowledgeStoreError(
+                f"'{config.collection}' is a collection of its own, which fedrag did not write and leaves alone.",
+                "Set rag_system.knowledge_store.collection to another name.",
+            )
+    return old
+
+
+def index_filter(config: QdrantStoreConfig) -> None:
+    """Let the server find what passes the config's filter, in a collection that was published with another one.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The server fails.
+    """
+    server = connect(config)
+    with qdrant_errors(config.url or "memory"):
+        name = _target_of(server, config.collection)
+        if name is not None:
+            known = server.get_collection(name).payload_schema or {}
+            missing = {key: value for key, value in config.filter.items() if payload_key(key) not in known}
+            create_filter_indexes(server, name, missing)
+
+
+def _fill(server: QdrantClient, name: str, source: KnowledgeStore, config: QdrantStoreConfig) -> None:
+    create_collection(server, name, source.dimension, describe(source))
+    if config.url is not None:
+        create_filter_indexes(server, name, config.filter)
+    copy_store(source, server, name, config.batch_size)
+
+
+def _target_of(server: QdrantClient, alias: str) -> str | None:
+    aliases = server.get_aliases().aliases
+    return next((entry.collection_name for entry in aliases if entry.alias_name == alias), None)
+
+
+def _point_to(server: QdrantClient, alias: str, name: str, *, replaces: bool) -> None:
+    create = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=name, alias_name=alias))
+    delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias))
+    server.update_collection_aliases([delete, create] if replaces else [create])

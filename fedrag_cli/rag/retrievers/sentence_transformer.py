@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Router
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Router
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.errors import DataError
 from fedrag_cli.rag.config import SentenceTransformerConfig
-from fedrag_cli.rag.lengths import Lengths, measure_texts, set_length_limit
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     choose_device,
@@ -25,14 +29,95 @@ from fedrag_cli.rag.models import (
     model_errors,
     require_vocabulary,
 )
-from fedrag_cli.rag.retrievers.own_prompts import (
-    pools_without_prompt,
-    prompted_features,
-    prompts_note,
-    take_texts_as_text,
-    with_own_prompts,
-)
-from fedrag_cli.rag.retrievers.structure import structure_fingerprint
+from fedrag_cli.rag.tokens import Lengths, measure_texts, set_length_limit
+
+# In the order in which sentence-transformers looks for them.
+_QUERY_NAMES = ("query",)
+_PASSAGE_NAMES = ("document", "passage", "corpus")
+
+
+def with_own_prompts(
+    config: SentenceTransformerConfig, query_model: SentenceTransformer, passage_model: SentenceTransformer
+) -> SentenceTransformerConfig:
+    """Return a config without open prompts: what it leaves open is what the models declare, or nothing.
+
+    Args:
+        config: The retriever's settings.
+        query_model: Its declaration for queries counts; `default_prompt_name` does not, as in `encode_query`.
+        passage_model: Its declaration for documents, passages or a corpus counts.
+    """
+    query, passage = config.query_prompt, config.passage_prompt
+    return dataclasses.replace(
+        config,
+        query_prompt=query if query is not None else _declared(query_model, _QUERY_NAMES),
+        passage_prompt=passage if passage is not None else _declared(passage_model, _PASSAGE_NAMES),
+    )
+
+
+def _declared(model: SentenceTransformer, names: Sequence[str]) -> str:
+    return next((str(model.prompts[name]) for name in names if model.prompts.get(name)), "")
+
+
+def prompts_note(given: SentenceTransformerConfig, settled: SentenceTransformerConfig) -> str:
+    """Return which prompts come from the models, in words; empty where none does."""
+    used = [
+        f"{getattr(settled, name)!r} before {texts}"
+        for name, texts in (("query_prompt", "queries"), ("passage_prompt", "passages"))
+        if getattr(given, name) is None and getattr(settled, name)
+    ]
+    if not used:
+        return ""
+    return f"The retriever's own prompts are used: {', '.join(used)} (query_prompt and passage_prompt change them)."
+
+
+def take_texts_as_text(encoder: SentenceTransformer, prompts: Sequence[str]) -> None:
+    """Let an encoder's tokenizer split control tokens in texts, such as [SEP], unless a prompt has some of its own."""
+    for module in encoder.modules():
+        tokenizer = getattr(module, "tokenizer", None)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            special = tokenizer.all_special_tokens
+            tokenizer.split_special_tokens = not any(token in prompt for token in special for prompt in prompts)
+
+
+def prompted_features(encoder: SentenceTransformer, texts: Sequence[str], prompt: str) -> dict[str, Any]:
+    """Tokenise texts with a prompt before each."""
+    if prompt and pools_without_prompt(encoder):
+        return dict(encoder.preprocess(list(texts), prompt=prompt))
+    return dict(encoder.preprocess([prompt + text for text in texts]))
+
+
+def pools_without_prompt(encoder: SentenceTransformer) -> bool:
+    """Return whether a model leaves the tokens of its prompt out of the embedding, as Instructor does."""
+    return any(isinstance(module, Pooling) and not module.include_prompt for module in encoder)
+
+
+# Tokenizers differ in capitals, accents, spaces, punctuation, long words and other writings.
+_PROBE = "Éclair  naïve CAFÉ, don't\n42.5% internationalization's Straße 東京 мир 🦉"
+_known: WeakKeyDictionary[SentenceTransformer, str] = WeakKeyDictionary()
+
+
+def structure_fingerprint(encoder: SentenceTransformer) -> str:
+    """Return a hash of an encoder's modules, their settings such as the pooling, and its tokenizer.
+
+    Returns:
+        8 hexadecimal digits; the same for an encoder that was saved and loaded again.
+    """
+    if encoder not in _known:
+        text = json.dumps([[_settings_of(module) for module in encoder], _tokens(encoder)], sort_keys=True, default=str)
+        _known[encoder] = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return _known[encoder]
+
+
+def _settings_of(module: Any) -> list[Any]:
+    # The first module's settings are those of a library's version; its weights and tokens tell what it does.
+    settings = {} if isinstance(module, Transformer) else module.get_config_dict()
+    return [type(module).__name__, settings]
+
+
+def _tokens(encoder: SentenceTransformer) -> list[Any]:
+    ids = encoder.preprocess([_PROBE]).get("input_ids")
+    return ids.flatten().tolist() if ids is not None else []
+
 
 Progress = Callable[[int], None]
 

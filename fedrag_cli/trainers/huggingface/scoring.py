@@ -20,9 +20,8 @@ from fedrag_cli.errors import DataError, TrainingError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.generators.likelihood import TokenPair
 from fedrag_cli.rag.prompts import EncodedPrompt, TruncationCount
-from fedrag_cli.runs.atomic import os_errors
-from fedrag_cli.runs.json_lines import append_line, whole_lines
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.runs.files import append_line, os_errors, whole_lines
+from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
 Pair = tuple[Example, Sequence[KnowledgeNode]]
 
