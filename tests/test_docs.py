@@ -22,6 +22,7 @@ from fedrag_cli.cli.main import COMMANDS, main
 COMMANDS_OF_ALL = [command for text in DOCUMENTS.values() for command in fedrag_commands(text)]
 PRINTED_RUN = "runs/quickstart/20261125T211400Z-7ac012"
 PAGES_WITH_COMMANDS = [name for name, text in DOCUMENTS.items() if name != "README.md" and fedrag_commands(text)]
+PAGES_OF_TRAININGS = ("docs/generator.md", "docs/retriever.md", "docs/federation.md", "docs/privacy.md")
 FEW_STEPS = ("trainer.retriever.max_steps=1", "trainer.generator.max_steps=1", "evaluation.resamples=100")
 WITH_MODELS = ("train", "evaluate", "index", "simulate")
 PROCESSES = ("serve-fl", "join-fl")
@@ -80,7 +81,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Pat
     return run
 
 
-@pytest.mark.parametrize("name", PAGES_WITH_COMMANDS)
+def _page(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow) if name in PAGES_OF_TRAININGS else name
+
+
+@pytest.mark.parametrize("name", [_page(name) for name in PAGES_WITH_COMMANDS])
 def test_the_commands_run_as_printed(
     name: str, tmp_path: Path, models: dict[str, Path], finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
