@@ -152,6 +152,64 @@ def test_broken_plugin(tmp_path: Path, source: str, reason: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+OBJECTIVE = """\
+from typing import Literal
+
+from fedrag_cli.config.fields import config_class
+from fedrag_cli.trainers.config import LMSupervisedConfig
+
+
+@config_class
+class MarginConfig(LMSupervisedConfig):
+    type: Literal["margin"] = "margin"
+
+
+def register(registry):
+    registry.register("retriever_trainer", "margin", MarginConfig, "fedrag_margin:none", "ranks by a margin")
+"""
+
+
+def validation_problems(packages: Path, folder: Path, *overrides: str) -> list[tuple[str, str]]:
+    config = folder / "c.yaml"
+    config.write_text(CONFIG, encoding="utf-8")
+    done = fedrag(packages, "validate", str(config), "--json", "dataset.train=null", *overrides)
+    assert done.returncode == 2, done.stderr
+    error = json.loads(done.stdout)["error"]
+    return [(p["path"], p["message"]) for p in error["problems"]] if "problems" in error else [("", error["message"])]
+
+
+def test_plugin_objective_is_checked_as_those_that_it_derives_from(tmp_path: Path) -> None:
+    packages = install(tmp_path / "packages", "fedrag-margin", OBJECTIVE)
+    objective = ["trainer.retriever.type=margin", "trainer.retriever.top_k=1", "trainer.retriever.refresh_every=2"]
+    assert validation_problems(packages, tmp_path, *objective) == [
+        ("trainer.retriever.top_k", "must be at least 2: among one passage there is no ranking to learn"),
+        (
+            "trainer.retriever.refresh_every",
+            "has no effect with train: query, whose index never goes stale; remove it",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise RuntimeError('on fire')", "RuntimeError: on fire"),
+        ("return 7", "TypeError: 'int' object is not iterable"),
+        ("return None", "TypeError: 'NoneType' object is not iterable"),
+        ("return ['wrong']", "ValueError: too many values to unpack (expected 2)"),
+        ("return [(path, 3)]", "TypeError: a message is no text"),
+        ("return [((None,), 'wrong')]", "TypeError: a key path has something else than names and numbers"),
+    ],
+)
+def test_plugin_whose_check_is_broken_is_named(tmp_path: Path, body: str, reason: str) -> None:
+    method = f"\n    def check(self, config, path):\n        {body}\n"
+    packages = install(
+        tmp_path / "packages", "fedrag-margin", OBJECTIVE.replace('"margin"\n\n\ndef', f'"margin"\n{method}\n\ndef')
+    )
+    message = f"The check of the retriever_trainer 'margin' of 'fedrag-margin' fails: {reason}"
+    assert validation_problems(packages, tmp_path, "trainer.retriever.type=margin") == [("", message)]
+
+
 def test_plugin_whose_builder_is_missing_is_named_when_it_is_built(tmp_path: Path) -> None:
     packages = install(tmp_path, "fedrag-trivia", PLUGIN.replace("fedrag_trivia:load", "fedrag_trivia:nothing"))
     assert fedrag(packages, "components").returncode == 0
