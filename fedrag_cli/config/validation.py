@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedrag_cli.config.fields import (
     MOST_BYTES_OF_NAME,
     ComponentSlot,
+    adapter_of,
     dataclass_at,
     generator_metrics_of,
     is_optional,
     ranking_metrics_of,
     slots_of,
 )
-from fedrag_cli.config.problems import ConfigProblem, Finding, KeyPath, format_path, in_order, suggestion
+from fedrag_cli.config.problems import ConfigProblem, Finding, KeyPath, suggestion
 from fedrag_cli.config.references import outside_reference, without_values
 from fedrag_cli.config.schema import Config, FederatedConfig
 from fedrag_cli.config.source import ConfigTree
@@ -43,46 +43,25 @@ EXPECTED = {
 _MOST_SHOWN = 300
 
 
-@functools.cache
-def config_adapter() -> TypeAdapter[Config]:
-    """Return pydantic's adapter of the whole config, registered components included."""
-    return TypeAdapter(Config)
-
-
 def validate_values(values: dict[str, Any], tree: ConfigTree) -> tuple[Config | None, list[ConfigProblem]]:
-    """Validate resolved values.
-
-    Args:
-        values: The config as plain dicts, lists and scalars.
-        tree: Where the values came from.
-
-    Returns:
-        The config, or None with all that is wrong.
-    """
+    """Return the config of resolved values (plain dicts, lists and scalars), or None and all that is wrong."""
     try:
-        return config_adapter().validate_python(values), []
+        return adapter_of(Config).validate_python(values), []
     except ValidationError as error:
-        problems = [_problem(details, values, tree) for details in error.errors(include_url=False)]
-    return None, in_order(_one_for_each_path(problems))
+        details = error.errors(include_url=False)
+    messages: dict[KeyPath, dict[str, None]] = {}
+    for detail in details:
+        path, message = _finding(detail, values, tree)
+        messages.setdefault(path, {})[message] = None
+    # The members of a union may each say something about the same value.
+    return None, tree.problems((path, "; or ".join(said)) for path, said in messages.items())
 
 
-def _one_for_each_path(problems: Sequence[ConfigProblem]) -> Iterator[ConfigProblem]:
-    """Join what the members of a union say about the same value."""
-    by_path: dict[str, list[ConfigProblem]] = {}
-    for problem in problems:
-        by_path.setdefault(problem.path, []).append(problem)
-    for path, same in by_path.items():
-        messages = dict.fromkeys(problem.message for problem in same)
-        yield ConfigProblem(same[0].position, path, "; or ".join(messages))
-
-
-def _problem(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> ConfigProblem:
+def _finding(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> Finding:
     path, owner = _locate(details["loc"], values)
-    if details["type"] in ("union_tag_invalid",):
+    if details["type"] == "union_tag_invalid":
         path = (*path, "type")
-    reference = outside_reference(tree.tree, path) or ""
-    message = without_values(_message(details, path, owner, tree), reference)
-    return ConfigProblem(tree.position(path), format_path(path), message)
+    return path, without_values(_message(details, path, owner, tree), outside_reference(tree.tree, path) or "")
 
 
 def _locate(location: tuple[str | int, ...], values: Any) -> tuple[KeyPath, type | None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedrag_cli.config.fields import (
     CollectionName,
+    FolderStr,
     HttpUrlStr,
     ModelStr,
     NonEmptyStr,
@@ -80,7 +81,7 @@ class CausalLMConfig:
     trust_remote_code: bool = False
     """Runs Python code that comes with the model (`auto_map`, modules of its own), with all your rights; without it a
     model that needs such code is refused."""
-    adapter: PathStr | None = None
+    adapter: FolderStr | None = None
     """Directory of a saved LoRA adapter that is put on the model."""
     context_window: PositiveInt | None = None
     """Most tokens of prompt and answer; the model's own limit by default."""
