@@ -6,13 +6,17 @@ A strategy turns the clients' updates into the next global weights. Names and pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
 from fedrag_cli.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config_class
+from fedrag_cli.config.problems import Finding, KeyPath
 from fedrag_cli.registry import Registry
+
+if TYPE_CHECKING:
+    from fedrag_cli.config.schema import Config
 
 Momentum = Annotated[float, Interval(ge=0, lt=1)]
 
@@ -20,6 +24,10 @@ Momentum = Annotated[float, Interval(ge=0, lt=1)]
 @config_class
 class StrategyConfig:
     """What all strategies share."""
+
+    # Whether only the mean of the updates, weighted by examples, matters; and whether it is the next global model.
+    takes_mean: ClassVar[bool] = False
+    gives_mean: ClassVar[bool] = False
 
     fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Share of the clients that train in a round, drawn anew each time; never fewer than `min_clients`."""
@@ -29,6 +37,9 @@ class StrategyConfig:
 class FedAvgConfig(StrategyConfig):
     """Mean of the updates, weighted by examples (arXiv 1602.05629)."""
 
+    takes_mean: ClassVar[bool] = True
+    gives_mean: ClassVar[bool] = True
+
     type: Literal["FedAvg"] = "FedAvg"
     """Names this strategy."""
 
@@ -36,6 +47,8 @@ class FedAvgConfig(StrategyConfig):
 @config_class
 class FedAvgMConfig(StrategyConfig):
     """FedAvg with momentum on the server (arXiv 1909.06335)."""
+
+    takes_mean: ClassVar[bool] = True
 
     type: Literal["FedAvgM"] = "FedAvgM"
     """Names this strategy."""
@@ -49,6 +62,9 @@ class FedAvgMConfig(StrategyConfig):
 class FedProxConfig(StrategyConfig):
     """FedAvg whose clients add mu / 2 * ||theta - theta_global||^2 to their loss (arXiv 1812.06127)."""
 
+    takes_mean: ClassVar[bool] = True
+    gives_mean: ClassVar[bool] = True
+
     type: Literal["FedProx"] = "FedProx"
     """Names this strategy."""
     proximal_mu: NonNegativeFloat = 0.01
@@ -58,6 +74,8 @@ class FedProxConfig(StrategyConfig):
 @config_class
 class FedAdagradConfig(StrategyConfig):
     """Adagrad on the server (arXiv 2003.00295)."""
+
+    takes_mean: ClassVar[bool] = True
 
     type: Literal["FedAdagrad"] = "FedAdagrad"
     """Names this strategy."""
@@ -70,6 +88,8 @@ class FedAdagradConfig(StrategyConfig):
 @config_class
 class FedAdamConfig(StrategyConfig):
     """Adam on the server (arXiv 2003.00295)."""
+
+    takes_mean: ClassVar[bool] = True
 
     type: Literal["FedAdam"] = "FedAdam"
     """Names this strategy."""
@@ -86,6 +106,8 @@ class FedAdamConfig(StrategyConfig):
 @config_class
 class FedYogiConfig(StrategyConfig):
     """Yogi on the server (arXiv 2003.00295)."""
+
+    takes_mean: ClassVar[bool] = True
 
     type: Literal["FedYogi"] = "FedYogi"
     """Names this strategy."""
@@ -126,6 +148,10 @@ class KrumConfig(StrategyConfig):
     num_malicious_nodes: NonNegativeInt = 0
     """How many clients may send anything; needs at least 2 f + 3 clients."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield where the quorum is too small."""
+        yield from _check_quorum(config, self.type, self.num_malicious_nodes, 2 * self.num_malicious_nodes + 3)
+
 
 @config_class
 class MultiKrumConfig(StrategyConfig):
@@ -138,6 +164,13 @@ class MultiKrumConfig(StrategyConfig):
     num_nodes_to_select: PositiveInt = 1
     """How many updates are averaged."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield where the quorum is too small."""
+        yield from _check_quorum(config, self.type, self.num_malicious_nodes, 2 * self.num_malicious_nodes + 3)
+        quorum = config.federated.min_clients if config.federated else self.num_nodes_to_select
+        if self.num_nodes_to_select > quorum:
+            yield (*path, "num_nodes_to_select"), f"must not be above min_clients ({quorum})"
+
 
 @config_class
 class BulyanConfig(StrategyConfig):
@@ -147,6 +180,10 @@ class BulyanConfig(StrategyConfig):
     """Names this strategy."""
     num_malicious_nodes: NonNegativeInt = 0
     """How many clients may send anything; needs at least 4 f + 3 clients."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield where the quorum is too small."""
+        yield from _check_quorum(config, self.type, self.num_malicious_nodes, 4 * self.num_malicious_nodes + 3)
 
 
 @config_class
@@ -159,6 +196,17 @@ class QFedAvgConfig(StrategyConfig):
     """How much more; 0 weighs all clients alike."""
     client_learning_rate: PositiveFloat | None = None
     """Inverse of the estimated Lipschitz constant; the trainer's learning rate by default."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield where clients do not report the losses."""
+        if config.federated is not None and "loss" not in config.federated.metrics:
+            yield ("federated", "metrics"), "must have loss in it for QFedAvg, which weighs clients by it"
+
+
+def _check_quorum(config: Config, strategy: str, malicious: int, needed: int) -> Iterator[Finding]:
+    if config.federated is not None and config.federated.min_clients < needed:
+        message = f"must be at least {needed} for {strategy} with num_malicious_nodes {malicious}"
+        yield ("federated", "min_clients"), message
 
 
 STRATEGIES: dict[str, tuple[type, str]] = {

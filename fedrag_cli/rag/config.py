@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 from fedrag_cli.config.fields import (
     CollectionName,
+    FolderStr,
     HttpUrlStr,
     ModelStr,
     NonEmptyStr,
@@ -17,7 +19,11 @@ from fedrag_cli.config.fields import (
     SecretStr,
     config_class,
 )
+from fedrag_cli.config.problems import Finding, KeyPath
 from fedrag_cli.registry import Registry
+
+if TYPE_CHECKING:
+    from fedrag_cli.config.schema import Config
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -53,6 +59,14 @@ class SentenceTransformerConfig:
     dtype: DType = "auto"
     """Number format of the weights; auto keeps float32."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield which models are missing or named twice."""
+        separate = (self.query_model, self.passage_model)
+        if self.model is None and None in separate:
+            yield path, "needs 'model', or both 'query_model' and 'passage_model'"
+        if self.model is not None and separate != (None, None):
+            yield path, "has 'model' beside 'query_model' or 'passage_model'; keep one or the other"
+
 
 @config_class
 class CausalLMConfig:
@@ -67,7 +81,7 @@ class CausalLMConfig:
     trust_remote_code: bool = False
     """Runs Python code that comes with the model (`auto_map`, modules of its own), with all your rights; without it a
     model that needs such code is refused."""
-    adapter: PathStr | None = None
+    adapter: FolderStr | None = None
     """Directory of a saved LoRA adapter that is put on the model."""
     context_window: PositiveInt | None = None
     """Most tokens of prompt and answer; the model's own limit by default."""
@@ -89,6 +103,15 @@ class CausalLMConfig:
     """Load the weights in fewer bits (extra `quantization`): 8bit is LLM.int8(), 4bit the NF4 of QLoRA with double
     quantization. Training the generator then needs lora. Slow on a CPU; not for GGUF files."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield what does not go together with the device or the model's format."""
+        if self.device_map is not None and config.run.device not in ("auto", "cuda"):
+            message = f"takes all GPUs, but run.device is {config.run.device}; set that to auto or cuda, or remove it"
+            yield (*path, "device_map"), message
+        if self.quantization is not None and self.model.endswith(".gguf"):
+            message = "is not for GGUF files, which transformers turns into plain weights; remove it"
+            yield (*path, "quantization"), message
+
 
 @config_class
 class MemoryStoreConfig:
@@ -104,6 +127,10 @@ class MemoryStoreConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the saved and searched embeddings. The last two round them to half the space; scores are
     computed in float32 all the same, and `fedrag index` reports what the rounding loses where it rounds all of them."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield what memory_map lacks."""
+        yield from _check_memory_map(self, path)
 
 
 @config_class
@@ -131,6 +158,14 @@ class FaissStoreConfig:
     memory_map: bool = False
     """Leaves the saved embeddings on disk and reads what a search touches; a change takes them into memory."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield settings of another kind of index, and what memory_map lacks."""
+        index_of = {"nlist": "ivf", "nprobe": "ivf", "m": "hnsw", "ef_construction": "hnsw", "ef_search": "hnsw"}
+        for name, index in index_of.items():
+            if getattr(self, name) is not None and self.index != index:
+                yield (*path, name), f"has no effect with index: {self.index}; remove it"
+        yield from _check_memory_map(self, path)
+
 
 @config_class
 class QdrantStoreConfig:
@@ -155,6 +190,18 @@ class QdrantStoreConfig:
     """Passages sent to the server, or questions asked, at once."""
     timeout: PositiveInt = 60
     """Seconds to wait for an answer of the server."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield settings of a server beside those of a folder."""
+        if self.path is not None and self.url is not None:
+            yield (*path, "path"), "stands beside url; keep one or the other"
+        if self.api_key is not None and self.url is None:
+            yield (*path, "api_key"), "has no effect without url; remove it"
+
+
+def _check_memory_map(store: MemoryStoreConfig | FaissStoreConfig, path: KeyPath) -> Iterator[Finding]:
+    if store.memory_map and store.path is None:
+        yield (*path, "memory_map"), "needs a path, the folder of the saved store"
 
 
 def register(registry: Registry) -> None:
