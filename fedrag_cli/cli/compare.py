@@ -50,7 +50,7 @@ def command(
     with session(json_output=json, quiet=quiet, verbose=verbose) as current:
         thresholds = dict(_threshold(text) for text in fail_under or ())
         from fedrag_cli.reports.compare import compare_runs, interval_settings, load_compared, questions_of
-        from fedrag_cli.reports.comparison_plot import plot_comparisons, require_plot_file
+        from fedrag_cli.reports.interval_plots import plot_comparisons, require_plot_file
 
         if plot is not None:
             require_plot_file(plot, force=force)

@@ -17,7 +17,7 @@ from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages, with_tuned_models
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.reports.plots import plot_evaluation
+from fedrag_cli.reports.interval_plots import plot_evaluation
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporter import Reporter
 

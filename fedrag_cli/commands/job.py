@@ -38,9 +38,10 @@ from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.rag.tokens import Lengths
-from fedrag_cli.reports.diagnostics import plot_diagnostics, plot_movement, summarise
+from fedrag_cli.reports.diagnostics import summarise
+from fedrag_cli.reports.interval_plots import plot_difference
 from fedrag_cli.reports.model_card import model_card
-from fedrag_cli.reports.plots import plot_curves, plot_difference, plot_federation
+from fedrag_cli.reports.plots import plot_log
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
 from fedrag_cli.runs.files import replace_directory_atomically, write_text_atomically
 from fedrag_cli.runs.interrupt import deferred_interrupts, terminable
@@ -513,14 +514,7 @@ def _require_same(what: str, fingerprints: dict[str, str], known: dict[str, str]
 def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     """Draw the plots, write model card and summary, and mark the run as done."""
     events = run.events()
-    plots = plot_curves(events, run.plots)
-    for name, plot in (
-        ("diagnostics.png", plot_diagnostics),
-        ("movement.png", plot_movement),
-        ("federation.png", plot_federation),
-    ):
-        if plot(events, run.plots / name):
-            plots.append(run.plots / name)
+    plots = plot_log(events, run.plots)
     if summary.get("comparison"):
         plots.append(run.plots / "comparison.png")
     if summary["differences"]:
