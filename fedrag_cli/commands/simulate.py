@@ -46,7 +46,8 @@ from fedrag_cli.data.partition import (
 )
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.comparison import Evaluated, compare, metric_table
-from fedrag_cli.federated.client import ClientHandler, LocalGrid
+from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.grid import LocalGrid
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights
 from fedrag_cli.rag.build import build_knowledge_store

@@ -27,8 +27,9 @@ from fedrag_cli.errors import (
     ModelError,
     ServerRefusedError,
 )
-from fedrag_cli.federated.client import ClientHandler, LocalGrid
+from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.flower_api import ScreenedStrategy
+from fedrag_cli.federated.grid import LocalGrid
 from fedrag_cli.federated.handshake import agreement_of, differences
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
