@@ -232,9 +232,7 @@ def load_public_key(path: Path) -> bytes:
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, CURVE):
         raise ConfigError(f"'{path}' is no node key (SECP384R1).", "Put the NAME.pub of 'fedrag keys node' there.")
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
-    return public_key_to_bytes(key)
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def read_small_file(path: Path) -> bytes:
