@@ -20,7 +20,7 @@ def command(
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.commands.train import start_training
+        from fedrag_cli.commands.train import train
 
-        summary = start_training(source, ["fedrag", *sys.argv[1:]], current.reporter())
+        summary = train(source, current.reporter(), command=["fedrag", *sys.argv[1:]])
         current.result(summary, lambda renderer: renderer.training_summary(summary))

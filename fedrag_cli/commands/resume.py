@@ -59,9 +59,9 @@ def _go_on(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[
             f"Start it without a launcher: fedrag resume {run.path}",
         )
     if run.manifest().get("evaluation") is not None:
-        from fedrag_cli.commands.evaluate import resume_evaluation
+        from fedrag_cli.commands.evaluate import evaluate
 
-        return resume_evaluation(run, source, reporter)
+        return evaluate(source, reporter, run=run)
     role = run.federation_role()
     if role == "server":
         from fedrag_cli.commands.serve import resume_serving
@@ -75,6 +75,6 @@ def _go_on(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[
         from fedrag_cli.commands.simulate import resume_simulation
 
         return resume_simulation(run, source, reporter)
-    from fedrag_cli.commands.train import resume_training
+    from fedrag_cli.commands.train import train
 
-    return resume_training(run, source, reporter)
+    return train(source, reporter, run=run)

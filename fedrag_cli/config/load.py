@@ -164,8 +164,12 @@ class ConfigSource:
         Keeping references keeps secrets out of the file: a value that came from the environment is read from there
         again when the file is loaded.
         """
-        values = self._with_references(self.config, ())
-        return OmegaConf.to_yaml(OmegaConf.create(values), resolve=False, sort_keys=False)
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()), resolve=False, sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `to_yaml` writes."""
+        values: dict[str, Any] = self._with_references(self.config, ())
+        return values
 
     def outside_values(self) -> dict[str, tuple[str, Any]]:
         """Return the settings that come from outside of the config, such as the environment.
