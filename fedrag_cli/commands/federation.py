@@ -28,11 +28,7 @@ def settings_of(config: Config) -> FederatedConfig:
 
 
 def require_federation(config: Config) -> str:
-    """Return the side that is tuned.
-
-    Raises:
-        ConfigError: The mode tunes both sides, or there is no generator but the objective needs one.
-    """
+    """Return the side that is tuned; raises ConfigError where there are two, or a generator is missing."""
     require_generator_for_training(config)
     sides = tuned_sides(config)
     if len(sides) > 1:
@@ -53,7 +49,7 @@ def run_federation(
     *,
     shares_model: bool,
 ) -> RoundState:
-    """Run the rounds that are left, saving each, and leave the final weights in the model.
+    """Run the rounds that are left, saving each, and return the state after that; its weights are in the model.
 
     Args:
         job: Its run's newest finished round is where the federation goes on.
@@ -64,9 +60,6 @@ def run_federation(
         settings: The federation's settings.
         shares_model: Whether clients use the task's model too. Where they do not, the global weights are in memory
             once: in the model, or outside of it while a round runs.
-
-    Returns:
-        The state after the last round; its weights are in the model.
     """
     checkpoints, rate = job.run.checkpoints, task.trainer.config.learning_rate
     federation = Federation(

@@ -114,12 +114,7 @@ def _join(job: Job, server: ServerAddress) -> dict[str, Any]:
 
 
 def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode, reporter: Reporter) -> None:
-    """Answer the server's messages until the final model is saved.
-
-    Raises:
-        ConnectionFailedError: The server refused this client, or does not answer.
-        FederationError: The federation failed.
-    """
+    """Answer the server's messages until the final model is saved; raises FederationError where none comes."""
 
     def keep(measured: dict[str, float]) -> None:
         # On disk before the server is told that it arrived.

@@ -242,9 +242,6 @@ def run_baselines(
         sites: The clients' tasks by name, each with its own data and knowledge store.
         rag_system: The RAG system with the whole corpus; it shares its models with the tasks.
         initial: The weights that everything starts from.
-
-    Returns:
-        The comparison, for the summary and for tables.
     """
     task, folder = next(iter(sites.values())), job.run.path / "federation"
     caches = {name: folder / name / "cache" for name in sites}

@@ -42,15 +42,8 @@ def aggregate(
 ) -> Weights:
     """Return the next global weights, as float32 in the order of the manifest.
 
-    The order of the updates is that of the clients' names, so that sums do not depend on who came first.
-
-    Args:
-        strategy: Built from the strategy of the settings.
-        number: The round.
-        updates: What passed, by client; at least one.
-        reply: Any reply of the round, which the updates are handed to the strategy in place of.
-        manifest: Names and shapes of the weights.
-        settings: Say what becomes of LoRA adapters, and whether the mean gets noise before the strategy sees it.
+    The order of the updates is that of the clients' names, so that sums do not depend on who came first. They are
+    handed to the strategy, that of the settings, in place of any reply.
 
     Raises:
         FederationError: The strategy could not aggregate them, or made weights that are not finite.

@@ -32,14 +32,7 @@ if TYPE_CHECKING:
 
 
 class ClientHandler:
-    """Answers the server's messages with a federated task.
-
-    Args:
-        task: The task with this client's model and data.
-        name: The client's name, sent in the handshake.
-        reporter: Told what happens.
-        on_final: Called when the model holds the final global weights.
-    """
+    """Answers the server's messages with a federated task."""
 
     def __init__(
         self,
@@ -48,7 +41,14 @@ class ClientHandler:
         reporter: Reporter | None = None,
         on_final: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        """Start without having met a server."""
+        """Start without having met a server.
+
+        Args:
+            task: The task with this client's model and data.
+            name: The client's name, sent in the handshake.
+            reporter: Told what happens.
+            on_final: Called when the model holds the final global weights.
+        """
         self.task = task
         self.name = name
         self.reporter: Reporter = reporter or SilentReporter()
@@ -67,7 +67,6 @@ class ClientHandler:
         Raises:
             ConnectionFailedError: The message comes with the server's agreement, and this client's is another.
             ServerRefusedError: The server asks for a round that was not agreed, or sends a model that cannot be right.
-            FedRAGError: The work failed.
         """
         try:
             return self._answer(message)

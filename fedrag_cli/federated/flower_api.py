@@ -76,11 +76,7 @@ class ScreenedStrategy(Strategy):
     """A strategy that sees only updates which passed the screening, from clients that agree with the server."""
 
     def __init__(self, strategy: Strategy, task: FLTask, config: object = None) -> None:
-        """Wrap a strategy, which was built from a config or is one of the user.
-
-        Raises:
-            FederationError: It does not go with the task's settings.
-        """
+        """Wrap a strategy, built from a config or the user's; raises FederationError where the settings forbid it."""
         self.strategy = strategy
         self.task = task
         self._described_by = strategy if config is None else config
@@ -275,19 +271,10 @@ class ClassicClient(NumPyClient):
 
 
 class ClassicServer(Server):
-    """A server of the classic API whose task's model, which the federation starts from, ends with the global weights.
-
-    Args:
-        task: The task.
-        strategy: A strategy of `flwr.server.strategy`; FedAvg by default.
-    """
+    """A server of the classic API; its task's model, which it starts from, ends with the global weights."""
 
     def __init__(self, task: FLTask, strategy: ClassicStrategy | None = None) -> None:
-        """Give the strategy the model's weights where it has none of its own.
-
-        Raises:
-            ConfigError: The settings ask for what this API cannot do.
-        """
+        """Give the strategy the model's weights where it has none; raises ConfigError where settings forbid it."""
         _require_plain_weights(task)
         self.task = task
         initial = ndarrays_to_parameters(list(to_ndarrays(task.weights())))

@@ -31,19 +31,16 @@ def quiet_flower() -> None:
 
 @dataclass(frozen=True)
 class Member:
-    """A client that is connected now.
-
-    Args:
-        node_id: Where messages to it go; another one after the server was restarted.
-        name: Its name where the transport knows it for certain, from an allowed key; empty otherwise.
-        key: A short fingerprint of its public key.
-        activation: How often it has connected; it changes where a client was restarted and has lost its messages.
-    """
+    """A client that is connected now."""
 
     node_id: int
+    """Where messages to it go; another one after the server was restarted."""
     name: str
+    """Its name where the transport knows it for certain, from an allowed key; empty otherwise."""
     key: str
+    """A short fingerprint of its public key."""
     activation: int
+    """How often it has connected; it changes where a client was restarted and has lost its messages."""
 
 
 class FederationGrid(Grid):

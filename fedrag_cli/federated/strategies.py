@@ -17,13 +17,7 @@ SEPARATOR = "/"
 
 
 def build_strategy(config: Any, *, min_clients: int, learning_rate: float) -> Strategy:
-    """Build the strategy of Flower's that a config of `federated/config.py` names and gives the parameters of.
-
-    Args:
-        config: Its `type` is the class's name.
-        min_clients: Clients that a round needs at least.
-        learning_rate: The clients' learning rate, which QFedAvg needs.
-    """
+    """Build the strategy of Flower's that a config of `federated/config.py` names; QFedAvg needs the learning rate."""
     parameters = dataclasses.asdict(config)
     del parameters["type"], parameters["fraction"]
     if parameters.get("client_learning_rate", 0) is None:

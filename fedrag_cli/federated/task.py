@@ -169,10 +169,8 @@ class FLTask:
         Raises:
             ModelError: Names or shapes differ from the trained tensors.
             DataError: This site has no training examples.
-            ServerRefusedError: The weights are not finite, the round is none that was agreed, or the config holds
-                something else than numbers.
+            ServerRefusedError: The weights are not finite, the round was not agreed, or the config holds no numbers.
             TrainingError: Training did not work; see the trainer.
-            RunInterruptedError: A signal came.
         """
         _require_finite(weights)
         number = round_number(config, 1)
@@ -201,11 +199,7 @@ class FLTask:
         return result
 
     def evaluate(self, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> EvaluateResult:
-        """Measure the given weights on this site's validation examples.
-
-        Args:
-            weights: The global weights, by name.
-            config: `server-round`; nothing in it changes the measurement.
+        """Measure the given weights on this site's validation examples; nothing in the config changes the measurement.
 
         Raises:
             ModelError: Names or shapes differ from the trained tensors.

@@ -131,12 +131,6 @@ def bound_updates(
     half of the clients are hostile. Norms are compared from three updates on: of two, one that sends nothing would
     silence the other. Under privacy they are not, because the bound would tell about other sites' updates.
 
-    Args:
-        updates: What passed, by client.
-        reference: The global weights of this round.
-        settings: Say how far is too far.
-        strategy: The strategy or its config, see `traits_of`.
-
     Returns:
         The updates, and in words what was held down, by client.
     """
@@ -187,11 +181,7 @@ def screen_measurements(
 ) -> dict[str, tuple[int, dict[str, float]]]:
     """Return what clients measured on validation examples of their own: for how many it counts, and the metrics.
 
-    Args:
-        contents: What they sent, by client.
-        names: The metrics that were agreed on.
-        settings: Say how much more examples than the others' are too many.
-        note: Told of each client whose measurement is refused or counts for less, and why.
+    A note tells of each client whose measurement is refused or counts for less, and why.
     """
     measured: dict[str, tuple[int, dict[str, float]]] = {}
     for client, content in contents.items():
