@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedrag_cli.config import Config
@@ -60,6 +61,11 @@ class RunData:
     validation: list[Example]
     evaluation: list[Example]
     split: str | None
+
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        """A hash over the passages."""
+        return corpus_fingerprint(self.nodes)
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each part."""
@@ -148,7 +154,13 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
         FedRAGError: As `build_rag_system`.
     """
     with_generator = uses_generator(config, data)
-    rag_system = build_rag_system(config, nodes=data.nodes, with_generator=with_generator, reporter=reporter)
+    rag_system = build_rag_system(
+        config,
+        nodes=data.nodes,
+        fingerprint=data.corpus_fingerprint,
+        with_generator=with_generator,
+        reporter=reporter,
+    )
     if with_generator and rag_system.generator is not None:
         _require_prompts(config, data, rag_system)
     # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
@@ -287,7 +299,7 @@ def data_fingerprints(data: RunData) -> dict[str, str]:
     if data.split is not None:
         rows[data.split] = data.evaluation
     examples = {name: corpus_fingerprint([_as_node(example) for example in split]) for name, split in rows.items()}
-    return {"passages": corpus_fingerprint(data.nodes), **examples}
+    return {"passages": data.corpus_fingerprint, **examples}
 
 
 def _as_node(example: Example) -> KnowledgeNode:
