@@ -90,7 +90,13 @@ def _build(config: Config, data: RunData, metrics: Sequence[str], reporter: Repo
     answering = bool(generator_metrics_of(metrics))
     if not data.nodes:
         return build_rag_system_without_passages(config, with_generator=answering, reporter=reporter)
-    return build_rag_system(config, nodes=data.nodes, with_generator=answering, reporter=reporter)
+    return build_rag_system(
+        config,
+        nodes=data.nodes,
+        fingerprint=data.corpus_fingerprint,
+        with_generator=answering,
+        reporter=reporter,
+    )
 
 
 def _summary(job: Job, data: RunData, evaluation: Evaluation, of: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
@@ -62,6 +63,11 @@ class RunData:
     validation: list[Example]
     evaluation: list[Example]
     split: str | None
+
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        """A hash over the passages."""
+        return corpus_fingerprint(self.nodes)
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each part."""
@@ -136,7 +142,7 @@ class Job:
         if known is not None:
             _require_same("base models", of_models, known)
         else:
-            of_data = data_fingerprints(data, rag_system.knowledge_store.corpus_fingerprint) if data is not None else {}
+            of_data = data_fingerprints(data) if data is not None else {}
             self.run.update_manifest(fingerprints=of_data | of_models)
         self.reporter = RunReporter(self.run.open_log(), self.reporter)
         self._began = time.monotonic() - seconds_spent(self.run.events())
@@ -323,7 +329,13 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
         FedRAGError: As `build_rag_system`.
     """
     with_generator = uses_generator(config, data)
-    rag_system = build_rag_system(config, nodes=data.nodes, with_generator=with_generator, reporter=reporter)
+    rag_system = build_rag_system(
+        config,
+        nodes=data.nodes,
+        fingerprint=data.corpus_fingerprint,
+        with_generator=with_generator,
+        reporter=reporter,
+    )
     if with_generator and rag_system.generator is not None:
         _require_prompts(config, data, rag_system)
     # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
@@ -437,7 +449,8 @@ def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> Non
         with replace_directory_atomically(run.generator) as target:
             rag_system.require_generator().save(target)
     store = rag_system.knowledge_store
-    if len(store) and not store.is_kept_elsewhere:
+    can_be_saved = config.rag_system.knowledge_store.in_folder(run.knowledge_store) is not None
+    if len(store) and can_be_saved and not store.is_kept_elsewhere:
         store.save(run.knowledge_store)
 
 
@@ -455,13 +468,13 @@ def tuned_models(sides: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]
     return tuned
 
 
-def data_fingerprints(data: RunData, passages: str | None = None) -> dict[str, str]:
+def data_fingerprints(data: RunData) -> dict[str, str]:
     """Return a hash of each part of the data; that of the passages where it is known is not computed again."""
     rows = {"train": data.train, "validation": data.validation}
     if data.split is not None:
         rows[data.split] = data.evaluation
     examples = {name: corpus_fingerprint([_as_node(example) for example in split]) for name, split in rows.items()}
-    return {"passages": passages or corpus_fingerprint(data.nodes), **examples}
+    return {"passages": data.corpus_fingerprint, **examples}
 
 
 def _as_node(example: Example) -> KnowledgeNode:

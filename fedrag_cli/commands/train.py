@@ -63,10 +63,10 @@ def train(
 
 
 def _require_shared_store(config: Config) -> None:
-    store = config.rag_system.knowledge_store
-    if process_count() > 1 and store.type == "qdrant" and store.path is not None:
+    what = config.rag_system.knowledge_store.one_process
+    if process_count() > 1 and what is not None:
         raise ConfigError(
-            f"Qdrant opens the folder '{store.path}' for one process, but {process_count()} were started.",
+            f"{what} for one process, but {process_count()} were started.",
             "Use a Qdrant server (rag_system.knowledge_store.url), another type of store, or one process.",
         )
 

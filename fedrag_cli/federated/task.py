@@ -80,7 +80,7 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     if both:
         # The passages' embeddings follow this model's weights, so they cannot be those of the other store.
         store = rag_system.knowledge_store
-        own.knowledge_store = InMemoryKnowledgeStore(retriever.device)
+        own.knowledge_store = InMemoryKnowledgeStore(device=retriever.device)
         own.knowledge_store.add(store.nodes, store.embeddings)
         own.knowledge_store.corpus_fingerprint = store.corpus_fingerprint
         if len(store):

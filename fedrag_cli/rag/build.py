@@ -15,8 +15,7 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.index_convert import converted_store
-from fedrag_cli.rag.index_place import open_store, place_of
+from fedrag_cli.rag.index_convert import converted_store, open_store
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.models import choose_device
@@ -100,10 +99,8 @@ def with_tuned_models(config: Config, run: RunDirectory) -> Config:
         generator = dataclasses.replace(old_generator, model=str(run.generator), adapter=None, revision=None)
         rag_system = dataclasses.replace(rag_system, generator=generator)
     if run.knowledge_store.is_dir():
-        old_store: Any = rag_system.knowledge_store
         # A run keeps its store in its own folder, also where it started from one on a server.
-        elsewhere = {name: None for name in ("url", "api_key") if getattr(old_store, name, None) is not None}
-        store = dataclasses.replace(old_store, path=str(run.knowledge_store), **elsewhere)
+        store = rag_system.knowledge_store.in_folder(run.knowledge_store)
         rag_system = dataclasses.replace(rag_system, knowledge_store=store)
     return dataclasses.replace(config, rag_system=rag_system)
 
@@ -112,6 +109,7 @@ def build_rag_system(
     config: Config,
     *,
     nodes: Sequence[KnowledgeNode] | None = None,
+    fingerprint: str | None = None,
     with_generator: bool = True,
     reporter: Reporter | None = None,
 ) -> RAGSystem:
@@ -120,6 +118,7 @@ def build_rag_system(
     Args:
         config: A loaded config.
         nodes: The passages, where they are loaded already.
+        fingerprint: Their `corpus_fingerprint`, where it is known already.
         with_generator: Whether to load the generator.
         reporter: Told what is being loaded, and shown how the store is filled.
 
@@ -132,14 +131,15 @@ def build_rag_system(
     _check_top_k(config, len(nodes))
     reporter = reporter or SilentReporter()
     # What is wrong with a store is told before the models are loaded, which takes longer.
-    store = _open_store(config, nodes, reporter)
+    fingerprint = fingerprint or corpus_fingerprint(nodes)
+    store = _open_store(config, fingerprint, reporter)
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
     if store is not None:
         store.require_encoder(retriever.fingerprint())
     generator = _load_generator(config, reporter) if with_generator else None
     if store is None:
-        built = build_knowledge_store(retriever, nodes, reporter)
+        built = build_knowledge_store(retriever, nodes, reporter, fingerprint)
         store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
     return _assemble(config, retriever, store, generator)
 
@@ -161,20 +161,23 @@ def build_rag_system_without_passages(
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
     generator = _load_generator(config, reporter) if with_generator else None
-    store = InMemoryKnowledgeStore(retriever.device)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
     return _assemble(config, retriever, store, generator)
 
 
 def build_knowledge_store(
-    retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
+    retriever: SentenceTransformerRetriever,
+    nodes: Sequence[KnowledgeNode],
+    reporter: Reporter,
+    fingerprint: str | None = None,
 ) -> InMemoryKnowledgeStore:
     """Encode passages into a new store that carries the fingerprints of encoder and corpus."""
-    store = InMemoryKnowledgeStore(retriever.device)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     with reporter.task("Encoding passages", len(nodes), "passage") as advance:
         store.add(nodes, retriever.encode_passages([node.text for node in nodes], advance))
     store.encoder_fingerprint = retriever.fingerprint()
-    store.corpus_fingerprint = corpus_fingerprint(nodes)
+    store.corpus_fingerprint = fingerprint or corpus_fingerprint(nodes)
     return store
 
 
@@ -220,10 +223,10 @@ def _tell(notes: Sequence[str], reporter: Reporter) -> None:
         reporter.note(note)
 
 
-def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> KnowledgeStore | None:
+def _open_store(config: Config, fingerprint: str, reporter: Reporter) -> KnowledgeStore | None:
     """Return the built store that a config names; None where there is none, so that the passages are to be encoded."""
     settings = config.rag_system.knowledge_store
-    store, place = open_store(settings, choose_device(config.run.device)), place_of(settings)
+    store, place = open_store(settings, choose_device(config.run.device)), settings.place
     # A filter may hide all passages of a store.
     if not len(store) and store.encoder_fingerprint is None:
         if place is not None:
@@ -232,7 +235,7 @@ def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Report
                 "'fedrag index CONFIG' keeps them there."
             )
         return None
-    if store.corpus_fingerprint != corpus_fingerprint(nodes):
+    if store.corpus_fingerprint != fingerprint:
         raise KnowledgeStoreError(
             f"The knowledge store in '{place}' was built from other passages than the corpus has now.",
             "Refresh it with 'fedrag index CONFIG'.",
