@@ -68,11 +68,11 @@ def trainer_around(
 def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     rag_system = trainer.rag_system
     if trainer.side == "generator":
-        generator = rag_system.require_generator()
+        generator = rag_system.require_trainable_generator()
         if model is generator.model:
             return rag_system
         return dataclasses.replace(rag_system, generator=generator.with_model(model))
-    retriever = rag_system.retriever
+    retriever = rag_system.require_trainable_retriever()
     if model is retriever.query_encoder:
         return rag_system
     if not isinstance(model, type(retriever.query_encoder)):

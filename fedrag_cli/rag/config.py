@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from fedrag_cli.config.fields import (
@@ -53,6 +54,10 @@ class SentenceTransformerConfig:
     dtype: DType = "auto"
     """Number format of the weights; auto keeps float32."""
 
+    def tuned_in(self, directory: Path) -> SentenceTransformerConfig:
+        """Return the config of what the retriever has saved in a directory."""
+        return dataclasses.replace(self, model=str(directory), query_model=None, passage_model=None, revision=None)
+
 
 @config_class
 class CausalLMConfig:
@@ -88,6 +93,12 @@ class CausalLMConfig:
     quantization: Literal["8bit", "4bit"] | None = None
     """Load the weights in fewer bits (extra `quantization`): 8bit is LLM.int8(), 4bit the NF4 of QLoRA with double
     quantization. Training the generator then needs lora. Slow on a CPU; not for GGUF files."""
+
+    def tuned_in(self, directory: Path) -> CausalLMConfig:
+        """Return the config of what the generator has saved in a directory: a model, or an adapter of this one."""
+        if (directory / "adapter_config.json").is_file():
+            return dataclasses.replace(self, adapter=str(directory))
+        return dataclasses.replace(self, model=str(directory), adapter=None, revision=None)
 
 
 @config_class

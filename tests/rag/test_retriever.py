@@ -168,8 +168,8 @@ def test_a_models_own_prompts_are_used_as_sentence_transformers_does(models: dic
         "The retriever's own prompts are used: 'ask: ' before queries, 'read: ' before passages "
         "(query_prompt and passage_prompt change them).",
     )
-    assert retriever.count_truncated(["z" * 60], queries=True) == 1
-    assert load(models["retriever"]).count_truncated(["z" * 60], queries=True) == 0
+    assert retriever.measure(["z" * 60], "texts", queries=True).truncated == 1
+    assert load(models["retriever"]).measure(["z" * 60], "texts", queries=True).truncated == 0
 
 
 def test_an_empty_prompt_switches_the_models_own_off(models: dict[str, Path], tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_truncated_texts_are_counted_exactly(models: dict[str, Path], text: str,
     texts = [text * count for count in range(1, 70)]
     expected = sum(tokens(retriever, row) > limit for row in texts)
     assert 0 < expected < len(texts)
-    assert retriever.count_truncated(texts, queries=False) == expected
+    assert retriever.measure(texts, "texts", queries=False).truncated == expected
     # What is not counted really reaches the encoder whole.
     whole = [row for row in texts if tokens(retriever, row) <= limit]
     features = retriever.features(whole, queries=False)
@@ -282,15 +282,15 @@ def test_a_corpus_is_tokenised_in_parts(models: dict[str, Path], monkeypatch: py
         return tokenizer(texts, **settings)
 
     monkeypatch.setattr(type(retriever.passage_encoder), "tokenizer", property(lambda _: counting))
-    assert retriever.count_truncated(["a", LONG] * 3000, queries=False) == 3000
+    assert retriever.measure(["a", LONG] * 3000, "texts", queries=False).truncated == 3000
     assert sizes == [4096, 1904]
 
 
 def test_prompts_count_as_length(models: dict[str, Path]) -> None:
     retriever = load(models["retriever"], query_prompt="the " * 40, max_length=40)
-    assert retriever.count_truncated(TEXTS, queries=True) == len(TEXTS)
-    assert retriever.count_truncated(TEXTS, queries=False) == 0
-    assert retriever.count_truncated([], queries=True) == 0
+    assert retriever.measure(TEXTS, "texts", queries=True).truncated == len(TEXTS)
+    assert retriever.measure(TEXTS, "texts", queries=False).truncated == 0
+    assert retriever.measure([], "texts", queries=True).truncated == 0
 
 
 # One encoder or two
@@ -367,7 +367,7 @@ def test_a_length_limit_holds_for_a_saved_pair_too(models: dict[str, Path], tmp_
     assert (short.query_encoder.max_seq_length, short.passage_encoder.max_seq_length) == (10, 10)
     assert (short.encode_queries([LONG]) - expected.encode_queries([LONG])).abs().max() < 1e-6
     assert (short.encode_passages([LONG]) - expected.encode_passages([LONG])).abs().max() < 1e-6
-    assert short.count_truncated([LONG], queries=True) == 1
+    assert short.measure([LONG], "texts", queries=True).truncated == 1
 
 
 # Fingerprints
@@ -501,7 +501,7 @@ def test_encoders_without_a_limit_cut_nothing(models: dict[str, Path], tmp_path:
     words = _saved(tmp_path / "words", BoW(["the", "cat", "is", "red"]))
     for model in (static, words):
         retriever = load(model)
-        assert retriever.count_truncated([LONG, "the cat"], queries=True) == 0
+        assert retriever.measure([LONG, "the cat"], "texts", queries=True).truncated == 0
         assert retriever.measure([LONG], "passages", queries=False).message == ""
         assert retriever.encode_queries(["the cat", LONG]).shape[0] == 2
         with pytest.raises(ModelError, match=r"max_length is 5, but the retriever .* reads texts of any length"):
@@ -512,7 +512,7 @@ def test_word_embeddings_are_cut_at_their_own_limit(tmp_path: Path) -> None:
     model = _saved(tmp_path / "words", _words(max_seq_length=3), Pooling(8))
     measured = load(model).measure(["the cat is red", "the cat"], "passages", queries=False)
     assert (measured.truncated, measured.tokens, measured.dropped, measured.limit) == (1, 6, 1, 3)
-    assert load(model, max_length=4).count_truncated(["the cat is red"], queries=False) == 0
+    assert load(model, max_length=4).measure(["the cat is red"], "texts", queries=False).truncated == 0
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "MPNet", "DistilBert"])

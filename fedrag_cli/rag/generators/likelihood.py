@@ -18,8 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedrag_cli.errors import ModelError
-
-TokenPair = tuple[list[int], list[int]]
+from fedrag_cli.rag.generators.base import TokenPair
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,7 @@ class PaddingRule:
 
 @torch.no_grad()
 def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
-    """Find out how a model takes padding, from four or a few more forward passes of 16 tokens.
-
-    Args:
-        model: A causal language model of transformers, in eval mode.
-        pad_id: The id that rows are padded with.
+    """Find out how a model takes padding, from four or a few more forward passes of 16 tokens in eval mode.
 
     Raises:
         ModelError: The model needs more than token ids, or its predictions depend on tokens that come after.
@@ -166,19 +161,15 @@ def _all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> 
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int, *, equal: bool = False) -> Iterator[list[int]]:
-    """Group positions into batches of similar length, longest first.
+    """Yield positions into `lengths`, each once, in batches of similar length, longest first.
 
     Args:
         lengths: Tokens of each sequence.
         token_budget: Most tokens of a batch, padding included; a longer sequence is a batch by itself.
         equal: Whether only sequences of the same length share a batch.
-
-    Yields:
-        Lists of positions into `lengths`; every position occurs once.
     """
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     batch: list[int] = []
-    for position in order:
+    for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
         longest = lengths[batch[0]] if batch else 0
         if batch and (longest * (len(batch) + 1) > token_budget or (equal and lengths[position] != longest)):
             yield batch
@@ -201,9 +192,12 @@ def token_log_probs(model: nn.Module, pairs: Sequence[TokenPair], *, pad_id: int
     """
     device = next(model.parameters()).device
     input_ids, mask, _ = padded(pairs, pad_id, "right")
-    # The logits at a position predict the token after it.
+    # The logits at a position predict the token after it, and those before the first target are of no use.
     first = min(len(prompt) for prompt, _ in pairs) - 1
-    logits = _tail_logits(model, input_ids.to(device), mask.to(device), input_ids.shape[1] - first)
+    keep = input_ids.shape[1] - first
+    options = {"logits_to_keep": keep} if "logits_to_keep" in accepted_arguments(model) else {}
+    outputs = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False, **options)
+    logits = outputs.logits[:, -keep:]
     found = []
     for row, (prompt, target) in enumerate(pairs):
         begin = len(prompt) - 1 - first
@@ -216,11 +210,6 @@ def padded(
     pairs: Sequence[TokenPair], pad_id: int, padding_side: Literal["left", "right"]
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Put prompts with their targets into the rows of one tensor.
-
-    Args:
-        pairs: (prompt ids, target ids).
-        pad_id: Fills the shorter rows.
-        padding_side: Where it does.
 
     Returns:
         Token ids and mask, of shape (len(pairs), tokens), and the column in which each row starts. The mask comes from
@@ -253,13 +242,6 @@ def accepted_arguments(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(base_model(model).forward).parameters)
 
 
-def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-    """Run the model and return the logits of the last `keep` columns, computing no others where it can."""
-    options = {"logits_to_keep": keep} if "logits_to_keep" in accepted_arguments(model) else {}
-    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **options).logits
-    return logits[:, -keep:]
-
-
 PACK_TOKENS = 512
 """Tokens of a pack. In smaller ones matrix products are less efficient; in larger ones attention looks at more tokens
 of other branches: 0.47 of single forwards at 128 tokens, 0.33 at 384 and 512, 0.36 at 1024 with SmolLM2-135M."""
@@ -268,28 +250,24 @@ STEP_OF_LENGTHS = 8
 """Packs are filled up to a multiple of it, because oneDNN keeps compiled products for each length that it meets: 81 MB
 from step 100 to 500 of a training with SmolLM2-135M without the filler, 10 MB with it."""
 
-Pack = list[int]
 # Each model's forward as it was tried, and whether it gives the same in packs.
 _trials: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
-def packs(pairs: Sequence[TokenPair], token_budget: int) -> Iterator[Pack]:
-    """Group pairs whose prompts begin alike.
+def packs(pairs: Sequence[TokenPair], token_budget: int) -> Iterator[list[int]]:
+    """Yield positions into `pairs`, each once, in groups of pairs whose prompts begin alike.
 
     The packs come in the order of their tokens, so that what a killed run has left forms the same packs again.
 
     Args:
         pairs: (prompt ids, target ids).
         token_budget: Most tokens of a pack; a longer pair is a pack by itself.
-
-    Yields:
-        Lists of positions into `pairs`; every position occurs once.
     """
     sequences = [_sequence(pair) for pair in pairs]
-    pack: Pack = []
+    pack: list[int] = []
     tokens = 0
     for position in sorted(range(len(pairs)), key=lambda position: (sequences[position], position)):
-        shared = _common_length(sequences[pack[-1]], sequences[position]) if pack else 0
+        shared = common_length(sequences[pack[-1]], sequences[position]) if pack else 0
         added = len(sequences[position]) - shared
         # A long common beginning is worth a larger pack: each new pack computes it again.
         if pack and tokens + added > min(token_budget, max(PACK_TOKENS, 2 * shared)):
@@ -310,19 +288,19 @@ def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair], first_positio
         first_position: Where the model's own positions begin.
 
     Returns:
-        For each pair a float32 tensor of shape (target tokens,) on the model's device, each value at most 0.
+        As `token_log_probs`.
     """
     device = next(model.parameters()).device
     ids, depths, paths = _tree([_sequence(pair) for pair in pairs])
     # A target's token is predicted by the token before it, so the rows begin with the last one of the prompt.
     rows = [column for path, (prompt, _) in zip(paths, pairs, strict=True) for column in path[len(prompt) - 1 :]]
     targets = torch.tensor([token for _, target in pairs for token in target], device=device)
-    filler = _filler(len(ids))
+    filler = -len(ids) % STEP_OF_LENGTHS
     logits = model(
         input_ids=torch.tensor([ids + ids[:1] * filler], device=device),
         attention_mask=_visible(len(ids) + filler, paths).to(device)[None, None],
         position_ids=torch.tensor([depths + [0] * filler], device=device) + first_position,
-        logits_to_keep=torch.tensor(rows + rows[-1:] * _filler(len(rows)), device=device),
+        logits_to_keep=torch.tensor(rows + rows[-1:] * (-len(rows) % STEP_OF_LENGTHS), device=device),
         use_cache=False,
     ).logits[0, : len(rows)]
     log_probs = torch.log_softmax(logits.float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
@@ -346,9 +324,7 @@ def can_pack(model: nn.Module, longest: int, first_position: int | None = 0) -> 
         return False
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         return False
-    if longest > (getattr(config, "sliding_window", None) or longest):
-        return False
-    if stretched_beyond(model) is not None:
+    if longest > (getattr(config, "sliding_window", None) or longest) or stretched_beyond(model) is not None:
         return False
     forward = type(base_model(model)).forward
     if model not in _trials or _trials[model][0] is not forward:
@@ -383,7 +359,7 @@ def _tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[li
     depths: list[int] = []
     paths: list[list[int]] = []
     for number, sequence in enumerate(sequences):
-        shared = _common_length(sequences[number - 1], sequence) if number else 0
+        shared = common_length(sequences[number - 1], sequence) if number else 0
         beginning = paths[-1][:shared] if paths else []
         paths.append(beginning + list(range(len(ids), len(ids) + len(sequence) - shared)))
         ids += sequence[shared:]
@@ -400,11 +376,8 @@ def _visible(tokens: int, paths: Sequence[list[int]]) -> Tensor:
     return visible
 
 
-def _filler(count: int) -> int:
-    return -count % STEP_OF_LENGTHS
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids two sequences begin with alike."""
     for number, (left, right) in enumerate(zip(first, second, strict=False)):
         if left != right:
             return number
