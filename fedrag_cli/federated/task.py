@@ -77,8 +77,8 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
         return rag_system
     if not isinstance(model, type(retriever.query_encoder)):
         raise ModelError(
-            f"A retriever's model is a SentenceTransformer, not a {type(model).__name__}.",
-            "Pass rag_system.retriever.query_encoder, or another SentenceTransformer.",
+            f"A retriever's model is a {type(retriever.query_encoder).__name__}, not a {type(model).__name__}.",
+            f"Pass rag_system.retriever.query_encoder, or another {type(retriever.query_encoder).__name__}.",
         )
     both = getattr(trainer.config, "train", "query") == "both"
     shared = model is retriever.passage_encoder or (both and retriever.is_shared)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource, load_config_with_source
 from fedrag_cli.config.fields import is_folder
+from fedrag_cli.config.validation import tuned_sides
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError
@@ -161,12 +162,7 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
     return digest.hexdigest()
 
 
-def _assemble(
-    config: Config,
-    retriever: Retriever,
-    store: KnowledgeStore,
-    generator: Generator | None,
-) -> RAGSystem:
+def _assemble(config: Config, retriever: Retriever, store: KnowledgeStore, generator: Generator | None) -> RAGSystem:
     settings = config.rag_system
     temperature = settings.ensemble_temperature or ENSEMBLE_TEMPERATURE
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
@@ -214,10 +210,8 @@ def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Report
 
 def _check_top_k(config: Config, passages: int) -> None:
     wanted = {"rag_system.top_k": config.rag_system.top_k}
-    for side in ("retriever", "generator"):
-        top_k = getattr(getattr(config.trainer, side), "top_k", None)
-        if top_k is not None and config.trainer.mode in (side, "alternating"):
-            wanted[f"trainer.{side}.top_k"] = top_k
+    for side in tuned_sides(config):
+        wanted[f"trainer.{side}.top_k"] = getattr(getattr(config.trainer, side), "top_k", None) or 0
     for key, top_k in wanted.items():
         if top_k > passages:
             raise KnowledgeStoreError(

@@ -80,7 +80,7 @@ class PassageFormat:
         first = None
         for passage in passages if self._unseen else ():
             first = first or passage
-            self._unseen = [name for name in self._unseen if not _has(name, _values(passage))]
+            self._unseen = [name for name in self._unseen if _is_absent(name, _values(passage))]
             if not self._unseen:
                 return
         if first is not None:
@@ -241,12 +241,12 @@ def _value(name: str, values: Mapping[str, Any]) -> Any:
         return _ABSENT
 
 
-def _has(name: str, values: Mapping[str, Any]) -> bool:
+def _is_absent(name: str, values: Mapping[str, Any]) -> bool:
     try:
-        return _value(name, values) is not _ABSENT
+        return _value(name, values) is _ABSENT
     except (AttributeError, TypeError):
         # `write` says what is wrong with it.
-        return True
+        return False
 
 
 def _text(field: _Field, values: Mapping[str, Any]) -> str:

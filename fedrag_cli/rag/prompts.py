@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -292,10 +293,7 @@ def _longest_fitting(text: str, fits: Callable[[int], bool], first: int) -> int:
     # The time to try grows with the number of characters, so never many more are tried than fit.
     while high < len(text) and fits(high):
         low, high = high, 2 * high
-    high = min(high, len(text))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    low += bisect_left(range(low + 1, min(high, len(text))), True, key=lambda length: not fits(length))
     place = _cut_place(text, low)
     while place and not fits(place):
         place = _cut_place(text, place - 1)
