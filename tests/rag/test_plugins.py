@@ -224,6 +224,15 @@ def test_a_plugin_beside_a_model_that_is_trained(
     assert run("query", trained["run_dir"], "where is the owl ?")[0] == 0
 
 
+def test_a_federation_whose_sites_share_a_plugin(
+    write_config: Callable[..., Path], models: dict[str, Path], run: Callable[..., Any]
+) -> None:
+    generator = {"model": str(models["generator"]), "max_new_tokens": 4}
+    config = write_config(rag_system={**section(), "generator": generator}, federated={"rounds": 1, "min_clients": 2})
+    code, document = run("simulate", config, "--clients", 2, "trainer.mode=generator")
+    assert (code, document["rounds"][0]["clients"]) == (0, ["site-0", "site-1"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
