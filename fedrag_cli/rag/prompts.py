@@ -66,11 +66,6 @@ class PromptEncoder:
     something there that its prompt for generation lacks, such as an empty block of thoughts, the prompt has it; where
     the prompt for generation has more, that is taken, and an open block of thoughts is closed. So the model is asked
     for the answer itself, in generation, scoring and training alike.
-
-    Args:
-        tokenizer: The generator's tokenizer.
-        config: How the prompt is written.
-        context_window: Most tokens of prompt and answer together.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, context_window: int) -> None:
@@ -177,14 +172,7 @@ class PromptEncoder:
     ) -> tuple[str, EncodedPrompt]:
         """Write a prompt with as much of the context as fits, counted from its start.
 
-        Args:
-            query: The question.
-            passages: The context.
-            following: Returns what follows a prompt, and has to fit too.
-            reserved_tokens: Tokens that are needed besides.
-
-        Returns:
-            The prompt's text, and the ids of it together with what follows, without a start token.
+        What follows the prompt, by its text, has to fit too. The ids are those of both, without a start token.
         """
         context = self.context(passages)
 

@@ -64,11 +64,7 @@ class RAGSystem:
     ensemble_temperature: float = ENSEMBLE_TEMPERATURE
 
     def __post_init__(self) -> None:
-        """Look which fields the passages have, because what some of them have may be absent from others.
-
-        Raises:
-            DataError: The passage template names a field that no passage has.
-        """
+        """Look which fields the passages have; raises DataError where the passage template names one that none has."""
         if self.generator is not None:
             size = len(self.knowledge_store)
             chunks = (range(start, min(start + 1000, size)) for start in range(0, size, 1000))
@@ -142,17 +138,7 @@ class RAGSystem:
     def batch_query(
         self, queries: Sequence[str], top_k: int | None = None, progress: Progress | None = None
     ) -> list[RAGAnswer]:
-        """Answer questions from their passages, the way `inference` says.
-
-        Args:
-            queries: The questions.
-            top_k: Passages of a prompt; the system's own by default.
-            progress: Called with the number of questions answered after each batch.
-
-        Raises:
-            DataError: A question is longer than the context window.
-            KnowledgeStoreError: See `batch_retrieve`.
-        """
+        """Answer questions from their passages, the way `inference` says; see `batch_retrieve` and `answer`."""
         return self.answer(queries, self.batch_retrieve(queries, top_k), progress)
 
     def answer(
@@ -162,13 +148,16 @@ class RAGSystem:
         progress: Progress | None = None,
         on_answers: OnAnswers | None = None,
     ) -> list[RAGAnswer]:
-        """Answer questions from passages that were retrieved already; see `batch_query`.
+        """Answer questions from passages that were retrieved already.
 
         Args:
             queries: The questions.
             sources: Their passages, best first; a question without any is asked without context.
             progress: Called with the number of questions answered after each batch.
             on_answers: Called after each batch with positions in `queries` and their answers.
+
+        Raises:
+            DataError: A question is longer than the context window.
         """
         generator = self.require_generator()
         prompts = [

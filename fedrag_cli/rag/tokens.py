@@ -24,14 +24,10 @@ class TextTokens:
     Control tokens are the tokenizer's special tokens, and of its other added tokens those that the chat template names
     or that look like `<|...|>`. Where the markers of a chat template are plain text (`USER:`), a passage may hold the
     same text; no tokenizer can tell the two apart. Nor can it where a control token is a single character.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        chat_template: The chat template in use; empty where there is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str = "") -> None:
-        """Find the control tokens, and what the tokenizer puts before a text."""
+        """Find the control tokens of a tokenizer and the chat template in use, and what is put before a text."""
         self.tokenizer = tokenizer
         self._control_ids = {
             token.content: number
@@ -87,11 +83,7 @@ class TextTokens:
         characters of prompt and joint in that token are scored and learnt with it. Where this leaves no token of the
         prompt, the two are tokenised apart.
 
-        Args:
-            prompt: Text that the model is given.
-            joint: White space before the answer that the model writes itself.
-            answer: The answer, with what ends it.
-            together: The ids of all three, where they are known.
+        `joint` is white space that the model writes itself before the answer; `together` the ids of all three texts.
         """
         before = self.ids(prompt)
         whole = self.ids(prompt + joint + answer) if together is None else together

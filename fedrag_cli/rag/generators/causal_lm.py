@@ -28,6 +28,7 @@ from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.base import EncodedPrompt, OnTexts, OnTokenLogProbs, TokenPair, TrainableGenerator
 from fedrag_cli.rag.generators.likelihood import (
     alike,
+    all_log_probs,
     base_model,
     can_pack,
     length_sorted_batches,
@@ -65,14 +66,10 @@ class EnsembleChooser(LogitsProcessor):
     """Chooses the next token of each group of rows by the weighted sum of their probabilities.
 
     Source: Shi et al., "REPLUG" (arXiv 2301.12652, equation 2); Lin et al., "RA-DIT" (arXiv 2310.01352, equation 2).
-
-    Args:
-        log_weights: For each group, the log-weights of its rows, which follow one another in the batch.
-        temperature: 0 takes the likeliest token; above 0 samples among the 50 likeliest.
     """
 
-    def __init__(self, log_weights: Sequence[Tensor], temperature: float = 0.0) -> None:
-        """Keep what the choice needs."""
+    def __init__(self, log_weights: Sequence[Tensor], temperature: float) -> None:
+        """Take the log-weights of each group's rows; a temperature above 0 samples among the 50 likeliest tokens."""
         self.log_weights = log_weights
         self.temperature = temperature
 
@@ -135,12 +132,7 @@ class CausalLMGenerator(TrainableGenerator):
     def from_config(
         cls, config: CausalLMConfig, *, prompt: PromptConfig, device: str = "auto", seed: int = 42
     ) -> CausalLMGenerator:
-        """Load model and tokenizer.
-
-        Raises:
-            ModelError: The model is missing, broken or does not fit, or the device cannot hold or compute it.
-            ConfigError: The package for quantization is missing, or the model cannot be quantised.
-        """
+        """Load model and tokenizer; raises ModelError or ConfigError where that cannot be done on the device."""
         location = locate_model(config.model)
         target = choose_device(device)
         dtype = choose_dtype(config.dtype, target, small=False, setting="rag_system.generator.dtype")
@@ -236,34 +228,18 @@ class CausalLMGenerator(TrainableGenerator):
         log_weights: Sequence[Tensor],
         on_batch: OnTexts | None = None,
     ) -> list[str]:
-        """Answer questions, each from several prompts at once, by the weighted sum of next-token probabilities.
-
-        Raises:
-            DataError: As `generate_from_ids`.
-            ModelError: The model cannot answer prompts of different lengths together.
-        """
+        """Answer by the weighted sum of next-token probabilities; raises ModelError where the model cannot do that."""
         return self._generate_groups([[prompt.ids for prompt in group] for group in groups], log_weights, on_batch)
 
     def batch_generate(self, prompts: Sequence[str]) -> list[str]:
-        """Continue prompts that are used as they are, without template.
-
-        Args:
-            prompts: Texts of any lengths. They are the caller's own: a control token in them is a control token.
-        """
+        """Continue prompts as they are: they are the caller's own, so a control token in them is a control token."""
         return self.generate_from_ids([self._prompt_ids(prompt) for prompt in prompts])
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         return self.prompts.tokens.with_start(self.prompts.tokens.ids(prompt))
 
     def generate_from_ids(self, prompts: Sequence[list[int]], on_batch: OnTexts | None = None) -> list[str]:
-        """Answer tokenised prompts in length-sorted batches, padded on the left where the model allows.
-
-        Args:
-            prompts: Token ids.
-            on_batch: Called after each batch with positions in `prompts` and their answers.
-
-        Returns:
-            The answers, in the order of the prompts.
+        """Answer token ids in length-sorted batches, padded on the left where the model allows; see `answer`.
 
         Raises:
             DataError: A prompt has no tokens, or leaves no room for an answer in the context window.
@@ -317,12 +293,7 @@ class CausalLMGenerator(TrainableGenerator):
 
     @torch.inference_mode()
     def generate_batch(self, prompts: Sequence[list[int]], chooser: LogitsProcessor | None = None) -> list[str]:
-        """Answer tokenised prompts in one batch.
-
-        Args:
-            prompts: Token ids.
-            chooser: Takes the choice of the next tokens over, by leaving each row one token that is not -inf.
-        """
+        """Answer token ids in one batch; a chooser takes over which tokens come next, by leaving each row one alone."""
         options: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
         if self.config.temperature == 0 or chooser is not None:
             # Transformers fills what is left out from the model's own settings, such as a penalty for repetition.
@@ -399,8 +370,7 @@ class CausalLMGenerator(TrainableGenerator):
         answers = output.sequences[:, -count:].tolist()
         found = torch.stack(output.logits, dim=1).float().log_softmax(dim=-1)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            logits = self.model(input_ids=torch.tensor([prompt + answer], device=self.device), use_cache=False).logits
-            expected = logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+            expected = all_log_probs(self.model, torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
             if not alike(self.model, found[row], expected, slack):
                 return False
         return True

@@ -54,7 +54,7 @@ def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
     short = long[:11]
     try:
         alone = {
-            len(row): _all_log_probs(model, ids, attention_mask=torch.ones_like(ids))[0]
+            len(row): all_log_probs(model, ids, attention_mask=torch.ones_like(ids))[0]
             for row in (short, long)
             for ids in [torch.tensor([row])]
         }
@@ -100,7 +100,7 @@ def _pads_alike(
     ids, mask, starts = padded(pairs, pad_id, padding_side)
     positions = PaddingRule(True, first_position).positions(mask)
     try:
-        rows = _all_log_probs(model, ids, attention_mask=mask, **positions)
+        rows = all_log_probs(model, ids, attention_mask=mask, **positions)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError):
@@ -136,21 +136,15 @@ def _chooses_blocks(model: nn.Module) -> bool:
 
 
 def alike(model: nn.Module, found: Tensor, expected: Tensor, slack: float = 1) -> bool:
-    """Return whether log-probabilities are the same but for the rounding of the model's number format.
-
-    Args:
-        model: The model that they are from.
-        found: Log-probabilities.
-        expected: The same, computed in the plainest way.
-        slack: Factor of the difference that is let through.
-    """
+    """Return whether log-probabilities are as expected but for `slack` times the rounding of the number format."""
     # In bfloat16 a model of 30 layers differs from itself by some hundredths; a wrong position or state by far more.
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-1
     difference = (found - expected).square().mean().sqrt()
     return bool(difference <= slack * tolerance * expected.std())
 
 
-def _all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+def all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+    """Return the log-probabilities of all tokens of the vocabulary at each position, of a plain forward pass."""
     device = next(model.parameters()).device
     placed = {name: value.to(device) for name, value in arguments.items()}
     with torch.autocast(device.type, enabled=False):
@@ -161,12 +155,9 @@ def _all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> 
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int, *, equal: bool = False) -> Iterator[list[int]]:
-    """Yield positions into `lengths`, each once, in batches of similar length, longest first.
+    """Yield positions into `lengths`, each once, in batches of similar length (`equal`: the same), longest first.
 
-    Args:
-        lengths: Tokens of each sequence.
-        token_budget: Most tokens of a batch, padding included; a longer sequence is a batch by itself.
-        equal: Whether only sequences of the same length share a batch.
+    A batch has at most as many tokens as the budget, padding included; a longer sequence is a batch by itself.
     """
     batch: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
@@ -180,10 +171,10 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int, *, equal: b
 
 
 def token_log_probs(model: nn.Module, pairs: Sequence[TokenPair], *, pad_id: int) -> list[Tensor]:
-    """Return the log-probability of each token of each target after its prompt, in one forward pass.
+    """Return the log-probability of each token of each target after its prompt, in one forward pass in eval mode.
 
     Args:
-        model: A causal language model of transformers, in eval mode.
+        model: A causal language model of transformers.
         pairs: (prompt ids, target ids), neither of them empty.
         pad_id: Any token id; padding never reaches a result.
 
@@ -257,11 +248,8 @@ _trials: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 def packs(pairs: Sequence[TokenPair], token_budget: int) -> Iterator[list[int]]:
     """Yield positions into `pairs`, each once, in groups of pairs whose prompts begin alike.
 
-    The packs come in the order of their tokens, so that what a killed run has left forms the same packs again.
-
-    Args:
-        pairs: (prompt ids, target ids).
-        token_budget: Most tokens of a pack; a longer pair is a pack by itself.
+    The packs come in the order of their tokens, so that what a killed run has left forms the same packs again. A pair
+    that is longer than the budget is a pack by itself.
     """
     sequences = [_sequence(pair) for pair in pairs]
     pack: list[int] = []
@@ -280,16 +268,7 @@ def packs(pairs: Sequence[TokenPair], token_budget: int) -> Iterator[list[int]]:
 
 
 def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair], first_position: int = 0) -> list[Tensor]:
-    """Return the log-probability of each token of each target after its prompt, in one forward pass of one row.
-
-    Args:
-        model: A causal language model of transformers for which `can_pack` holds, in eval mode.
-        pairs: (prompt ids, target ids), neither of them empty; neighbours share what they begin with alike.
-        first_position: Where the model's own positions begin.
-
-    Returns:
-        As `token_log_probs`.
-    """
+    """Return what `token_log_probs` does, in one row, where `can_pack` holds: neighbours share how they begin."""
     device = next(model.parameters()).device
     ids, depths, paths = _tree([_sequence(pair) for pair in pairs])
     # A target's token is predicted by the token before it, so the rows begin with the last one of the prompt.
@@ -308,14 +287,9 @@ def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair], first_positio
 
 
 def can_pack(model: nn.Module, longest: int, first_position: int | None = 0) -> bool:
-    """Return whether a model computes the same in packs: what its config says, and then a trial of three sequences.
+    """Return whether a model computes sequences of `longest` tokens the same in packs: by its config, then by a trial.
 
     The trial is made once for a model, because a step of training may ask for the likelihoods of a few new pairs only.
-
-    Args:
-        model: A causal language model of transformers, in eval mode.
-        longest: Tokens of the longest sequence to come.
-        first_position: Where the model's own positions begin; None where they cannot be given to it.
     """
     config = text_config(model)
     if first_position is None or not {"position_ids", "logits_to_keep"} <= accepted_arguments(model):

@@ -71,13 +71,7 @@ class SentenceTransformerRetriever(TrainableRetriever):
 
     @classmethod
     def from_config(cls, config: SentenceTransformerConfig, *, device: str = "auto") -> SentenceTransformerRetriever:
-        """Load one or two encoders.
-
-        A model saved by this class with two encoders (a Router) is taken apart into the two again.
-
-        Raises:
-            ModelError: A model is missing or broken.
-        """
+        """Load one or two encoders; a Router of two, as this class saves it, is taken apart. Raises ModelError."""
         if config.model is None:
             query = _load(config.query_model or "", config, device)
             retriever = cls(query, _load(config.passage_model or "", config, device), config)
@@ -244,8 +238,7 @@ def prompted_features(encoder: SentenceTransformer, texts: Sequence[str], prompt
 def structure_fingerprint(encoder: SentenceTransformer) -> str:
     """Return a hash of an encoder's modules, their settings such as the pooling, and its tokenizer.
 
-    Returns:
-        8 hexadecimal digits; the same for an encoder that was saved and loaded again.
+    It is the same for an encoder that was saved and loaded again.
     """
     if encoder not in _structures:
         # The first module's settings are those of a library's version; its weights and tokens tell what it does.
