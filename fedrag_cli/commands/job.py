@@ -37,8 +37,8 @@ from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate, require_qu
 from fedrag_cli.evaluation.generator_metrics import answer_candidate, require_prompts
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.rag.tokens import Lengths
 from fedrag_cli.reports.diagnostics import summarise
 from fedrag_cli.reports.interval_plots import plot_difference
 from fedrag_cli.reports.model_card import model_card
@@ -365,7 +365,7 @@ def _require_prompts(config: Config, data: RunData, rag_system: RAGSystem) -> No
     """Raise DataError with every row that cannot be asked, answered or learnt from, whatever is retrieved for it."""
     generator = rag_system.require_generator()
     for node in data.nodes:
-        generator.prompts.context([node])
+        generator.context([node])
     validated = [getattr(config.trainer, side).validation.metric for side in tuned_sides(config)]
     validated += list(config.federated.metrics) if config.federated is not None else []
     checked = [
@@ -441,13 +441,9 @@ def evaluate_once(
 
 def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> None:
     """Save the tuned models, and the knowledge store that fits them where there are passages."""
-    sides = tuned_sides(config)
-    if "retriever" in sides:
-        with replace_directory_atomically(run.retriever) as target:
-            rag_system.retriever.save(target)
-    if "generator" in sides:
-        with replace_directory_atomically(run.generator) as target:
-            rag_system.require_generator().save(target)
+    for side in tuned_sides(config):
+        with replace_directory_atomically(run.path / side) as target:
+            rag_system.require_trainable(side).save(target)
     store = rag_system.knowledge_store
     can_be_saved = config.rag_system.knowledge_store.in_folder(run.knowledge_store) is not None
     if len(store) and can_be_saved and not store.is_kept_elsewhere:

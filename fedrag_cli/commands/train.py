@@ -20,9 +20,9 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.validation import require_training
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.rag.tokens import Lengths
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.launch import process_count

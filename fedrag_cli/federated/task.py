@@ -62,17 +62,17 @@ def trainer_around(
 def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     rag_system = trainer.rag_system
     if trainer.side == "generator":
-        generator = rag_system.require_generator()
+        generator = rag_system.require_trainable_generator()
         if model is generator.model:
             return rag_system
         return dataclasses.replace(rag_system, generator=generator.with_model(model))
-    retriever = rag_system.retriever
+    retriever = rag_system.require_trainable_retriever()
     if model is retriever.query_encoder:
         return rag_system
     if not isinstance(model, type(retriever.query_encoder)):
         raise ModelError(
-            f"A retriever's model is a SentenceTransformer, not a {type(model).__name__}.",
-            "Pass rag_system.retriever.query_encoder, or another SentenceTransformer.",
+            f"A retriever's model is a {type(retriever.query_encoder).__name__}, not a {type(model).__name__}.",
+            f"Pass rag_system.retriever.query_encoder, or another {type(retriever.query_encoder).__name__}.",
         )
     both = getattr(trainer.config, "train", "query") == "both"
     shared = model is retriever.passage_encoder or (both and retriever.is_shared)

@@ -78,6 +78,10 @@ class SentenceTransformerConfig:
         if self.model is not None and separate != (None, None):
             yield path, "has 'model' beside 'query_model' or 'passage_model'; keep one or the other"
 
+    def tuned_in(self, directory: Path) -> SentenceTransformerConfig:
+        """Return the config of what the retriever has saved in a directory."""
+        return dataclasses.replace(self, model=str(directory), query_model=None, passage_model=None, revision=None)
+
 
 @config_class
 class CausalLMConfig:
@@ -122,6 +126,12 @@ class CausalLMConfig:
         if self.quantization is not None and self.model.endswith(".gguf"):
             message = "is not for GGUF files, which transformers turns into plain weights; remove it"
             yield (*path, "quantization"), message
+
+    def tuned_in(self, directory: Path) -> CausalLMConfig:
+        """Return the config of what the generator has saved in a directory: a model, or an adapter of this one."""
+        if (directory / "adapter_config.json").is_file():
+            return dataclasses.replace(self, adapter=str(directory))
+        return dataclasses.replace(self, model=str(directory), adapter=None, revision=None)
 
 
 @config_class
