@@ -153,7 +153,10 @@ def partial_index(folder: Path, place: Path, reporter: Reporter) -> Iterator[Par
     made = [parent for parent in folder.parents if not parent.exists()]
     with os_errors(place):
         if folder.is_file():
-            reporter.note("What an earlier version of fedrag has encoded of an unfinished index is discarded.")
+            reporter.note(
+                "What an earlier version of fedrag has encoded of an unfinished index is discarded; "
+                "where it was a rebuild, --rebuild begins it anew."
+            )
             folder.unlink()
         file = _open_locked(folder, place)
     with file:

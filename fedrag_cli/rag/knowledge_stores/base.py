@@ -213,8 +213,8 @@ class KnowledgeStore(ABC):
 
     def _blocks(self) -> Iterator[Tensor]:
         """Give all embeddings in their order and number format."""
-        for positions in torch.arange(len(self)).split(rows_at_once(self.dimension)):
-            yield self.embeddings_at(positions).to(self.dtype)
+        for start in range(0, len(self), step := rows_at_once(self.dimension)):
+            yield self.embeddings_at(torch.arange(start, min(start + step, len(self)))).to(self.dtype)
 
     @classmethod
     def load(cls, directory: Path, config: Any = None, *, device: torch.device | str = "cpu") -> Self:

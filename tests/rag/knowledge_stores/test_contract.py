@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plugin_store import PlainStore
 from stores import nodes, numbered, vectors
 from torch import Tensor
 
@@ -48,6 +49,7 @@ STORES: dict[str, tuple[MakeStore, LoadStore]] = {
     "faiss hnsw": faiss_store(index="hnsw", m=64, ef_search=512),
     "faiss mapped": faiss_store(path="unused", memory_map=True),
     "qdrant": (QdrantKnowledgeStore, QdrantKnowledgeStore.load),
+    "plug-in": (PlainStore, PlainStore.load),
 }
 
 
