@@ -9,6 +9,8 @@ Components answer for themselves: nothing else asks for a type by its name. Conf
 `config.fields.config_class`, and what each kind offers is told by the classes below:
 
 - `retriever`: `builder(config, device=)` returns a `rag.retrievers.base.Retriever`.
+- `lexical`: `builder(config, nodes, folder, progress=)` opens or builds a `rag.lexical.LexicalIndex`, or what searches
+  and scores passages as it does.
 - `generator`: `builder(config, prompt=, device=, seed=)` returns a `rag.generators.base.Generator`.
 - `knowledge_store`: the config is a `rag.config.KnowledgeStoreConfig`, and `builder(config, device=)` returns a
   `rag.knowledge_stores.base.KnowledgeStore`.

@@ -24,7 +24,7 @@ from fedrag_cli.config.fields import (
 )
 from fedrag_cli.config.problems import ConfigProblem, Finding, KeyPath, suggestion
 from fedrag_cli.config.references import outside_reference, without_values
-from fedrag_cli.config.schema import Config, FederatedConfig
+from fedrag_cli.config.schema import Config, FederatedConfig, FusionConfig, RAGSystemConfig
 from fedrag_cli.config.source import ConfigTree
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.registry import registry
@@ -285,6 +285,17 @@ def _check_inference(config: Config) -> Iterator[Finding]:
         yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
     if settings.inference == "ensemble" and settings.generator is None:
         yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
+    yield from _check_fusion(settings)
+
+
+def _check_fusion(settings: RAGSystemConfig) -> Iterator[Finding]:
+    fusion, default, path = settings.fusion, FusionConfig(), ("rag_system", "fusion")
+    if settings.lexical is None and fusion != default:
+        yield path, "has no effect without rag_system.lexical; remove it, or add lexical: {}"
+        return
+    for name, methods in (("weight", ("weighted",)), ("rrf_constant", ("rrf",)), ("candidates", ("weighted", "rrf"))):
+        if fusion.method not in methods and getattr(fusion, name) != getattr(default, name):
+            yield (*path, name), f"has no effect with method: {fusion.method}; remove it"
 
 
 def _check_evaluation(config: Config) -> Iterator[Finding]:

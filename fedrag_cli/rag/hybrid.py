@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.fusion import best, candidates_of, lexical_bonus, reciprocal_rank_fusion
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_search
-from fedrag_cli.rag.lexical import LexicalIndex
 from fedrag_cli.registry import build
 from fedrag_cli.runs.reporter import Reporter
+
+if TYPE_CHECKING:
+    from fedrag_cli.rag.lexical import LexicalIndex
 
 
 def lexical_folder(store: Path | None) -> Path | None:

@@ -153,3 +153,34 @@ def test_the_loss_is_of_the_fused_scores(write_config: WriteConfig) -> None:
     assert scores.detach() == pytest.approx(fused, abs=1e-5)
     assert scores.requires_grad
     assert not torch.equal(positions, rag_system.knowledge_store.search_positions(embeddings, 4)[1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "message"),
+    [
+        (["rag_system.fusion.weight=0.5"], "rag_system.fusion", "has no effect without rag_system.lexical"),
+        (
+            ["rag_system.lexical={}", "rag_system.fusion.method=rrf"],
+            "rag_system.fusion.method",
+            "must be weighted where lsr tunes the retriever: a ranking by rrf has no gradient",
+        ),
+        (
+            ["rag_system.lexical={}", "trainer.mode=generator", "rag_system.fusion={method: rrf, weight: 0.5}"],
+            "rag_system.fusion.weight",
+            "has no effect with method: rrf",
+        ),
+        (["rag_system.lexical={}", "rag_system.fusion.weight=0"], "rag_system.fusion.weight", "greater than 0"),
+        (["rag_system.lexical.stemmer=true"], "rag_system.lexical.stemmer", "did you mean 'stemming'"),
+        (["rag_system.lexical={language: klingon, stemming: true}"], "", ""),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told(
+    write_config: WriteConfig, capsys: Any, overrides: list[str], place: str, message: str
+) -> None:
+    path = write_config()
+    if not place:
+        assert main(["query", str(path), "owl ?", *overrides]) == 2
+        assert "There is no stemmer for 'klingon'" in capsys.readouterr().err
+        return
+    assert main(["validate", str(path), *overrides]) == 2
+    assert f"{place}: {message}" in (said := capsys.readouterr().err) or message in said
