@@ -52,14 +52,10 @@ def test_the_ranking_is_that_of_both_sides(write_config: WriteConfig) -> None:
 
 def test_words_bring_up_what_the_encoder_misses(write_config: WriteConfig) -> None:
     path = write_config()
-    nodes = _system(path).knowledge_store.nodes
-    wanted = nodes[7]
-    for overrides in (
-        ["rag_system.fusion.weight=0.01"],
-        ["rag_system.fusion.method=rrf", "rag_system.fusion.rrf_constant=0.01"],
-    ):
-        found = _ids(_system(path, "rag_system.lexical={}", *overrides), wanted.text, 2)
-        assert wanted.id in found
+    wanted = _system(path).knowledge_store.nodes[7]
+    for fusion in ("{weight: 0.01}", "{method: rrf, rrf_constant: 0.01}", "{method: lexical}"):
+        overrides = [f"rag_system.fusion={fusion}", "trainer.mode=generator"]
+        assert wanted.id in _ids(_system(path, "rag_system.lexical={}", *overrides), wanted.text, 2)
     alone = _system(path, "rag_system.lexical={}", "rag_system.fusion.weight=1")
     assert _ids(alone, QUERIES[0], 5) == _ids(_system(path), QUERIES[0], 5)
 
