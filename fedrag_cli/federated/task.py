@@ -291,7 +291,7 @@ class FLTask:
         # Every round draws its own order of the examples; the first one is that of training without a federation.
         trainer.seed = self._seed + number - 1
         checkpoints = self._round_directory(number, digest)
-        result = trainer.train(phase=f"round-{number}", checkpoints=checkpoints, finish=False)
+        result = trainer.train(phase=f"round-{number}", checkpoints=checkpoints, finish=False, may_keep_untuned=False)
         trained = trainer.trained_weights()
         if checkpoints is not None:
             shutil.rmtree(checkpoints)

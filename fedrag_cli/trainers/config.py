@@ -35,7 +35,7 @@ class ValidationConfig:
     metric: ValidationMetricName | None = None
     """Metric that chooses the best checkpoint; loss by default."""
     keep_best: bool = True
-    """End with the best checkpoint's weights rather than the last."""
+    """End with the best weights rather than the last; those from before training are kept where none is better."""
     patience: PositiveInt | None = None
     """Stop after so many validations without a better metric."""
 

@@ -27,6 +27,7 @@ OBJECTIVES: list[tuple[type[HuggingFaceTrainerForLMSupervision], type[LMSupervis
     (HuggingFaceTrainerForLOOP, LOOPConfig),
 ]
 NEVER = ValidationConfig(every="never")
+LAST = ValidationConfig(keep_best=False)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_the_first_loss_is_the_formula_on_likelihoods_computed_apart(
 @pytest.mark.parametrize(("trainer_class", "config_class"), OBJECTIVES)
 def test_the_query_encoder_moves_and_nothing_else(rag_system: RAGSystem, trainer_class: Any, config_class: Any) -> None:
     generator = rag_system.require_generator()
-    config = config_class(top_k=4, batch_size=4, learning_rate=1e-3, max_steps=1)
+    config = config_class(top_k=4, batch_size=4, learning_rate=1e-3, max_steps=1, validation=LAST)
     trainer = trainer_class(rag_system, config=config)
     retriever, store = rag_system.retriever, rag_system.knowledge_store
     query, passages = retriever.query_fingerprint(), retriever.fingerprint()
@@ -110,7 +111,7 @@ def test_accumulated_batches_equal_one_large_batch(
 
 
 def test_both_encoders_move_and_the_store_follows(rag_system: RAGSystem) -> None:
-    config = EMDR2Config(train="both", top_k=4, batch_size=4, learning_rate=1e-3, max_steps=2)
+    config = EMDR2Config(train="both", top_k=4, batch_size=4, learning_rate=1e-3, max_steps=2, validation=LAST)
     before = rag_system.retriever.fingerprint()
     HuggingFaceTrainerForEMDR2(rag_system, config=config).train()
     assert rag_system.retriever.fingerprint() != before

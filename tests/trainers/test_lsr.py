@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_federation import Recorder
 
 from fedrag_cli.config import load_config
 from fedrag_cli.data.nodes import KnowledgeNode
@@ -325,7 +326,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(write_conf
 
 
 def test_the_proximal_term_holds_the_weights_back(rag_system: RAGSystem) -> None:
-    trainer = HuggingFaceTrainerForLSR(rag_system, config=LSRConfig(epochs=4, **QUICK))
+    trainer = HuggingFaceTrainerForLSR(
+        rag_system, config=LSRConfig(epochs=4, validation=ValidationConfig(every="never"), **QUICK)
+    )
     start = trainer.trained_weights()
 
     def distance() -> float:
@@ -346,7 +349,7 @@ def test_the_best_weights_are_kept_only_where_that_is_asked_for(rag_system: RAGS
     config = LSRConfig(max_steps=4, validation=validation, **QUICK)
     trainer = HuggingFaceTrainerForLSR(rag_system, config=config)
     seen: list[dict[str, torch.Tensor]] = []
-    losses = iter([3.0, 1.0, 2.0, 2.5])
+    losses = iter([4.0, 3.0, 1.0, 2.0, 2.5] if keep_best else [3.0, 1.0, 2.0, 2.5])
 
     def validate() -> dict[str, float]:
         seen.append(trainer.trained_weights())
@@ -354,18 +357,41 @@ def test_the_best_weights_are_kept_only_where_that_is_asked_for(rag_system: RAGS
 
     trainer.validate = validate  # type: ignore[method-assign]
     result = trainer.train()
-    wanted = seen[1] if keep_best else seen[3]
+    wanted = seen[2] if keep_best else seen[3]
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in trainer.trained_weights().items())
-    assert not all(torch.equal(seen[1][name], seen[3][name]) for name in wanted)
+    assert not all(torch.equal(seen[-1][name], seen[-3][name]) for name in wanted)
     assert result.metrics["validation"]["loss"] == (1.0 if keep_best else 2.5)
+    assert "kept_untuned" not in result.metrics
     assert result.metrics["validation_step"] == (2 if keep_best else 4)
+
+
+def test_the_untuned_weights_are_kept_where_none_is_better_on_the_validation_data(
+    rag_system: RAGSystem, tmp_path: Path
+) -> None:
+    """As good is not better; and a training that goes on from a checkpoint knows what there was before."""
+    config = LSRConfig(max_steps=2, validation=ValidationConfig(every=1), **QUICK)
+    reporter = Recorder()
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=config, reporter=reporter)
+    start, fingerprint = trainer.trained_weights(), rag_system.retriever.fingerprint()
+    given = iter([1.0, 2.0, 1.0])
+    trainer.validate = lambda: {"loss": next(given)}  # type: ignore[method-assign]
+    result = trainer.train(checkpoints=tmp_path)
+    assert result.metrics["kept_untuned"] is True
+    assert (result.metrics["validation_step"], result.metrics["validation"]) == (0, {"loss": 1.0})
+    assert all(torch.equal(tensor, start[name]) for name, tensor in trainer.trained_weights().items())
+    assert rag_system.retriever.fingerprint() == fingerprint
+    assert "kept the untuned retriever" in reporter.notes[-1]
+    assert "its loss is 1.0000, and at best 1.0000 after training" in reporter.notes[-1]
+    assert [event["step"] for event in reporter.events if event["event"] == "validation"] == [0, 1, 2]
+    (kept,) = (event for event in reporter.events if event["event"] == "kept")
+    assert kept == {"event": "kept", "phase": "retriever", "step": 0, "metric": "loss", "value": 1.0}
 
 
 @pytest.mark.parametrize(("losses", "steps"), [([2.0, 1.0, 1.0, 1.0, 0.5], 4), ([2.0, 1.0, 1.5, 0.9, 1.0, 1.0], 6)])
 def test_a_tie_is_no_gain_for_patience(rag_system: RAGSystem, losses: list[float], steps: int) -> None:
     config = LSRConfig(epochs=10, validation=ValidationConfig(every=1, patience=2), **QUICK)
     trainer = HuggingFaceTrainerForLSR(rag_system, config=config)
-    given = iter(losses)
+    given = iter([3.0, *losses])
     trainer.validate = lambda: {"loss": next(given)}  # type: ignore[method-assign]
     result = trainer.train()
     assert result.steps == steps

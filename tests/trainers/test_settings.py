@@ -115,7 +115,7 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, write_config: Callable[
         config = load_config(write_config(folder), [f"rag_system.retriever.model={model}"])
         trainer = HuggingFaceTrainerForLSR(
             build_rag_system(config),
-            config=LSRConfig(top_k=4, max_steps=1, optimizer="sgd", learning_rate=1.0, **settings),
+            config=LSRConfig(top_k=4, max_steps=1, optimizer="sgd", learning_rate=1.0, validation=NEVER, **settings),
         )
         trainer.train()
         return trainer.trained_weights()

@@ -288,7 +288,14 @@ class HuggingFaceTrainer(BaseTrainer):
         require_trainable(self.model, self.what)
         mixed_precision(self.config.precision, self._device())
 
-    def train(self, *, phase: str | None = None, checkpoints: Path | None = None, finish: bool = True) -> TrainResult:
+    def train(
+        self,
+        *,
+        phase: str | None = None,
+        checkpoints: Path | None = None,
+        finish: bool = True,
+        may_keep_untuned: bool = True,
+    ) -> TrainResult:
         """Tune on the training examples; see `BaseTrainer.train`.
 
         Args:
@@ -296,6 +303,8 @@ class HuggingFaceTrainer(BaseTrainer):
             checkpoints: As there.
             finish: Whether the RAG system follows the trained weights; without it, what was encoded before stays, for
                 a federation's client that gets other weights before anything is searched.
+            may_keep_untuned: Whether the weights from before training count among those that `validation.keep_best`
+                chooses from; not within a federation's round, whose server has to learn from every client.
 
         Raises:
             TrainingError: Training cannot work or did not work; the message names the cause.
@@ -305,12 +314,14 @@ class HuggingFaceTrainer(BaseTrainer):
         started = time.monotonic()
         name = phase or self.side
         if checkpoints is not None:
-            return self._train_in(checkpoints, name, started, lasting=True, finish=finish)
+            return self._train_in(checkpoints, name, started, True, finish, may_keep_untuned)
         with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
             shared = self.processes.run_on_rank_0(lambda: Path(directory))
-            return self._train_in(shared, name, started, lasting=False, finish=finish)
+            return self._train_in(shared, name, started, False, finish, may_keep_untuned)
 
-    def _train_in(self, directory: Path, phase: str, started: float, *, lasting: bool, finish: bool) -> TrainResult:
+    def _train_in(
+        self, directory: Path, phase: str, started: float, lasting: bool, finish: bool, may_keep_untuned: bool
+    ) -> TrainResult:
         resuming = self.processes.run_on_rank_0(lambda: _newest_in(directory))
         start = PhaseStart(self.model, directory, writes=self.processes.is_rank_0)
         instances = self._prepare_once(self.cache_directory or (directory if lasting else None), resuming)
@@ -327,6 +338,7 @@ class HuggingFaceTrainer(BaseTrainer):
                 on_checkpoint=self._on_checkpoint,
                 on_step=self._on_step,
                 diagnostics=self.diagnostics.take,
+                validate=self._validate_once if may_keep_untuned else None,
                 processes=self.processes,
             )
             guard.ignores_repeats = self.processes.count > 1
@@ -341,12 +353,14 @@ class HuggingFaceTrainer(BaseTrainer):
                 start.keep()
                 saved = "a checkpoint is saved" if lasting else "no folder for checkpoints was given"
                 raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; {saved}.")
+        require_moved(start.fingerprint, tensors_fingerprint(trainable(self.model)), self.what, loop.state.log_history)
         if self.config.validation.keep_best and callback.validates:
-            loop.load_best()
+            if not loop.load_best():
+                start.restore(self.model)
+            self._tell_kept(phase, loop)
         # A folder that does not last may go when all have read the best weights.
         self.processes.barrier()
         self.model.eval()
-        require_moved(start.fingerprint, tensors_fingerprint(trainable(self.model)), self.what, loop.state.log_history)
         require_finite(self.model, self.what)
         if modules := start.movement(self.model):
             self.reporter.event("moved", phase=phase, modules=modules)
@@ -375,6 +389,18 @@ class HuggingFaceTrainer(BaseTrainer):
             lengths=self._lengths(instances),
             callbacks=[callback],
         )
+
+    def _tell_kept(self, phase: str, loop: TrainingLoop) -> None:
+        """Say which step's weights are kept, and why where they are those from before training."""
+        metric, step, value = loop.args.metric_for_best_model, loop.state.best_global_step, loop.state.best_metric
+        self.reporter.event("kept", phase=phase, step=step, metric=metric, value=value)
+        if step == 0:
+            tuned = [entry[f"eval_{metric}"] for entry in loop.state.log_history[1:] if f"eval_{metric}" in entry]
+            best = max(tuned) if loop.args.greater_is_better else min(tuned)
+            self.reporter.note(
+                f"{phase}: kept the untuned {self.what}: on the validation data its {metric} is {value:.4f}, and at "
+                f"best {best:.4f} after training"
+            )
 
     def _prepare_once(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[Any]:
         instances, prepared = self.processes.run_on_rank_0(
@@ -407,6 +433,8 @@ class HuggingFaceTrainer(BaseTrainer):
             chosen = (best or validations)[-1] if self.config.validation.keep_best else validations[-1]
             metrics["validation"] = {k.removeprefix("eval_"): v for k, v in chosen.items() if k.startswith("eval_")}
             metrics["validation_step"] = chosen["step"]
+            if chosen["step"] == 0:
+                metrics["kept_untuned"] = True
         return TrainResult(sum(losses) / max(len(losses), 1), loop.state.global_step, metrics, seconds)
 
     def _penalty(self, model: nn.Module) -> Tensor:

@@ -153,6 +153,15 @@ class PhaseStart:
         if self._writes and self._weights is not None and not path.is_file():
             write_bytes_atomically(path, save(self._weights))
 
+    def restore(self, model: nn.Module) -> None:
+        """Put the first weights back; raises ModelError where they are not known."""
+        if self._weights is None:
+            raise ModelError(
+                f"The weights from before training, which are to be kept, are not in '{self._directory}'.",
+                "Start the training anew, or set validation.keep_best: false.",
+            )
+        copy_weights(trainable(model), self._weights)
+
     def movement(self, model: nn.Module) -> dict[str, dict[str, float | None]]:
         """Return how far each module has moved; empty where the first weights are not known.
 

@@ -207,9 +207,15 @@ class TrainingLoop(Trainer):
         super()._save_checkpoint(model, trial)
 
     def load_best(self) -> bool:
-        """Bring the best checkpoint's weights back, where another step than the last was the best."""
+        """Bring the best checkpoint's weights back, where another step than the last was the best.
+
+        Returns:
+            Whether they are in the model now; of step 0, the weights from before training, there is no checkpoint.
+        """
         best = self.state.best_global_step
-        if not best or best == self.state.global_step:
+        if best is None or best == self.state.global_step:
+            return True
+        if best == 0:
             return False
         # The path in the trainer's state is that of the day it was saved; the run directory may have moved since.
         directory = Path(self.args.output_dir) / f"{PREFIX}{best}"
@@ -236,6 +242,8 @@ class ScheduleCallback(TrainerCallback):
         on_checkpoint: Called with each checkpoint's folder before it is marked complete.
         on_step: Called with the number of each step that was done, and whether it was the last one.
         diagnostics: Returns further values of the step that was done.
+        validate: Returns the validation metrics of the weights as they are before the first step; None where these
+            weights are no candidate for the best ones.
         processes: Those that train; they agree on stopping, and the main one completes the checkpoints.
     """
 
@@ -251,6 +259,7 @@ class ScheduleCallback(TrainerCallback):
         on_checkpoint: Callable[[Path], None],
         on_step: Callable[[int, bool], None],
         diagnostics: Callable[[], dict[str, float]],
+        validate: Validate | None,
         processes: Processes,
     ) -> None:
         """Keep what the callback needs."""
@@ -263,13 +272,21 @@ class ScheduleCallback(TrainerCallback):
         self.on_checkpoint = on_checkpoint
         self.on_step = on_step
         self.diagnostics = diagnostics
+        self.validate = validate if self.validates and config.validation.keep_best else None
         self.processes = processes
         self._interrupted = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell how many steps there are and how many a resumed run has done."""
+        """Tell how many steps there are and how many a resumed run has done, and measure what there is before."""
         self.advance.total(state.max_steps)
         self.advance(state.global_step)
+        if state.global_step == 0 and self.validate is not None:
+            with torch.random.fork_rng():
+                metrics = {f"eval_{name}": value for name, value in self.validate().items()}
+            state.log_history.append({**metrics, "step": 0, "epoch": 0.0})
+            # Later weights must be better than these, not as good.
+            state.best_metric, state.best_global_step = metrics[f"eval_{args.metric_for_best_model}"], 0
+            self._record_validation(metrics, 0)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop where the checkpoint that a run was resumed from was its last one."""
@@ -333,14 +350,17 @@ class ScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
         """Record the validation and stop where patience is at its end."""
-        values = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
-        self.reporter.event("validation", phase=self.phase, step=state.global_step, metrics=values)
+        self._record_validation(metrics, state.global_step)
         if self._is_out_of_patience(args, state):
             patience = self.config.validation.patience
             self.reporter.note(
                 f"{self.phase}: no better {args.metric_for_best_model} for {patience} validations, stopping"
             )
             control.should_training_stop = True
+
+    def _record_validation(self, metrics: dict[str, float], step: int) -> None:
+        values = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+        self.reporter.event("validation", phase=self.phase, step=step, metrics=values)
 
     def _is_out_of_patience(self, args: TrainingArguments, state: TrainerState) -> bool:
         patience = self.config.validation.patience
