@@ -88,6 +88,17 @@ class Renderer:
         self.table(["metric", "n", "before", "after", "difference", f"{level} % interval", "verdict"], rows)
         self.overlaps(summary.get("overlaps") or ())
 
+    def untuned(self, comparison: Mapping[str, Any]) -> None:
+        """Print retrieval that needs no tuning beside the tuned system, by its first metric."""
+        if not comparison:
+            return
+        first = [(row["name"], row["differences"][0]) for row in comparison["rows"]]
+        metric, level = first[0][1]["metric"], round(100 * first[0][1]["confidence"])
+        rows = [[name, *_difference_row(item)[2:]] for name, item in first]
+        self.line(f"Against retrieval without tuning, by {metric}:")
+        self.table(["untuned", "untuned", "tuned", "difference", f"{level} % interval", "verdict"], rows)
+        self.line(comparison["verdict"])
+
     def overlaps(self, found: Sequence[Mapping[str, Any]]) -> None:
         """Print which splits share questions; nothing where none do."""
         for overlap in found:
@@ -107,6 +118,7 @@ class Renderer:
     def training_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a training run ended with."""
         self.differences(summary)
+        self.untuned(summary.get("untuned") or {})
         self.truncated(summary["truncated"], summary.get("lengths") or ())
         phases = ", ".join(f"{name} {part['loss']:.4f}" for name, part in (summary.get("phases") or {}).items())
         loss = f"mean loss {summary['loss']:.4f}" + (f" ({phases})" if phases else "")

@@ -32,6 +32,7 @@ from fedrag_cli.data.relevance import (
 )
 from fedrag_cli.data.row_problems import Problems
 from fedrag_cli.errors import EXIT_INTERRUPTED, DataError, FederationError, FedRAGError, RunInterruptedError
+from fedrag_cli.evaluation.baselines import evaluate_baselines
 from fedrag_cli.evaluation.comparison import compare_metrics
 from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate, require_questions
 from fedrag_cli.evaluation.generator_metrics import answer_candidate, require_prompts
@@ -183,6 +184,20 @@ class Job:
         memory.unlink(missing_ok=True)
         self.reporter.event("evaluation", stage=stage, split=data.split, metrics=evaluation.means())
         return evaluation
+
+    def evaluate_baselines(self, data: RunData, rag_system: RAGSystem) -> dict[str, Evaluation]:
+        """Measure untuned retrieval on the same questions, or return what an earlier part of the run has measured."""
+        if data.split is None:
+            return {}
+        done = self.run.read_json_if_there("evaluation/baselines.json")
+        if done is not None:
+            return {name: Evaluation.from_dict(found) for name, found in done.items()}
+        metrics = chosen_metrics(self.config, data)
+        baselines = evaluate_baselines(rag_system, data.evaluation, metrics, self.config.evaluation)
+        self.run.write_json("evaluation/baselines.json", {name: found.to_dict() for name, found in baselines.items()})
+        for name, found in baselines.items():
+            self.reporter.event("evaluation", stage=f"untuned {name}", split=data.split, metrics=found.means())
+        return baselines
 
     def summary(self, data: RunData | None, **own: Any) -> dict[str, Any]:
         """Return what the summaries of all runs have, and what is the command's own."""

@@ -19,6 +19,7 @@ from fedrag_cli.commands.job import (
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.validation import require_training
 from fedrag_cli.errors import ConfigError
+from fedrag_cli.evaluation.baselines import compare_to_baselines
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import choose_device
@@ -93,6 +94,7 @@ def _train(job: Job, processes: Processes) -> dict[str, Any]:
     manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=job.reporter)
     job.reporter.event("started", mode=config.trainer.mode, processes=processes.count, **data.counts())
     before = job.evaluate("before", data, rag_system)
+    untuned = job.evaluate_baselines(data, rag_system)
     result = manager.train(run.checkpoints)
     after = job.evaluate("after", data, rag_system)
     save_models(run, rag_system, config)
@@ -102,6 +104,7 @@ def _train(job: Job, processes: Processes) -> dict[str, Any]:
         after,
         loss=result.loss,
         phases=_phases(result),
+        untuned=compare_to_baselines(untuned, after, config.evaluation, config.run.seed),
         steps=result.steps,
         metrics=result.metrics,
         truncated=_truncated(result, after),

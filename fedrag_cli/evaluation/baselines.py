@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.config.fields import ranking_metrics_of
 from fedrag_cli.config.schema import FusionConfig
 from fedrag_cli.data.examples import Example
+from fedrag_cli.evaluation.comparison import compare_metrics
 from fedrag_cli.evaluation.evaluator import evaluate
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.config import BM25Config
@@ -50,6 +52,42 @@ def evaluate_baselines(
     }
 
 
-def best_baseline(baselines: dict[str, Evaluation], metric: str) -> str:
-    """Return the name of the baseline with the largest mean of a ranking metric."""
-    return max(baselines, key=lambda name: baselines[name].means()[metric])
+def compare_to_baselines(
+    baselines: Mapping[str, Evaluation], after: Evaluation | None, settings: EvaluationConfig, seed: int
+) -> dict[str, Any]:
+    """Hold a system against untuned retrieval, as plain values for summaries.
+
+    Args:
+        baselines: What `evaluate_baselines` gave.
+        after: The tuned system on the same questions.
+        settings: Give the confidence and the resamples of the bootstrap.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        `rows`: for each baseline its `name` and `differences` (tuned less baseline, a `MetricDifference` a metric);
+        `best`: the baseline with the largest mean of the first metric, and what tuning has over it; `verdict` in
+        words. Empty where there is nothing to compare.
+    """
+    if not baselines or after is None:
+        return {}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "differences": [
+                difference.to_dict()
+                for difference in compare_metrics(
+                    found.values, {metric: after.values[metric] for metric in found.values}, settings, seed
+                )
+            ],
+        }
+        for name, found in baselines.items()
+    ]
+    best = max(rows, key=lambda row: row["differences"][0]["before"])
+    first = best["differences"][0]
+    change = first["difference"]
+    says = {"better": "beats", "worse": "falls behind"}.get(first["verdict"], "is not shown to beat")
+    verdict = (
+        f"The tuned system {says} the best untuned retrieval, {best['name']}: {first['metric']} {first['after']:.4f} "
+        f"against {first['before']:.4f} ({change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}])."
+    )
+    return {"rows": rows, "best": {"name": best["name"], **first}, "verdict": verdict}

@@ -72,6 +72,8 @@ class RunSummary(TypedDict):
     """The federation beside pooled data and single sites, where they were compared."""
     differences: NotRequired[Sequence[Mapping[str, Any]]]
     """The metrics before and after, as `MetricDifference.to_dict` gives them."""
+    untuned: NotRequired[Mapping[str, Any]]
+    """Untuned retrieval beside the tuned system, as `compare_to_baselines` gives it."""
     overlaps: NotRequired[Sequence[Mapping[str, Any]]]
     """Splits that share questions, as `Overlap.to_dict` gives them."""
     loss: NotRequired[float | None]
@@ -112,6 +114,7 @@ def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
         _head(summary),
         _tuned(summary["tuned"]),
         _results(summary),
+        _untuned(summary.get("untuned") or {}),
         _federation(summary),
         _comparison(summary),
         diagnostics_section(summary.get("diagnostics") or {}),
@@ -150,25 +153,29 @@ def _tuned(tuned: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _difference_row(item: Mapping[str, Any]) -> list[str]:
+    change = item["difference"]
+    interval = f"{100 * item['confidence']:g} %: {change['low']:+.4f} to {change['high']:+.4f}"
+    means = [f"{item['before']:.4f}", f"{item['after']:.4f}", f"{change['mean']:+.4f}"]
+    return [item["metric"], str(item["n"]), *means, interval, item["verdict"]]
+
+
+def _untuned(comparison: Mapping[str, Any]) -> str:
+    if not comparison:
+        return ""
+    rows = [[row["name"], *_difference_row(item)] for row in comparison["rows"] for item in row["differences"]]
+    columns = ["Retrieval", "Metric", "n", "Untuned", "Tuned", "Difference", "Interval", "Verdict"]
+    return (
+        f"## Against retrieval without tuning\n\n{table(columns, rows, numbers=range(2, 6))}\n\n"
+        f"{comparison['verdict']} BM25 ranks by words, dense by the untuned encoder, hybrid by both."
+    )
+
+
 def _results(summary: Mapping[str, Any]) -> str:
     differences = summary.get("differences") or ()
     if not differences:
         return ""
-    rows = []
-    for item in differences:
-        change = item["difference"]
-        interval = f"{100 * item['confidence']:g} %: {change['low']:+.4f} to {change['high']:+.4f}"
-        rows.append(
-            [
-                item["metric"],
-                str(item["n"]),
-                f"{item['before']:.4f}",
-                f"{item['after']:.4f}",
-                f"{change['mean']:+.4f}",
-                interval,
-                item["verdict"],
-            ]
-        )
+    rows = [_difference_row(item) for item in differences]
     split = f" on the {summary['split']} split" if summary.get("split") else ""
     compared = table(["Metric", "n", "Before", "After", "Difference", "Interval", "Verdict"], rows, numbers=range(1, 5))
     warnings = "".join(f"**{overlap['message']}.**\n\n" for overlap in summary.get("overlaps") or ())

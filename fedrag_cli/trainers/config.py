@@ -129,9 +129,9 @@ class LMSupervisedConfig(RetrieverTrainingConfig):
             yield (*path, "top_k"), "must be at least 2: among one passage there is no ranking to learn"
         if self.train == "query" and self.refresh_every is not None:
             yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
-        method = config.rag_system.fusion.method
+        objective, method = config.trainer.retriever.type, config.rag_system.fusion.method
         if config.rag_system.lexical is not None and method != "weighted":
-            message = f"must be weighted where {config.trainer.retriever.type} tunes the retriever: a ranking by {method} has no gradient"
+            message = f"must be weighted where {objective} tunes the retriever: a ranking by {method} has no gradient"
             yield ("rag_system", "fusion", "method"), message
         yield from super().check(config, path)
 
