@@ -127,7 +127,7 @@ class Registry:
                 f"'{self._origin}' registers the {kind} '{name}', which '{taken.origin}' has registered already.",
                 f"Uninstall one of '{self._origin}' and '{taken.origin}'.",
             )
-        # The default alone, because resolving the annotations of all config classes would slow every command's start.
+        # The default alone: resolving the annotations of all config classes would slow every command's start.
         fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
         if not any(field.name == "type" and field.default == name for field in fields):
             raise ConfigError(

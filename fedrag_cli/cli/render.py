@@ -214,12 +214,6 @@ class Renderer:
         self.text(f"Free disk: {report['free_disk_bytes'] / 2**30:.1f} GiB")
         self.text("All is well." if report["healthy"] else "Something is wrong; see the states above.")
 
-    def initialised(self, directory: Path, written: Sequence[Path], command: str) -> None:
-        """Print what was written and which command comes next there."""
-        for path in written:
-            self.line(f"wrote {path}")
-        self.line(f"Next: cd {directory} && {command}")
-
     def answer(self, answer: Mapping[str, Any], *, sources: bool = True) -> None:
         """Print an answer to stdout and its sources to stderr."""
         self.text(answer["answer"])
