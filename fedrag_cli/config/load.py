@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,8 +47,11 @@ class ConfigSource:
         Keeping references keeps secrets out of the file: a value that came from the environment is read from there
         again when the file is loaded.
         """
-        values = self._written(self.config, (), {})
-        return OmegaConf.to_yaml(OmegaConf.create(values), resolve=False, sort_keys=False)
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()), resolve=False, sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `to_yaml` writes."""
+        return self._written[0]
 
     def outside_values(self) -> dict[str, tuple[str, Any]]:
         """Return the settings that come from outside of the config, such as the environment.
@@ -55,12 +59,15 @@ class ConfigSource:
         Returns:
             By key path, the reference as `to_yaml` writes it, and the value that it has now as JSON can hold it.
         """
-        outside: dict[str, tuple[str, Any]] = {}
-        self._written(self.config, (), outside)
-        return outside
+        return self._written[1]
 
-    def _written(self, value: Any, path: KeyPath, outside: dict[str, tuple[str, Any]]) -> Any:
-        """Return a value as it is written down, and note what comes from outside."""
+    @cached_property
+    def _written(self) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+        outside: dict[str, tuple[str, Any]] = {}
+        return self._with_references(self.config, (), outside), outside
+
+    def _with_references(self, value: Any, path: KeyPath, outside: dict[str, tuple[str, Any]]) -> Any:
+        """Return a value as it is written, and note what comes from outside."""
         reference = expression(self.tree.tree, path) if path else None
         if reference is not None:
             reference = self._folder_of_reference(value, path) + reference
@@ -69,9 +76,9 @@ class ConfigSource:
             return reference
         if dataclasses.is_dataclass(value):
             names = [field.name for field in dataclasses.fields(value)]
-            return {name: self._written(getattr(value, name), (*path, name), outside) for name in names}
+            return {name: self._with_references(getattr(value, name), (*path, name), outside) for name in names}
         if isinstance(value, list | tuple):
-            return [self._written(item, (*path, index), outside) for index, item in enumerate(value)]
+            return [self._with_references(item, (*path, index), outside) for index, item in enumerate(value)]
         return escape(value) if isinstance(value, str) else value
 
     def _folder_of_reference(self, value: Any, path: KeyPath) -> str:
