@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config
+from fedrag_cli.config.json_schema import config_json_schema
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.errors import EXIT_INTERRUPTED, ConfigError
 from fedrag_cli.runs.metrics_log import read_events
@@ -255,6 +256,15 @@ def test_objective_of_a_plugin_is_checked_as_those_that_it_derives_from(config: 
     ]
     # Only the sides that are tuned are checked.
     load_config(config, [*overrides, "trainer.mode=generator"])
+
+
+def test_settings_of_a_plugin_are_in_the_schema(parts: None) -> None:
+    properties = config_json_schema()["$defs"]["LinesCorpusConfig"]["properties"]
+    assert {name: setting["description"] for name, setting in properties.items()} == {
+        "path": "The file.",
+        "separator": "What separates the parts of a line.",
+        "type": "Names this source.",
+    }
 
 
 def test_checks_of_a_plugins_sources_name_the_setting(config: Path) -> None:
