@@ -272,6 +272,33 @@ OK = Status(Code.OK, "")
 LOSS = {"loss": 1.0}
 
 
+class ToInfinity(FedAvg):
+    """Makes weights that are no numbers out of right ones."""
+
+    def aggregate_train(self, *_: Any) -> Any:
+        return to_wire({"w": torch.full((3,), float("inf"))}), MetricRecord()
+
+
+class ClassicToInfinity(ClassicFedAvg):
+    """Does so in the classic API."""
+
+    def aggregate_fit(self, *_: Any) -> Any:
+        return ndarrays_to_parameters([np.full(3, np.inf, np.float32)]), {}
+
+
+def test_weights_that_are_not_finite_end_a_federation_of_flowers_own_apis() -> None:
+    clients = {"a": ([1.0, 0.0, 0.0], 1, LOSS), "b": ([0.0, 1.0, 0.0], 1, LOSS)}
+    words = r"weights in round 1 that are not finite or of another shape: w"
+    server = Server()
+    server.message.strategy = ToInfinity()
+    with pytest.raises(FederationError, match=words):
+        server.trained(clients)
+    server = Server()
+    server.classic.strategy = ClassicToInfinity(accept_failures=True)
+    with pytest.raises(FederationError, match=words):
+        server.trained(clients)
+
+
 def test_flowers_own_apis_bound_what_is_far_off() -> None:
     server = Server()
     usual = {"a": ([1.0, 0.0, 0.0], 10, LOSS), "b": ([1.0, 0.0, 0.0], 10, LOSS)}
