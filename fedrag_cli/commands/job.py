@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedrag_cli.config import Config, ConfigSource
@@ -36,11 +37,12 @@ from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate, require_qu
 from fedrag_cli.evaluation.generator_metrics import answer_candidate, require_prompts
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.rag.tokens import Lengths
-from fedrag_cli.reports.diagnostics import plot_diagnostics, plot_movement, summarise
+from fedrag_cli.reports.diagnostics import summarise
+from fedrag_cli.reports.interval_plots import plot_difference
 from fedrag_cli.reports.model_card import model_card
-from fedrag_cli.reports.plots import plot_curves, plot_difference, plot_federation
+from fedrag_cli.reports.plots import plot_log
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
 from fedrag_cli.runs.files import replace_directory_atomically, write_text_atomically
 from fedrag_cli.runs.interrupt import deferred_interrupts, terminable
@@ -61,6 +63,11 @@ class RunData:
     validation: list[Example]
     evaluation: list[Example]
     split: str | None
+
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        """A hash over the passages."""
+        return corpus_fingerprint(self.nodes)
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each part."""
@@ -135,7 +142,7 @@ class Job:
         if known is not None:
             _require_same("base models", of_models, known)
         else:
-            of_data = data_fingerprints(data, rag_system.knowledge_store.corpus_fingerprint) if data is not None else {}
+            of_data = data_fingerprints(data) if data is not None else {}
             self.run.update_manifest(fingerprints=of_data | of_models)
         self.reporter = RunReporter(self.run.open_log(), self.reporter)
         self._began = time.monotonic() - seconds_spent(self.run.events())
@@ -322,7 +329,13 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
         FedRAGError: As `build_rag_system`.
     """
     with_generator = uses_generator(config, data)
-    rag_system = build_rag_system(config, nodes=data.nodes, with_generator=with_generator, reporter=reporter)
+    rag_system = build_rag_system(
+        config,
+        nodes=data.nodes,
+        fingerprint=data.corpus_fingerprint,
+        with_generator=with_generator,
+        reporter=reporter,
+    )
     if with_generator and rag_system.generator is not None:
         _require_prompts(config, data, rag_system)
     # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
@@ -352,7 +365,7 @@ def _require_prompts(config: Config, data: RunData, rag_system: RAGSystem) -> No
     """Raise DataError with every row that cannot be asked, answered or learnt from, whatever is retrieved for it."""
     generator = rag_system.require_generator()
     for node in data.nodes:
-        generator.prompts.context([node])
+        generator.context([node])
     validated = [getattr(config.trainer, side).validation.metric for side in tuned_sides(config)]
     validated += list(config.federated.metrics) if config.federated is not None else []
     checked = [
@@ -428,15 +441,12 @@ def evaluate_once(
 
 def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> None:
     """Save the tuned models, and the knowledge store that fits them where there are passages."""
-    sides = tuned_sides(config)
-    if "retriever" in sides:
-        with replace_directory_atomically(run.retriever) as target:
-            rag_system.retriever.save(target)
-    if "generator" in sides:
-        with replace_directory_atomically(run.generator) as target:
-            rag_system.require_generator().save(target)
+    for side in tuned_sides(config):
+        with replace_directory_atomically(run.path / side) as target:
+            rag_system.require_trainable(side).save(target)
     store = rag_system.knowledge_store
-    if len(store) and not store.is_kept_elsewhere:
+    can_be_saved = config.rag_system.knowledge_store.in_folder(run.knowledge_store) is not None
+    if len(store) and can_be_saved and not store.is_kept_elsewhere:
         store.save(run.knowledge_store)
 
 
@@ -454,13 +464,13 @@ def tuned_models(sides: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]
     return tuned
 
 
-def data_fingerprints(data: RunData, passages: str | None = None) -> dict[str, str]:
+def data_fingerprints(data: RunData) -> dict[str, str]:
     """Return a hash of each part of the data; that of the passages where it is known is not computed again."""
     rows = {"train": data.train, "validation": data.validation}
     if data.split is not None:
         rows[data.split] = data.evaluation
     examples = {name: corpus_fingerprint([_as_node(example) for example in split]) for name, split in rows.items()}
-    return {"passages": passages or corpus_fingerprint(data.nodes), **examples}
+    return {"passages": data.corpus_fingerprint, **examples}
 
 
 def _as_node(example: Example) -> KnowledgeNode:
@@ -513,14 +523,7 @@ def _require_same(what: str, fingerprints: dict[str, str], known: dict[str, str]
 def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     """Draw the plots, write model card and summary, and mark the run as done."""
     events = run.events()
-    plots = plot_curves(events, run.plots)
-    for name, plot in (
-        ("diagnostics.png", plot_diagnostics),
-        ("movement.png", plot_movement),
-        ("federation.png", plot_federation),
-    ):
-        if plot(events, run.plots / name):
-            plots.append(run.plots / name)
+    plots = plot_log(events, run.plots)
     if summary.get("comparison"):
         plots.append(run.plots / "comparison.png")
     if summary["differences"]:

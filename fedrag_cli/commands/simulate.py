@@ -45,7 +45,7 @@ from fedrag_cli.federated.weights import Weights
 from fedrag_cli.rag.build import build_knowledge_store
 from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
 from fedrag_cli.reports.compare import load_evaluated
-from fedrag_cli.reports.plots import plot_baselines
+from fedrag_cli.reports.interval_plots import plot_baselines
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
