@@ -7,107 +7,51 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import plugin_strategy
 import pytest
 import torch
-from conftest import SIMULATED_TRAINER
 from federation import Federation, assert_same_weights, tuned_weights
+from plugins import install, installed
 from safetensors.torch import load_file
-from test_registry import fedrag, install
 
-PLUGIN = '''\
-from typing import ClassVar, Literal
+from fedrag_cli.cli.main import main
 
-from fedrag_cli.config.fields import PositiveFloat, PositiveInt, config_class
-from fedrag_cli.federated.config import StrategyConfig
+ENTRY_POINT = "plugin_strategy:register"
 
 
-@config_class
-class PartConfig(StrategyConfig):
-    """A part of the way to the mean of the updates."""
-
-    takes_mean: ClassVar[bool] = True
-
-    type: Literal["Part"] = "Part"
-    """Names this strategy."""
-    part: PositiveFloat = 0.5
-    """How much of the way."""
-    least: PositiveInt = 1
-    """Fewest clients."""
-
-    def check(self, config, path):
-        if config.federated.min_clients < self.least:
-            yield ("federated", "min_clients"), f"must be at least {self.least} for Part"
-
-
-def build(config, *, min_clients, learning_rate):
-    import numpy as np
-    from flwr.app import Array, ArrayRecord
-    from flwr.serverapp.strategy import FedAvg
-
-    class Part(FedAvg):
-        """Keeps the way that it has gone, as momentum does."""
-
-        def configure_train(self, server_round, arrays, config, grid):
-            self.before = arrays
-            return super().configure_train(server_round, arrays, config, grid)
-
-        def aggregate_train(self, server_round, replies):
-            replies = list(replies)
-            assert len(replies) == 1, "of a strategy that takes means the updates are one"
-            arrays, metrics = super().aggregate_train(server_round, replies)
-            before = {name: array.numpy() for name, array in self.before.items()}
-            del self.before
-            gone, self.gone = getattr(self, "gone", {}), {}
-            for name, old in before.items():
-                step = config.part * (arrays[name].numpy() - old) + 0.1 * gone.get(name, 0.0)
-                self.gone[name] = np.asarray(step, np.float32)
-            return ArrayRecord({name: Array(old + self.gone[name]) for name, old in before.items()}), metrics
-
-    nodes = {"min_train_nodes": min_clients, "min_evaluate_nodes": min_clients, "min_available_nodes": min_clients}
-    return Part(fraction_train=config.fraction, **nodes)
-
-
-def register(registry):
-    registry.register("strategy", "Part", PartConfig, "fedrag_part:build", "a part of the way to the mean")
-'''
-PART = "federated.strategy={type: Part, part: 0.25}"
+def aggregated(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "round-0001" / "weights.safetensors")
 
 
 @pytest.fixture
-def packages(tmp_path: Path) -> Path:
-    return install(tmp_path / "packages", "fedrag-part", PLUGIN)
+def plugin(tmp_path: Path) -> Iterator[None]:
+    with installed(tmp_path / "packages", "fedrag-part", ENTRY_POINT):
+        yield
 
 
-def tuned(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((run / "checkpoints").glob("round-0001/weights.safetensors")))
+def test_it_answers_for_itself(
+    plugin: None, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, part = str(write_config(federated={})), "federated.strategy={type: Part}"
+    assert main(["validate", config, part]) == 0
+    # It says that it takes means, so privacy is allowed; that it gives them it does not say.
+    assert main(["validate", config, part, "federated.privacy={clipping_norm: 1, noise_multiplier: 1}"]) == 0
+    assert main(["validate", config, part, "federated.lora_aggregation=svd"]) == 2
+    assert "svd gives the mean itself, of which Part takes no step" in capsys.readouterr().err
+    assert main(["validate", config, "federated.strategy={type: Part, least: 3}"]) == 2
+    assert "federated.min_clients: must be at least 3 for Part" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_it_is_validated_simulated_and_resumed(packages: Path, write_config: Callable[..., Path]) -> None:
-    config = str(write_config("a", trainer=SIMULATED_TRAINER, federated={"rounds": 2}))
-    done = fedrag(packages, "validate", config, PART)
-    assert done.returncode == 0, done.stderr
-    done = fedrag(packages, "validate", config, "federated.strategy={type: Part, least: 3}")
-    assert done.returncode == 2
-    assert "federated.min_clients: must be at least 3 for Part" in done.stderr
-    # It says that it takes means, so privacy is allowed; that it gives them it does not say.
-    private = fedrag(packages, "validate", config, PART, "federated.privacy={clipping_norm: 1, noise_multiplier: 1}")
-    assert private.returncode == 0, private.stderr
-    svd = fedrag(packages, "validate", config, PART, "federated.lora_aggregation=svd")
-    assert "svd gives the mean itself, of which Part takes no step" in svd.stderr
-
-    def simulated(*overrides: str) -> Path:
-        done = fedrag(packages, "simulate", config, *overrides, "--json", "--quiet")
-        assert done.returncode == 0, done.stderr
-        return Path(json.loads(done.stdout)["run_dir"])
-
-    whole = simulated(PART)
-    mean, part = tuned(simulated("federated.strategy={type: FedAvg}")), tuned(whole)
-    start = tuned(simulated("federated.strategy={type: Part, part: 1e-30}"))
+def test_it_is_simulated_and_resumed(plugin: None, simulate: Callable[..., Any]) -> None:
+    whole, _ = simulate("federated.strategy={type: Part, part: 0.25}")
+    mean = aggregated(simulate("federated.strategy={type: FedAvg}", folder="b")[0])
+    start = aggregated(simulate("federated.strategy={type: Part, part: 1e-30}", folder="c")[0])
     moved = max(float((mean[name] - start[name]).abs().max()) for name in start)
     assert moved > 1e-4
-    for name, tensor in part.items():
+    for name, tensor in aggregated(whole).items():
         expected = start[name] + 0.25 * (mean[name] - start[name])
         assert float((tensor - expected).abs().max()) <= 1e-3 * moved, name
     resumed = Path(shutil.copytree(whole, whole.parent / "again"))
@@ -115,35 +59,25 @@ def test_it_is_validated_simulated_and_resumed(packages: Path, write_config: Cal
     (resumed / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
     for name in ("checkpoints/round-0002", "retriever"):
         shutil.rmtree(resumed / name)
-    done = fedrag(packages, "resume", str(resumed), "--json", "--quiet")
-    assert done.returncode == 0, done.stderr
+    assert main(["resume", str(resumed), "--quiet"]) == 0
     # With the way of the first round, which came from the checkpoint.
     assert_same_weights(resumed, whole)
 
 
-@pytest.fixture
-def federation(
-    packages: Path, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Federation]:
-    monkeypatch.setenv("PYTHONPATH", str(packages), prepend=os.pathsep)
-    made = Federation(tmp_path / "federation", models, federated={"strategy": {"type": "Part"}})
-    yield made
-    made.stop()
-
-
 @pytest.mark.fl
-def test_it_is_served(federation: Federation) -> None:
-    server = federation.serve()
-    server.wait_for("Listening on")
-    clients = [federation.join(site) for site in range(2)]
-    summary = server.finish()
+def test_it_is_served(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = install(tmp_path / "packages", "fedrag-part", ENTRY_POINT)
+    for folder in (packages, Path(plugin_strategy.__file__).parent):
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    federation = Federation(tmp_path / "federation", models, federated={"strategy": {"type": "Part"}})
+    try:
+        server = federation.serve()
+        server.wait_for("Listening on")
+        clients = [federation.join(site) for site in range(2)]
+        summary = server.finish()
+        final = [tuned_weights(Path(client.finish()["run_dir"])) for client in clients]
+    finally:
+        federation.stop()
     assert [row["clients"] for row in summary["rounds"]] == [["site0", "site1"]] * 2
-    for client in clients:
-        assert_same_final(Path(summary["run_dir"]), Path(client.finish()["run_dir"]))
-
-
-def assert_same_final(server: Path, client: Path) -> None:
-    theirs = tuned_weights(client)
-    for name, tensor in tuned_weights(server).items():
-        if "/query_" in name:
-            assert torch.equal(theirs[name], tensor), name
+    for name, tensor in tuned_weights(Path(summary["run_dir"])).items():
+        assert "/query_" not in name or all(torch.equal(theirs[name], tensor) for theirs in final), name
