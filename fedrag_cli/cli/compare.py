@@ -48,7 +48,7 @@ def command(
     """Say what runs have over each other: differences with intervals, questions won and lost, a verdict in words."""
     thresholds = dict(_threshold(text) for text in fail_under or ())
     from fedrag_cli.reports.compare import compare_runs, interval_settings, load_compared, questions_of
-    from fedrag_cli.reports.comparison_plot import plot_comparisons, require_plot_file
+    from fedrag_cli.reports.interval_plots import plot_comparisons, require_plot_file
 
     if plot is not None:
         require_plot_file(plot, force=force)

@@ -32,9 +32,9 @@ def command(
     if predictions is not None:
         require_writable(predictions)
     evaluated_run = given.path if given.path is not None and is_folder(given.path) else None
-    from fedrag_cli.commands.evaluate import start_evaluation
+    from fedrag_cli.commands.evaluate import evaluate
 
-    summary = start_evaluation(source, evaluated_run, command=current.command_line, reporter=current.reporter())
+    summary = evaluate(source, current.reporter(), evaluated_run, command=current.command_line)
     if predictions is not None:
         write_bytes_atomically(predictions, Path(summary["predictions"]).read_bytes())
     current.run_result(summary)

@@ -19,9 +19,7 @@ def command(
 ) -> None:
     """Take part in a federation: train on this machine's data, send tuned weights only, keep the final model."""
     source = load_source(arguments)
-    from fedrag_cli.commands.join import start_joining
+    from fedrag_cli.commands.join import join
 
-    summary = start_joining(
-        source, address, insecure=insecure, command=current.command_line, reporter=current.reporter()
-    )
+    summary = join(source, current.reporter(), command=current.command_line, address=address, insecure=insecure)
     current.run_result(summary)

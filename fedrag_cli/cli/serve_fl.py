@@ -22,7 +22,7 @@ def command(
     """Lead a federation: gather clients, run the rounds, and give every client the tuned model."""
     source = load_source(arguments)
     with current.federation_reporter() as reporter:
-        from fedrag_cli.commands.serve import start_serving
+        from fedrag_cli.commands.serve import serve
 
-        summary = start_serving(source, address, insecure=insecure, command=current.command_line, reporter=reporter)
+        summary = serve(source, reporter, command=current.command_line, address=address, insecure=insecure)
     current.run_result(summary)

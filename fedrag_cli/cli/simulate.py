@@ -28,9 +28,8 @@ def command(
     """Run a federation in one process; federated.sites says how the data is split over the clients."""
     source = load_source(arguments)
     with current.federation_reporter() as reporter:
-        from fedrag_cli.commands.simulate import start_simulation
+        from fedrag_cli.commands.simulate import simulate
 
-        summary = start_simulation(
-            source, clients, command=current.command_line, reporter=reporter, with_baselines=compare
-        )
+        command_line = current.command_line
+        summary = simulate(source, reporter, command=command_line, clients=clients, with_baselines=compare)
     current.run_result(summary)

@@ -10,7 +10,7 @@ from fedrag_cli.cli.session import Session, in_session
 def command(current: Session, arguments: ConfigArguments = None) -> None:
     """Tune retriever, generator or both, and measure what it changed."""
     source = load_source(arguments)
-    from fedrag_cli.commands.train import start_training
+    from fedrag_cli.commands.train import train
 
-    summary = start_training(source, current.command_line, current.reporter())
+    summary = train(source, current.reporter(), command=current.command_line)
     current.run_result(summary)

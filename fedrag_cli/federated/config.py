@@ -23,11 +23,14 @@ Momentum = Annotated[float, Interval(ge=0, lt=1)]
 
 @config_class
 class StrategyConfig:
-    """What all strategies share."""
+    """What all strategies share, and what a federation asks of them; configs of third parties derive from it too."""
 
     # Whether only the mean of the updates, weighted by examples, matters; and whether it is the next global model.
     takes_mean: ClassVar[bool] = False
     gives_mean: ClassVar[bool] = False
+    # Whether it leaves out by itself what is far from the rest; and whether it weighs clients by their losses.
+    is_robust: ClassVar[bool] = False
+    weighs_losses: ClassVar[bool] = False
 
     fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Share of the clients that train in a round, drawn anew each time; never fewer than `min_clients`."""
@@ -125,6 +128,8 @@ class FedYogiConfig(StrategyConfig):
 class FedMedianConfig(StrategyConfig):
     """Median of each weight over the clients (arXiv 1803.01498)."""
 
+    is_robust: ClassVar[bool] = True
+
     type: Literal["FedMedian"] = "FedMedian"
     """Names this strategy."""
 
@@ -132,6 +137,8 @@ class FedMedianConfig(StrategyConfig):
 @config_class
 class FedTrimmedAvgConfig(StrategyConfig):
     """Mean of each weight without its extremes (arXiv 1803.01498)."""
+
+    is_robust: ClassVar[bool] = True
 
     type: Literal["FedTrimmedAvg"] = "FedTrimmedAvg"
     """Names this strategy."""
@@ -142,6 +149,8 @@ class FedTrimmedAvgConfig(StrategyConfig):
 @config_class
 class KrumConfig(StrategyConfig):
     """The one update that is closest to its neighbours (NeurIPS 2017, Blanchard et al.)."""
+
+    is_robust: ClassVar[bool] = True
 
     type: Literal["Krum"] = "Krum"
     """Names this strategy."""
@@ -156,6 +165,8 @@ class KrumConfig(StrategyConfig):
 @config_class
 class MultiKrumConfig(StrategyConfig):
     """Mean of the updates that are closest to their neighbours (NeurIPS 2017, Blanchard et al.)."""
+
+    is_robust: ClassVar[bool] = True
 
     type: Literal["MultiKrum"] = "MultiKrum"
     """Names this strategy."""
@@ -176,6 +187,8 @@ class MultiKrumConfig(StrategyConfig):
 class BulyanConfig(StrategyConfig):
     """Multi-Krum, then the mean of each weight's middle values (arXiv 1802.07927)."""
 
+    is_robust: ClassVar[bool] = True
+
     type: Literal["Bulyan"] = "Bulyan"
     """Names this strategy."""
     num_malicious_nodes: NonNegativeInt = 0
@@ -189,6 +202,8 @@ class BulyanConfig(StrategyConfig):
 @config_class
 class QFedAvgConfig(StrategyConfig):
     """Clients with a higher loss count for more (arXiv 1905.10497); the loss is their mean training loss."""
+
+    weighs_losses: ClassVar[bool] = True
 
     type: Literal["QFedAvg"] = "QFedAvg"
     """Names this strategy."""
@@ -209,7 +224,7 @@ def _check_quorum(config: Config, strategy: str, malicious: int, needed: int) ->
         yield ("federated", "min_clients"), message
 
 
-STRATEGIES: dict[str, tuple[type, str]] = {
+STRATEGIES: dict[str, tuple[type[StrategyConfig], str]] = {
     "FedAvg": (FedAvgConfig, "mean of the updates, weighted by examples"),
     "FedAvgM": (FedAvgMConfig, "FedAvg with momentum on the server"),
     "FedProx": (FedProxConfig, "FedAvg with a proximal term in the clients' loss"),
@@ -223,6 +238,18 @@ STRATEGIES: dict[str, tuple[type, str]] = {
     "Bulyan": (BulyanConfig, "Multi-Krum, then the mean of each weight's middle values"),
     "QFedAvg": (QFedAvgConfig, "clients with a higher loss count for more"),
 }
+
+
+def traits_of(strategy: object) -> StrategyConfig | type[StrategyConfig]:
+    """Return what can be said of a strategy: of its config, or of one of Flower's, of either API, by its class."""
+    if isinstance(strategy, StrategyConfig):
+        return strategy
+    for kind in type(strategy).__mro__:
+        if kind.__name__ in STRATEGIES:
+            traits = STRATEGIES[kind.__name__][0]
+            # What derives from one that needs only the mean may look at more.
+            return StrategyConfig if traits.takes_mean and kind is not type(strategy) else traits
+    return StrategyConfig
 
 
 def public_settings(federated: Mapping[str, Any]) -> dict[str, Any]:

@@ -355,10 +355,8 @@ def test_a_resume_that_is_interrupted_while_loading_can_be_given_again(
         time.sleep(5)
 
     config = write_config()
-    stop = "evaluate_once"
     with monkeypatch.context() as patched:
-        for module in ("evaluate", "train"):
-            patched.setattr(f"fedrag_cli.commands.{module}.{stop}", terminated)
+        patched.setattr("fedrag_cli.commands.job.Job.evaluate", terminated)
         assert main([command, str(config)]) == 130
     (run,) = (config.parent / "runs").glob("*/*")
     assert f"fedrag resume {run}\n" in capsys.readouterr().err

@@ -60,11 +60,9 @@ def test_a_server_out_of_reach_is_told_before_anything_is_encoded(
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a Qdrant in memory, which stands for any server."""
     from fedrag_cli.rag.knowledge_stores import qdrant_store
-    from fedrag_cli.rag.knowledge_stores import qdrant_store as qdrant_publishing
 
     server = in_memory()
-    for module in (qdrant_store, qdrant_publishing):
-        monkeypatch.setattr(module, "connect", lambda _: server)
+    monkeypatch.setattr(qdrant_store, "connect", lambda _: server)
     return server
 
 
