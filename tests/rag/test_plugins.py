@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import data_rows
-from test_registry import install
+from plugins import install
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.registry import registry
