@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from fedrag_cli.cli.progress import PlainReporter, TerminalReporter, duration
 from fedrag_cli.errors import FedRAGError
 from fedrag_cli.runs.reporter import epsilon_text
 from fedrag_cli.text import printable, readable
@@ -36,6 +35,8 @@ class Renderer:
 
     def reporter(self) -> Reporter:
         """Return a reporter with live bars on a terminal, and plain lines elsewhere."""
+        from fedrag_cli.cli.progress import PlainReporter, TerminalReporter
+
         return TerminalReporter(self.console) if self.console.is_terminal else PlainReporter(self.console)
 
     def error(self, error: FedRAGError) -> None:
@@ -106,6 +107,8 @@ class Renderer:
 
     def training_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a training run ended with."""
+        from fedrag_cli.cli.progress import duration
+
         self.differences(summary)
         self.truncated(summary["truncated"], summary.get("lengths") or ())
         phases = ", ".join(f"{name} {part['loss']:.4f}" for name, part in (summary.get("phases") or {}).items())
