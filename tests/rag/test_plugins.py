@@ -206,6 +206,7 @@ def test_what_has_no_weights_is_not_trained(
         assert code == 2
         assert document["error"]["message"] == f"The {side} {name} has no weights that could be tuned."
         assert f"use a {side} with weights" in document["error"]["hint"]
+    assert not list(config.parent.glob("runs/*/*"))
 
 
 def test_a_plugin_beside_a_model_that_is_trained(
