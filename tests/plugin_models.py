@@ -188,14 +188,9 @@ class OwnModelConfig(CausalLMConfig):
 
 
 def register(registry: Registry) -> None:
+    causal_lm = "fedrag_cli.rag.generators.causal_lm:CausalLMGenerator.from_config"
     registry.register("retriever", "hashing", HashingConfig, f"{__name__}:Hashing", "words as numbers")
-    registry.register("generator", "first_sentence", FirstSentenceConfig, f"{__name__}:Scoring", "first sentence")
     registry.register("retriever", "vectors", VectorsConfig, f"{__name__}:Vectors", "a vector a word")
-    registry.register(
-        "generator",
-        "own_model",
-        OwnModelConfig,
-        "fedrag_cli.rag.generators.causal_lm:CausalLMGenerator.from_config",
-        "a model",
-    )
+    registry.register("generator", "first_sentence", FirstSentenceConfig, f"{__name__}:Scoring", "first sentence")
     registry.register("generator", "plain", PlainConfig, f"{__name__}:FirstSentence", "no likelihoods")
+    registry.register("generator", "own_model", OwnModelConfig, causal_lm, "a model")

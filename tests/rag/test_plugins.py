@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,21 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import data_rows
-from test_registry import install
+from plugins import installed
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.registry import registry
-
-PLUGIN = Path(__file__).parent.parent / "plugin_models.py"
 
 
 @pytest.fixture(autouse=True)
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(install(tmp_path / "packages", "fedrag-words", PLUGIN.read_text(encoding="utf-8")))
-    registry.cache_clear()
-    yield
-    registry.cache_clear()
-    sys.modules.pop("fedrag_words", None)
+def models_of_a_plugin(tmp_path: Path) -> Iterator[None]:
+    with installed(tmp_path / "packages", "fedrag-models", "plugin_models:register"):
+        yield
 
 
 @pytest.fixture
