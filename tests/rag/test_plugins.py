@@ -124,7 +124,11 @@ def test_a_plugin_beside_a_model_that_is_trained(
 @pytest.mark.parametrize("objective", ["contrastive", "lsr"])
 @pytest.mark.parametrize("train", ["query", "both"])
 def test_a_plugin_with_weights_is_trained(
-    write_config: Callable[..., Path], run: Callable[..., Any], objective: str, train: str
+    write_config: Callable[..., Path],
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    train: str,
 ) -> None:
     config = write_config(rag_system=section(retriever={"type": "vectors"}), evaluation={"metrics": ["mrr"]})
     trainer = f"trainer.retriever={{type: {objective}, train: {train}, learning_rate: 0.05, max_steps: 12}}"
@@ -138,6 +142,10 @@ def test_a_plugin_with_weights_is_trained(
     after = json.loads((Path(trained["run_dir"]) / "evaluation" / "after.json").read_text(encoding="utf-8"))
     assert again["metrics"]["mrr"]["mean"] == pytest.approx(sum(after["values"]["mrr"]) / len(after["values"]["mrr"]))
     assert run("resume", trained["run_dir"])[0] == 0
+    with monkeypatch.context() as patch:
+        patch.delattr("plugin_models.VectorsConfig.tuned_in")
+        code, document = run("query", trained["run_dir"], "where is the owl ?")
+    assert (code, "the config of type 'vectors' does not say how" in document["error"]["message"]) == (2, True)
 
 
 def test_a_plugin_generator_with_weights_is_trained(
