@@ -9,7 +9,8 @@ Components answer for themselves: nothing else asks for a type by its name. Conf
 `config.fields.config_class`, and what each kind offers is told by the classes below:
 
 - `retriever`: `builder(config, device=)` returns a `rag.retrievers.base.Retriever`.
-- `generator`: `builder(config, prompt=, device=, seed=)` returns a `rag.generators.base.Generator`.
+- `generator`: `builder(config, prompt=, device=, seed=)` returns a `rag.generators.base.Generator`. Where one of the
+  two can be tuned, `config.tuned_in(directory)` returns the config of what it has saved there.
 - `knowledge_store`: the config is a `rag.config.KnowledgeStoreConfig`, and `builder(config, device=)` returns a
   `rag.knowledge_stores.base.KnowledgeStore`.
 - `corpus`: `builder(config)` returns a list of `data.nodes.KnowledgeNode`.
