@@ -164,8 +164,9 @@ class InMemoryKnowledgeStore(KnowledgeStore):
     def _write_nodes(self, directory: Path) -> list[int]:
         return super()._write_nodes(directory) if self._mapped is None else self._mapped.passages.write(directory)
 
-    def _blocks(self) -> Iterator[Tensor]:
-        return self._vectors.blocks(max(1, len(self)))
+    def blocks(self, rows: int) -> Iterator[Tensor]:
+        """Give all embeddings in their order and number format, at most `rows` at once."""
+        return self._vectors.blocks(rows)
 
     def _read(self, directory: Path, file: EmbeddingsFile) -> None:
         if file.dtype != self.dtype:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +150,6 @@ def version_of_folder(directory: Path) -> str:
 _NAMESPACE = uuid.UUID("8f3c1b1e-52f7-4c8f-9a53-6d0a1f6f0c55")
 _PAGE = 1000
 _COPIED_AT_ONCE = 4096
-FORMAT = "fedrag-qdrant-store-1"
 
 
 def point_id(node_id: str) -> str:
@@ -217,17 +216,6 @@ def copy_store(source: KnowledgeStore, client: QdrantClient, name: str, batch_si
         write_points(client, name, nodes, embeddings, positions.tolist(), batch_size)
 
 
-def describe(source: KnowledgeStore) -> dict[str, Any]:
-    """Return what a collection keeps beside the passages of a store."""
-    return {
-        "format": FORMAT,
-        "encoder": source.encoder_fingerprint,
-        "corpus": source.corpus_fingerprint,
-        "rounded": source.rounded_to,
-        "passages": len(source),
-    }
-
-
 def read_passages(
     client: QdrantClient, name: str, passing: models.Filter | None
 ) -> tuple[list[KnowledgeNode], list[int]]:
@@ -263,30 +251,3 @@ def read_vectors(client: QdrantClient, name: str, ids: Sequence[str]) -> Tensor:
         for record in client.retrieve(name, batch, with_payload=False, with_vectors=True):
             found[str(record.id)] = record.vector
     return torch.tensor([found[id] for id in ids], dtype=torch.float32)
-
-
-def search_points(
-    client: QdrantClient,
-    name: str,
-    queries: Tensor,
-    wanted: int,
-    passing: models.Filter | None,
-    *,
-    exact: bool,
-    batch_size: int,
-) -> list[list[tuple[str, float]]]:
-    """Return ids and scores of the best points of each query, up to `wanted` of each."""
-    found: list[list[tuple[str, float]]] = []
-    for batch in queries.split(batch_size):
-        requests = [
-            models.QueryRequest(
-                query=cast(list[float], query.tolist()),
-                limit=wanted,
-                filter=passing,
-                params=models.SearchParams(exact=exact),
-            )
-            for query in batch
-        ]
-        for answer in client.query_batch_points(name, requests):
-            found.append([(str(point.id), float(point.score)) for point in answer.points])
-    return found
