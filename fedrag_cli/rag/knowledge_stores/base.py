@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
@@ -20,10 +19,9 @@ from fedrag_cli.rag.knowledge_stores.exact_search import format_name, rows_at_on
 from fedrag_cli.rag.knowledge_stores.store_files import (
     EmbeddingsFile,
     Passages,
-    damaged_store,
-    no_store,
     read_nodes,
     read_one_state,
+    store_errors,
     write_embeddings,
     write_nodes,
 )
@@ -255,25 +253,23 @@ class KnowledgeStore(ABC):
     @classmethod
     def _load(cls, directory: Path, config: Any, device: torch.device | str) -> Self:
         store = cls(config, device)
-        try:
+        with store_errors(directory):
             file = EmbeddingsFile.open(directory / EMBEDDINGS_FILE)
             if file.metadata.get("format") != FORMAT:
                 raise ValueError("it is of another format")
-            rounded_here = None if file.dtype == torch.float32 else format_name(file.dtype)
-            store.take_about({"rounded": rounded_here, **file.metadata})
-            store._read(directory, file)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise no_store(directory, error) from error
-        except (SafetensorError, ValueError, TypeError, OSError) as error:
-            raise damaged_store(directory, error) from error
+        rounded_here = None if file.dtype == torch.float32 else format_name(file.dtype)
+        store.take_about({"rounded": rounded_here, **file.metadata})
+        store._read(directory, file)
         return store
 
     def _read(self, directory: Path, file: EmbeddingsFile) -> None:
         """Take what a folder holds into this empty store."""
-        nodes = read_nodes(directory)
-        require_pairs(len(nodes), file.rows)
+        with store_errors(directory):
+            nodes = read_nodes(directory)
+            require_pairs(len(nodes), file.rows)
+            blocks = [block.clone() for block in file.blocks()]
         if nodes:
-            self.add(nodes, torch.cat([block.clone() for block in file.blocks()]))
+            self.add(nodes, torch.cat(blocks))
 
     @property
     def is_kept_elsewhere(self) -> bool:

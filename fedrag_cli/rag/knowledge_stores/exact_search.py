@@ -218,26 +218,27 @@ def _merged(
 RECALL_AT, RECALL_SAMPLE = 10, 200
 
 
-def sampled_positions(passages: int, seed: int = 0) -> Tensor:
-    """Return the positions of the passages that stand for queries, at most 200."""
-    return torch.randperm(passages, generator=torch.Generator().manual_seed(seed))[:RECALL_SAMPLE]
-
-
-def found_at_once(passages: int) -> int:
-    """Return how many passages are searched for, the one that stands for the query included."""
-    return min(RECALL_AT + 1, passages)
-
-
-def recall(sample: Tensor, exact: Tensor, found: Tensor) -> float:
+def measured_recall(
+    embeddings_at: Callable[[Tensor], Tensor], exact: Vectors, search: Search, passages: int, seed: int = 0
+) -> float:
     """Return recall@10: which part of the 10 passages that are closest to a passage a search finds, from 0 to 1.
 
+    It is a mean over at most 200 passages, each searched for among the others.
+
     Args:
-        sample: Positions of the passages that stand for queries, each searched for among the others.
-        exact: Positions that the exact search gives, of shape (queries, found_at_once(passages)).
-        found: Positions that the other search gives, of the same shape.
+        embeddings_at: Returns the embeddings of passages at positions.
+        exact: The embeddings that the search should compare with.
+        search: Takes queries and how many passages are wanted, and returns scores and positions.
+        passages: How many there are.
+        seed: Chooses the sample.
     """
+    sample = torch.randperm(passages, generator=torch.Generator().manual_seed(seed))[:RECALL_SAMPLE]
+    queries, wanted = embeddings_at(sample), min(RECALL_AT + 1, passages)
+    closest, found = (
+        positions.tolist() for _, positions in (search_blocks(exact, queries, wanted), search(queries, wanted))
+    )
     shares = []
-    for passage, right, got in zip(sample.tolist(), exact.tolist(), found.tolist(), strict=True):
+    for passage, right, got in zip(sample.tolist(), closest, found, strict=True):
         others = {position for position in right if position != passage}
         shares.append(len(others & set(got)) / max(len(others), 1))
     return sum(shares) / len(shares)

@@ -16,14 +16,13 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.config import INDEX_FILE, STORE_FILE, FaissStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, require_pairs
-from fedrag_cli.rag.knowledge_stores.exact_search import found_at_once, recall, sampled_positions
+from fedrag_cli.rag.knowledge_stores.exact_search import measured_recall
 from fedrag_cli.rag.knowledge_stores.store_files import (
     REBUILD,
     Passages,
-    damaged_store,
     file_fingerprint,
-    no_store,
     read_nodes,
+    store_errors,
     write_nodes,
 )
 from fedrag_cli.runs.files import replace_directory_atomically
@@ -178,10 +177,8 @@ class FaissKnowledgeStore(KnowledgeStore):
         if self.config.index == "ivf" and self._index is not None:
             report["nlist"] = int(self._index.nlist)
         if len(self) > 1:
-            sample, wanted = sampled_positions(len(self), self.config.seed), found_at_once(len(self))
-            queries = self.embeddings_at(sample)
-            exact, found = super().nearest(queries.cpu(), wanted)[1], self.search_positions(queries, wanted)[1]
-            report["recall@10"] = round(recall(sample, exact, found), 4)
+            found = measured_recall(self.embeddings_at, self, self.search_positions, len(self), self.config.seed)
+            report["recall@10"] = round(found, 4)
         return report
 
     def save(self, directory: Path) -> None:
@@ -207,7 +204,7 @@ class FaissKnowledgeStore(KnowledgeStore):
     def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> Self:
         store = cls(config, device)
         damaged = f"The knowledge store in '{directory}' is damaged"
-        try:
+        with store_errors(directory, " of FAISS", RuntimeError):
             about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
             store._passages = Passages(read_nodes(directory))
             if about["format"] != FORMAT or about["passages"] != len(store):
@@ -222,10 +219,6 @@ class FaissKnowledgeStore(KnowledgeStore):
             built_with = dict(about["settings"])
             store.take_about(about)
             store._built_of = int(about["built_of"])
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise no_store(directory, error, " of FAISS") from error
-        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-            raise damaged_store(directory, error) from error
         store._require_same_settings(directory, built_with)
         return store
 

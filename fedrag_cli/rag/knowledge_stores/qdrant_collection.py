@@ -21,10 +21,9 @@ from fedrag_cli.rag.config import QDRANT_LOCK_FILE, STORE_FILE, QdrantStoreConfi
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.store_files import (
     REBUILD,
-    damaged_store,
     file_fingerprint,
-    no_store,
     sentence,
+    store_errors,
 )
 
 try:
@@ -131,7 +130,7 @@ def version_of_folder(directory: Path) -> str:
     Raises:
         KnowledgeStoreError: The folder holds no store, or a damaged one.
     """
-    try:
+    with store_errors(directory, " of Qdrant", AttributeError):
         about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
         if about["format"] != FOLDER_FORMAT:
             raise KnowledgeStoreError(f"The knowledge store in '{directory}' is of another format.", REBUILD)
@@ -141,10 +140,6 @@ def version_of_folder(directory: Path) -> str:
                     f"The knowledge store in '{directory}' is damaged: '{name}' is not as it was written.", REBUILD
                 )
         return str(about["version"])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise no_store(directory, error, " of Qdrant") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise damaged_store(directory, error) from error
 
 
 _NAMESPACE = uuid.UUID("8f3c1b1e-52f7-4c8f-9a53-6d0a1f6f0c55")

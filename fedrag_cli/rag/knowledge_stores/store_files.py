@@ -9,13 +9,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
@@ -27,17 +28,29 @@ from fedrag_cli.runs.files import restore_interrupted
 REBUILD = "Build it anew with 'fedrag index CONFIG --rebuild'."
 
 
-def no_store(directory: Path, error: Exception, kind: str = "") -> KnowledgeStoreError:
-    """Return the error of a folder that lacks files of a store; `kind` says whose, after a space."""
-    return KnowledgeStoreError(f"'{directory}' holds no knowledge store{kind}: {fault_of(error)}", REBUILD)
+@contextmanager
+def store_errors(directory: Path, kind: str = "", *more: type[Exception]) -> Iterator[None]:
+    """Turn errors of reading a folder's files into KnowledgeStoreError, which says what is missing or damaged.
+
+    Args:
+        directory: The folder.
+        kind: Says whose store is looked for; it begins with a space.
+        more: Errors that a library raises of a damaged file besides.
+    """
+    damaged: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, LookupError, SafetensorError, *more)
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise KnowledgeStoreError(
+            f"'{directory}' holds no knowledge store{kind}: {reason_of(error)}", REBUILD
+        ) from error
+    except damaged as error:
+        raise KnowledgeStoreError(
+            f"The knowledge store in '{directory}' is damaged: {reason_of(error)}", REBUILD
+        ) from error
 
 
-def damaged_store(directory: Path, error: Exception) -> KnowledgeStoreError:
-    """Return the error of a folder whose files are not as they were written."""
-    return KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {fault_of(error)}", REBUILD)
-
-
-def fault_of(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return what an error of reading a store's files says, with a full stop."""
     if isinstance(error, OSError):
         # safetensors names the file in its text alone.
@@ -351,14 +364,12 @@ class MappedPassages:
         Raises:
             KnowledgeStoreError: One is damaged.
         """
-        try:
+        with store_errors(self._path.parent):
             rows: list[Any] = [
                 json.loads(self._mapping[self._offsets[position] : self._offsets[position + 1]])
                 for position in positions
             ]
             found = [KnowledgeNode(**row) for row in rows]
-        except (ValueError, TypeError) as error:
-            raise damaged_store(self._path.parent, error) from error
         _drop(self._mapping)
         return found
 
