@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fedrag_cli.config import Config
+from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.fields import generator_metrics_of
 from fedrag_cli.config.validation import (
     evaluation_split,
@@ -36,16 +37,17 @@ from fedrag_cli.evaluation.evaluator import choose_metrics, evaluate, require_qu
 from fedrag_cli.evaluation.generator_metrics import answer_candidate, require_prompts
 from fedrag_cli.evaluation.result import Evaluation
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.rag.tokens import Lengths
-from fedrag_cli.reports.diagnostics import plot_diagnostics, plot_movement, summarise
+from fedrag_cli.reports.diagnostics import summarise
+from fedrag_cli.reports.interval_plots import plot_difference
 from fedrag_cli.reports.model_card import model_card
-from fedrag_cli.reports.plots import plot_curves, plot_difference, plot_federation
-from fedrag_cli.runs.directory import RunDirectory
+from fedrag_cli.reports.plots import plot_log
+from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
 from fedrag_cli.runs.files import replace_directory_atomically, write_text_atomically
-from fedrag_cli.runs.interrupt import deferred_interrupts
-from fedrag_cli.runs.launch import resume_command
-from fedrag_cli.runs.metrics_log import MetricsLog
+from fedrag_cli.runs.interrupt import deferred_interrupts, terminable
+from fedrag_cli.runs.launch import process_count, resume_command
+from fedrag_cli.runs.metrics_log import MetricsLog, seconds_spent
 from fedrag_cli.runs.reporter import Reporter
 
 MOST_MEASURED = 10_000
@@ -100,6 +102,179 @@ class RunReporter:
     def note(self, message: str) -> None:
         """Hand a note on."""
         self._inner.note(message)
+
+
+class Job:
+    """What a command does in its run directory, from loading to the summary; `open_job` makes one.
+
+    Args:
+        run: The run directory, which this process holds.
+        source: The run's config.
+        reporter: Shows what happens; what `load` puts in its place records events in the run's log too.
+        is_new: Whether the run has just been made.
+    """
+
+    def __init__(self, run: RunDirectory, source: ConfigSource, reporter: Reporter, *, is_new: bool) -> None:
+        self.run = run
+        self.source = source
+        self.config = source.config
+        self.reporter = reporter
+        self.is_new = is_new
+        self._began = time.monotonic()
+
+    def load(self, build: Callable[[], RAGSystem], data: RunData | None) -> RAGSystem:
+        """Load the models and begin to record, where data and models are those that the run has started with.
+
+        Args:
+            build: Loads the models.
+            data: The data whose fingerprints the run keeps; None where it has none, or none that may be told.
+
+        Raises:
+            FedRAGError: Data or models are others than when the run started.
+        """
+        known = self.run.manifest().get("fingerprints")
+        if known is not None and data is not None:
+            _require_same("data", data_fingerprints(data), known)
+        if self.is_new:
+            self.reporter.note(f"Run directory: {self.run.path}")
+        rag_system = build()
+        of_models = model_fingerprints(rag_system)
+        if known is not None:
+            _require_same("base models", of_models, known)
+        else:
+            of_data = data_fingerprints(data) if data is not None else {}
+            self.run.update_manifest(fingerprints=of_data | of_models)
+        self.reporter = RunReporter(self.run.open_log(), self.reporter)
+        self._began = time.monotonic() - seconds_spent(self.run.events())
+        return rag_system
+
+    def seconds(self) -> float:
+        """Return how long the run has worked, in all its parts, without the pauses between them."""
+        return time.monotonic() - self._began
+
+    def evaluate(self, stage: str, data: RunData, rag_system: RAGSystem) -> Evaluation | None:
+        """Evaluate, or return what an earlier part of the run has evaluated already; None where there is no split."""
+        if data.split is None:
+            return None
+        done = self.run.read_json_if_there(f"evaluation/{stage}.json")
+        if done is not None:
+            return Evaluation.from_dict(done)
+        when = {"before": " before training", "after": " after training", "evaluated": ""}
+        self.reporter.note(
+            f"Evaluating{when.get(stage, f' after {stage}')} on the {data.split} split "
+            f"({len(data.evaluation)} questions)"
+        )
+        folder = self.run.path / "evaluation"
+        memory = folder / f"{stage}-so-far.jsonl"
+        evaluation = evaluate(
+            rag_system,
+            data.evaluation,
+            chosen_metrics(self.config, data),
+            self.config.evaluation,
+            reporter=self.reporter,
+            memory=memory,
+        )
+        trained_on = {question_key(example) for example in data.train}
+        for example, row in zip(data.evaluation, evaluation.predictions, strict=True):
+            if question_key(example) in trained_on:
+                row["in_train"] = True
+        evaluation.write_predictions(folder / f"{stage}-predictions.jsonl")
+        self.run.write_json(f"evaluation/{stage}.json", evaluation.to_dict())
+        memory.unlink(missing_ok=True)
+        self.reporter.event("evaluation", stage=stage, split=data.split, metrics=evaluation.means())
+        return evaluation
+
+    def summary(self, data: RunData | None, **own: Any) -> dict[str, Any]:
+        """Return what the summaries of all runs have, and what is the command's own."""
+        manifest = self.run.manifest()
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run_name": manifest["run"],
+            "run_dir": str(self.run.path),
+            "status": "done",
+            "seed": self.config.run.seed,
+            "command": manifest["command"],
+            "data": data.counts() if data is not None else {},
+            "fingerprints": manifest["fingerprints"],
+            "split": data.split if data is not None else None,
+            "seconds": self.seconds(),
+            "versions": manifest["versions"],
+            **own,
+        }
+
+    def tuning_summary(
+        self, data: RunData | None, before: Evaluation | None, after: Evaluation | None, **own: Any
+    ) -> dict[str, Any]:
+        """Return what the summaries of all runs that tune models have, and what is the command's own."""
+        sides, stored = tuned_sides(self.config), self.source.to_dict()
+        truncated = after.truncated if after is not None else {}
+        return self.summary(
+            data,
+            **{
+                "mode": self.config.trainer.mode,
+                "tuned": tuned_models(sides, stored),
+                "differences": differences_of(self.config, before, after),
+                "overlaps": [overlap.to_dict() for overlap in data.overlaps()] if data is not None else [],
+                "settings": {side: stored["trainer"][side] for side in sides},
+                "truncated": {f"evaluation {name}": count for name, count in truncated.items()},
+                "lengths": [item.to_dict() for item in (after.lengths if after else ())],
+                **own,
+            },
+        )
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, and mark the run as done."""
+        self.run.write_json("summary.json", summary)
+        self.run.update_manifest(status="done", error=None)
+
+    def finish_tuning(self, summary: dict[str, Any]) -> None:
+        """Draw the plots, write model card and summary, and mark the run as done."""
+        write_results(self.run, summary)
+
+
+@contextmanager
+def open_job(
+    source: ConfigSource,
+    reporter: Reporter,
+    run: RunDirectory | None,
+    *,
+    command: Sequence[str] = (),
+    name: str | None = None,
+    **manifest: Any,
+) -> Iterator[Job]:
+    """Hold a run while the enclosed code loads and works in it, and write into its manifest how it ended.
+
+    Until the run's log has a new event it loads: where it ends before, a new run is removed, and one that goes on is
+    as it was. Errors after which a run can go on say how.
+
+    Args:
+        source: The run's config.
+        reporter: Shows what happens.
+        run: The run that goes on; None makes a new one.
+        command: The command line of a new run.
+        name: The name of a new run; that in the config by default.
+        manifest: What else the manifest of a new run says.
+
+    Raises:
+        FedRAGError: Another process works in it.
+        RunInterruptedError: The user or a signal interrupted the enclosed code.
+    """
+    is_new = run is None
+    # A launcher hands a signal on that the terminal has sent to its processes too.
+    with terminable(once=process_count() > 1):
+        if run is None:
+            settings = source.config.run
+            run = RunDirectory.create(
+                settings.output_dir,
+                name or settings.name,
+                source.to_yaml(),
+                command=command,
+                seed=settings.seed,
+                outside=source.outside_values(),
+                **manifest,
+            )
+        with life_cycle(run, is_new=is_new):
+            yield Job(run, source, reporter, is_new=is_new)
 
 
 def load_run_data(config: Config) -> RunData:
@@ -190,7 +365,7 @@ def _require_prompts(config: Config, data: RunData, rag_system: RAGSystem) -> No
     """Raise DataError with every row that cannot be asked, answered or learnt from, whatever is retrieved for it."""
     generator = rag_system.require_generator()
     for node in data.nodes:
-        generator.prompts.context([node])
+        generator.context([node])
     validated = [getattr(config.trainer, side).validation.metric for side in tuned_sides(config)]
     validated += list(config.federated.metrics) if config.federated is not None else []
     checked = [
@@ -266,13 +441,9 @@ def evaluate_once(
 
 def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> None:
     """Save the tuned models, and the knowledge store that fits them where there are passages."""
-    sides = tuned_sides(config)
-    if "retriever" in sides:
-        with replace_directory_atomically(run.retriever) as target:
-            rag_system.retriever.save(target)
-    if "generator" in sides:
-        with replace_directory_atomically(run.generator) as target:
-            rag_system.require_generator().save(target)
+    for side in tuned_sides(config):
+        with replace_directory_atomically(run.path / side) as target:
+            rag_system.require_trainable(side).save(target)
     store = rag_system.knowledge_store
     can_be_saved = config.rag_system.knowledge_store.in_folder(run.knowledge_store) is not None
     if len(store) and can_be_saved and not store.is_kept_elsewhere:
@@ -294,7 +465,7 @@ def tuned_models(sides: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]
 
 
 def data_fingerprints(data: RunData) -> dict[str, str]:
-    """Return a hash of each part of the data."""
+    """Return a hash of each part of the data; that of the passages where it is known is not computed again."""
     rows = {"train": data.train, "validation": data.validation}
     if data.split is not None:
         rows[data.split] = data.evaluation
@@ -336,7 +507,10 @@ def require_unchanged(run: RunDirectory, what: str, fingerprints: dict[str, str]
         what: `data` or `base models`, for the message.
         fingerprints: Those of now.
     """
-    known = run.manifest().get("fingerprints") or {}
+    _require_same(what, fingerprints, run.manifest().get("fingerprints") or {})
+
+
+def _require_same(what: str, fingerprints: dict[str, str], known: dict[str, str]) -> None:
     changed = [name for name, value in fingerprints.items() if known.get(name, value) != value]
     if changed:
         verb = "has" if what == "data" else "have"
@@ -349,14 +523,7 @@ def require_unchanged(run: RunDirectory, what: str, fingerprints: dict[str, str]
 def write_results(run: RunDirectory, summary: dict[str, Any]) -> None:
     """Draw the plots, write model card and summary, and mark the run as done."""
     events = run.events()
-    plots = plot_curves(events, run.plots)
-    for name, plot in (
-        ("diagnostics.png", plot_diagnostics),
-        ("movement.png", plot_movement),
-        ("federation.png", plot_federation),
-    ):
-        if plot(events, run.plots / name):
-            plots.append(run.plots / name)
+    plots = plot_log(events, run.plots)
     if summary.get("comparison"):
         plots.append(run.plots / "comparison.png")
     if summary["differences"]:

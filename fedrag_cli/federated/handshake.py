@@ -16,6 +16,8 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.lora import LORA_A
 from fedrag_cli.federated.weights import Manifest, manifest_of
+from fedrag_cli.rag.generators.base import TrainableGenerator
+from fedrag_cli.rag.retrievers.base import TrainableRetriever
 from fedrag_cli.text import printable, shape_text
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
@@ -39,21 +41,16 @@ MOST_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class Agreement:
-    """What server and clients must have in common.
-
-    Args:
-        protocol: Version of the messages.
-        side: What is tuned, `retriever` or `generator`.
-        manifest: Names and shapes of the trained tensors.
-        models: Fingerprints of the base models by name.
-        settings: Settings of training, prompts and reports, by key path.
-    """
+    """What server and clients must have in common."""
 
     protocol: int
+    """Version of the messages."""
     side: str
     manifest: Manifest
     models: dict[str, str]
+    """Fingerprints of the base models by name."""
     settings: dict[str, Any]
+    """Settings of training, prompts and reports, by key path."""
 
     def to_json(self) -> str:
         """Write the agreement as JSON."""
@@ -61,11 +58,7 @@ class Agreement:
 
     @classmethod
     def from_json(cls, text: str) -> Agreement:
-        """Read an agreement that the other side sent.
-
-        Raises:
-            ConnectionFailedError: The text is none.
-        """
+        """Read an agreement that the other side sent; raises ConnectionFailedError where it is none."""
         try:
             values = json.loads(text)
             # Every part is brought to its type: what the other side sends may be anything.
@@ -92,12 +85,7 @@ def misfit(server: Agreement, own: Agreement) -> ConnectionFailedError | None:
 
 
 def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agreement:
-    """Collect what the other sites must have in common with a trainer.
-
-    Args:
-        trainer: The trainer of the side that is tuned, with the base models in its RAG system.
-        settings: The federation's settings; the reported metrics are a part of what must agree.
-    """
+    """Collect what the others must have in common with a trainer: the reported metrics are a part of it."""
     return Agreement(
         PROTOCOL,
         trainer.side,
@@ -136,13 +124,6 @@ def base_fingerprint(model: nn.Module, vocabulary: Mapping[str, int] | None = No
     """Return a hash of a base model: its weights without LoRA adapters, and its vocabulary.
 
     Weights are hashed as bfloat16, so that a site which keeps them in bfloat16 agrees with one that keeps float32.
-
-    Args:
-        model: The model, with adapters or without.
-        vocabulary: The tokenizer's tokens and ids.
-
-    Returns:
-        16 hexadecimal digits.
     """
     return _fingerprint(_base_tensors(model), json.dumps(sorted((vocabulary or {}).items())))
 
@@ -172,14 +153,21 @@ def _canonical(tensor: Tensor) -> bytes:
 def _fingerprints(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> dict[str, str]:
     rag_system = trainer.rag_system
     retriever = rag_system.retriever
-    found = {
-        "passage encoder": base_fingerprint(retriever.passage_encoder),
-        "query encoder": base_fingerprint(retriever.query_encoder),
-    }
+    if isinstance(retriever, TrainableRetriever):
+        found = {
+            "passage encoder": base_fingerprint(retriever.passage_encoder),
+            "query encoder": base_fingerprint(retriever.query_encoder),
+        }
+    else:
+        found = {"retriever": retriever.fingerprint()}
     # A site may have a generator for its own evaluation that no objective sees.
     if trainer.config.needs_generator and rag_system.generator is not None:
         generator = rag_system.generator
-        found["generator"] = base_fingerprint(generator.model, generator.tokenizer.get_vocab())
+        found["generator"] = (
+            base_fingerprint(generator.model, generator.tokenizer.get_vocab())
+            if isinstance(generator, TrainableGenerator)
+            else generator.fingerprint()
+        )
     if settings.lora_aggregation == "freeze_a":
         found["frozen half of the adapter's"] = _fingerprint(
             (name, tensor) for name, tensor in trainer.model.named_parameters() if LORA_A in name
@@ -194,10 +182,8 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
     prompt = trainer.rag_system.prompt_config
     for field in dataclasses.fields(prompt) if trainer.config.needs_generator else ():
         yield f"rag_system.prompt.{field.name}", _plain(getattr(prompt, field.name))
-    retriever = trainer.rag_system.retriever
-    for name in ("similarity", "query_prompt", "passage_prompt"):
-        yield f"rag_system.retriever.{name}", getattr(retriever.config, name)
-    yield "rag_system.retriever.max_length", retriever.query_encoder.max_seq_length
+    for name, value in trainer.rag_system.retriever.settings.items():
+        yield f"rag_system.retriever.{name}", value
     yield "federated.metrics", sorted(settings.metrics)
     yield "federated.transport_dtype", settings.transport_dtype
     yield "federated.lora_aggregation", settings.lora_aggregation

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from fedrag_cli.config.fields import (
     CollectionName,
+    FolderStr,
     HttpUrlStr,
     ModelStr,
     NonEmptyStr,
@@ -19,7 +21,11 @@ from fedrag_cli.config.fields import (
     SecretStr,
     config_class,
 )
+from fedrag_cli.config.problems import Finding, KeyPath
 from fedrag_cli.registry import Registry
+
+if TYPE_CHECKING:
+    from fedrag_cli.config.schema import Config
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -64,6 +70,18 @@ class SentenceTransformerConfig:
     dtype: DType = "auto"
     """Number format of the weights; auto keeps float32."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield which models are missing or named twice."""
+        separate = (self.query_model, self.passage_model)
+        if self.model is None and None in separate:
+            yield path, "needs 'model', or both 'query_model' and 'passage_model'"
+        if self.model is not None and separate != (None, None):
+            yield path, "has 'model' beside 'query_model' or 'passage_model'; keep one or the other"
+
+    def tuned_in(self, directory: Path) -> SentenceTransformerConfig:
+        """Return the config of what the retriever has saved in a directory."""
+        return dataclasses.replace(self, model=str(directory), query_model=None, passage_model=None, revision=None)
+
 
 @config_class
 class CausalLMConfig:
@@ -78,7 +96,7 @@ class CausalLMConfig:
     trust_remote_code: bool = False
     """Runs Python code that comes with the model (`auto_map`, modules of its own), with all your rights; without it a
     model that needs such code is refused."""
-    adapter: PathStr | None = None
+    adapter: FolderStr | None = None
     """Directory of a saved LoRA adapter that is put on the model."""
     context_window: PositiveInt | None = None
     """Most tokens of prompt and answer; the model's own limit by default."""
@@ -99,6 +117,21 @@ class CausalLMConfig:
     quantization: Literal["8bit", "4bit"] | None = None
     """Load the weights in fewer bits (extra `quantization`): 8bit is LLM.int8(), 4bit the NF4 of QLoRA with double
     quantization. Training the generator then needs lora. Slow on a CPU; not for GGUF files."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield what does not go together with the device or the model's format."""
+        if self.device_map is not None and config.run.device not in ("auto", "cuda"):
+            message = f"takes all GPUs, but run.device is {config.run.device}; set that to auto or cuda, or remove it"
+            yield (*path, "device_map"), message
+        if self.quantization is not None and self.model.endswith(".gguf"):
+            message = "is not for GGUF files, which transformers turns into plain weights; remove it"
+            yield (*path, "quantization"), message
+
+    def tuned_in(self, directory: Path) -> CausalLMConfig:
+        """Return the config of what the generator has saved in a directory: a model, or an adapter of this one."""
+        if (directory / "adapter_config.json").is_file():
+            return dataclasses.replace(self, adapter=str(directory))
+        return dataclasses.replace(self, model=str(directory), adapter=None, revision=None)
 
 
 @config_class
@@ -200,6 +233,10 @@ class MemoryStoreConfig(FolderStoreConfig):
     """Number format of the saved and searched embeddings. The last two round them to half the space; scores are
     computed in float32 all the same, and `fedrag index` reports what the rounding loses where it rounds all of them."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield what memory_map lacks."""
+        yield from _check_memory_map(self, path)
+
     @property
     def number_format(self) -> str:
         """The number format that the store rounds embeddings to."""
@@ -245,6 +282,14 @@ class FaissStoreConfig(FolderStoreConfig):
     memory_map: bool = False
     """Leaves the saved embeddings on disk and reads what a search touches; a change takes them into memory."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield settings of another kind of index, and what memory_map lacks."""
+        index_of = {"nlist": "ivf", "nprobe": "ivf", "m": "hnsw", "ef_construction": "hnsw", "ef_search": "hnsw"}
+        for name, index in index_of.items():
+            if getattr(self, name) is not None and self.index != index:
+                yield (*path, name), f"has no effect with index: {self.index}; remove it"
+        yield from _check_memory_map(self, path)
+
     def as_built(self) -> Self | None:
         """Return these settings with those that the folder's index was built with."""
         folder = Path(self.path or "")
@@ -285,6 +330,13 @@ class QdrantStoreConfig(FolderStoreConfig):
     timeout: PositiveInt = 60
     """Seconds to wait for an answer of the server."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield settings of a server beside those of a folder."""
+        if self.path is not None and self.url is not None:
+            yield (*path, "path"), "stands beside url; keep one or the other"
+        if self.api_key is not None and self.url is None:
+            yield (*path, "api_key"), "has no effect without url; remove it"
+
     @property
     def place(self) -> str | None:
         """The server and the collection, or the folder of the embedded store."""
@@ -317,6 +369,11 @@ class QdrantStoreConfig(FolderStoreConfig):
         except (OSError, ValueError, TypeError, KeyError):
             return self
         return self if self.collection in names or not names else dataclasses.replace(self, collection=names[0])
+
+
+def _check_memory_map(store: MemoryStoreConfig | FaissStoreConfig, path: KeyPath) -> Iterator[Finding]:
+    if store.memory_map and store.path is None:
+        yield (*path, "memory_map"), "needs a path, the folder of the saved store"
 
 
 def register(registry: Registry) -> None:

@@ -23,7 +23,7 @@ from fedrag_cli.rag.index_convert import PreviousStore, open_previous, require_p
 from fedrag_cli.rag.index_resume import PartialIndex, partial_index
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.rag.retrievers.base import Retriever
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporter import Reporter
 
@@ -174,9 +174,7 @@ def _told_how_to_go_on(nodes: Sequence[KnowledgeNode], partial: PartialIndex, pa
         ) from error
 
 
-def _encode(
-    retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], partial: PartialIndex, reporter: Reporter
-) -> None:
+def _encode(retriever: Retriever, nodes: Sequence[KnowledgeNode], partial: PartialIndex, reporter: Reporter) -> None:
     if not nodes:
         return
     if len(partial):

@@ -24,9 +24,9 @@ from fedrag_cli.reports.compare import (
     split_stage,
     stages_of,
 )
-from fedrag_cli.reports.comparison_plot import draw_comparisons
+from fedrag_cli.reports.interval_plots import draw_comparisons
 from fedrag_cli.reports.model_card import portable_argument
-from fedrag_cli.reports.plots import png_of
+from fedrag_cli.reports.plots import picture_of
 from fedrag_cli.reports.run_description import Questions, describe_run, what_differs, won_and_lost
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.files import write_text_atomically
@@ -225,7 +225,7 @@ def _comparison(comparison: Comparison, questions: Questions, examples: int) -> 
     return {
         **item,
         "statements": [{"verdict": verdict, "text": text} for verdict, text in comparison.statements().items()],
-        "picture": png_of(draw_comparisons([item])),
+        "picture": picture_of(draw_comparisons([item])),
         "by_metric": won_and_lost(item, questions, examples),
     }
 

@@ -9,13 +9,14 @@ import termios
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import data_rows, write_rows
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.commands.train import resume_training, start_training
+from fedrag_cli.commands.train import train
 from fedrag_cli.config import load_config, load_config_with_source
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.runs.directory import RunDirectory
@@ -87,7 +88,7 @@ def test_the_time_of_a_resumed_run_counts_all_its_parts(
     with monkeypatch.context() as patched:
         patched.setattr("fedrag_cli.commands.train.save_models", interrupt)
         with pytest.raises(RunInterruptedError):
-            start_training(source, ["fedrag"], SilentReporter())
+            train(source, SilentReporter())
     (path,) = Path(source.config.run.output_dir).glob("*/*")
     run = RunDirectory.open(path)
     events = run.events()
@@ -96,7 +97,7 @@ def test_the_time_of_a_resumed_run_counts_all_its_parts(
     began = datetime.fromisoformat(events[0]["time"]) - timedelta(hours=2)
     events[0]["time"] = began.isoformat()
     (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
-    summary = resume_training(run, load_config_with_source(run.config_file), SilentReporter())
+    summary = train(load_config_with_source(run.config_file), SilentReporter(), run=run)
     assert 7200 < summary["seconds"] < 7200 + 600
 
 
@@ -328,3 +329,9 @@ def _tokenizer_of(config: Path) -> object:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(load_config(config).rag_system.retriever.model)
+
+
+def test_metrics_without_a_split_are_no_error(write_config: Callable[..., Path], capsys: Any) -> None:
+    config = write_config(dataset={"test": None, "validation": None}, evaluation={"metrics": ["mrr"]})
+    assert main(["train", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["differences"] == []

@@ -127,3 +127,16 @@ def test_a_server_gets_a_new_collection_only_where_something_has_changed(
     assert [node.id for node in opened(config).nodes] == ["new", *(row["id"] for row in ROWS[1:])]
     assert len(server.get_collections().collections) == 1
     assert not list((tmp_path / "runs").glob(".*"))
+
+
+def test_index_never_replaces_a_folder_of_other_files(write_config: Callable[..., Path], capsys: Any) -> None:
+    config = write_config()
+    folder = config.parent / "documents"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    assert main(["index", str(config), f"rag_system.knowledge_store.path={folder}"]) == 2
+    assert "holds something other than a knowledge store" in capsys.readouterr().err
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+    store = config.parent / "store"
+    for _ in range(2):
+        assert main(["index", str(config), f"rag_system.knowledge_store.path={store}"]) == 0

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from fedrag_cli.commands.job import load_run_data
-from fedrag_cli.commands.train import start_training
+from fedrag_cli.commands.train import train
 from fedrag_cli.config import PromptConfig, load_config, load_config_with_source
 from fedrag_cli.errors import ConfigError, ModelError
 from fedrag_cli.evaluation.evaluator import evaluate
-from fedrag_cli.rag.build import build_rag_system, load_config_or_run
+from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import CausalLMConfig
+from fedrag_cli.rag.from_run import load_config_or_run
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.models import (
     ModelLocation,
@@ -193,7 +194,7 @@ def test_a_run_with_a_quantised_generator_is_evaluated_as_it_ended(
 ) -> None:
     path = write_config(trainer={"mode": "generator"})
     overrides = [f"rag_system.generator.quantization={quantization}", "evaluation.metrics=[negative_log_likelihood,f1]"]
-    summary = start_training(load_config_with_source(path, overrides), ["fedrag"], SilentReporter())
+    summary = train(load_config_with_source(path, overrides), SilentReporter())
     run = RunDirectory.open(Path(summary["run_dir"]))
     assert (run.generator / "adapter_config.json").is_file()
     config, _ = load_config_or_run(run.path, [])

@@ -7,15 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedrag_cli.reports.diagnostics import (
-    diagnostics_section,
-    moved_modules,
-    plot_diagnostics,
-    plot_movement,
-    step_values,
-    summarise,
-)
+from fedrag_cli.reports.diagnostics import diagnostics_section, moved_modules, step_values, summarise
 from fedrag_cli.reports.model_card import model_card
+from fedrag_cli.reports.plots import plot_diagnostics, plot_movement
 
 
 def steps(phase: str, count: int, **values: Any) -> list[dict[str, Any]]:

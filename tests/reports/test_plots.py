@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fedrag_cli.errors import FedRAGError
-from fedrag_cli.reports.plots import label_of, plot_curves, plot_difference, plot_federation
+from fedrag_cli.reports.interval_plots import plot_difference
+from fedrag_cli.reports.plots import label_of, plot_curves, plot_federation
 
 
 def training(phase: str, steps: int) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ def test_the_shares_of_a_batch_are_the_batch() -> None:
 def test_diagnostics_are_means_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes(0, 2)
     monkeypatch.setattr(
-        processes, "gather", lambda own: [own, ({"entropy": 4.0, "other": 1.0}, {"entropy": 1, "other": 2})]
+        processes, "all_gather", lambda own: [own, ({"entropy": 4.0, "other": 1.0}, {"entropy": 1, "other": 2})]
     )
     diagnostics = StepDiagnostics(processes)
     diagnostics.add(3, entropy=2.0)
@@ -343,14 +343,14 @@ def test_a_process_that_fails_ends_the_run_of_all(write_config: Callable[..., Pa
 
 SLOW = """
 import sys, time
-from fedrag_cli.trainer_managers import training_run
+from fedrag_cli.commands.job import Job
 
-def wait(run, *arguments):
-    (run.path / "evaluating").touch()
+def wait(job, *arguments):
+    (job.run.path / "evaluating").touch()
     for _ in range(600):
         time.sleep(0.1)
 
-training_run.evaluate_once = wait
+Job.evaluate = wait
 from fedrag_cli.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -393,16 +393,16 @@ def test_the_way_to_go_on_names_the_launcher(launched: None, monkeypatch: pytest
 WITHOUT_DEVICE = """
 import os, sys
 from fedrag_cli.errors import ModelError
-from fedrag_cli.trainer_managers import training_run
+from fedrag_cli.commands import train as training
 
-choose = training_run.choose_device
+choose = training.choose_device
 
 def fail(device):
     if os.environ["RANK"] == "1":
         raise ModelError("This machine has no device 'cuda:1'.", "Set run.device to auto or cpu.")
     return choose(device)
 
-training_run.choose_device = fail
+training.choose_device = fail
 from fedrag_cli.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
