@@ -49,7 +49,7 @@ BUILT_IN_MODULES = {
 BASES = {
     "retriever": None,
     "generator": None,
-    "knowledge_store": None,
+    "knowledge_store": "fedrag_cli.rag.config.KnowledgeStoreConfig",
     "corpus": None,
     "examples": None,
     "retriever_trainer": "fedrag_cli.trainers.config.RetrieverTrainingConfig",
