@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,11 +324,7 @@ def check_new(
 ) -> None:
     """Raise KnowledgeStoreError where passages and their embeddings do not fit each other or the store.
 
-    Args:
-        nodes: The passages.
-        embeddings: What should be a finite tensor of shape (len(nodes), dimension).
-        dimension: The store's dimension; 0 takes any.
-        dtype: The number format of the store, which has to hold the embeddings too.
+    Its dimension takes any where it is 0; its number format has to hold the embeddings too.
     """
     if embeddings.ndim != 2 or embeddings.shape[0] != len(nodes):
         raise KnowledgeStoreError(
@@ -340,7 +337,7 @@ def check_new(
             "Build the store anew with one encoder.",
         )
     check_finite(nodes, embeddings, dtype)
-    repeated = _first_repeated([node.id for node in nodes])
+    repeated = next((id for id, count in Counter(node.id for node in nodes).items() if count > 1), None)
     if repeated is not None:
         raise KnowledgeStoreError(f"The passage id '{repeated}' occurs twice.", "Give every passage an id of its own.")
 
@@ -362,15 +359,7 @@ def check_finite(nodes: Sequence[KnowledgeNode], embeddings: Tensor, dtype: torc
 
 
 def check_search(query_embeddings: Tensor, top_k: int, passages: int, dimension: int, which: str = "") -> None:
-    """Raise KnowledgeStoreError where a search cannot be done.
-
-    Args:
-        query_embeddings: What should be a finite tensor of shape (queries, dimension).
-        top_k: How many passages are wanted of each query.
-        passages: How many passages can be found.
-        dimension: The store's dimension.
-        which: Says which passages these are, where they are not all; it begins with a space.
-    """
+    """Raise KnowledgeStoreError where a search cannot be done; `which` says which passages can be found, if not all."""
     if not passages:
         hint = "Add passages before searching." if not which else "Look at rag_system.knowledge_store.filter."
         raise KnowledgeStoreError(f"The knowledge store is empty{which and f': it holds no passages{which}'}.", hint)
@@ -391,12 +380,3 @@ def check_search(query_embeddings: Tensor, top_k: int, passages: int, dimension:
         raise KnowledgeStoreError(
             f"The embedding of query {int(broken[0])} is not finite.", "Look at the weights of the query encoder."
         )
-
-
-def _first_repeated(ids: Sequence[str]) -> str | None:
-    seen: set[str] = set()
-    for id in ids:
-        if id in seen:
-            return id
-        seen.add(id)
-    return None

@@ -135,18 +135,12 @@ class FaissKnowledgeStore(KnowledgeStore):
         vectors[list(replaced.values())] = embeddings[list(replaced)]
         self._build(vectors)
 
-    def replace_embeddings(self, embeddings: Tensor) -> None:
-        """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
-        check_new(self._passages.nodes, embeddings, self.dimension)
-        self.rounded_to = None
-        self._build(embeddings)
-
     def delete(self, ids: Sequence[str]) -> int:
         """Remove passages and return how many were there."""
         old = len(self)
         kept = self._passages.remove(ids)
         if len(kept) < old:
-            self._build(self._vectors(old)[kept])
+            self._build(self._vectors(old)[kept] if kept else torch.zeros(0, 0))
         return old - len(kept)
 
     def nearest(self, queries: Tensor, wanted: int) -> SearchResult:

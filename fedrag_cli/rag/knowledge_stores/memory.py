@@ -123,11 +123,7 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         return super().filled_from(source)
 
     def measure_recall(self, embeddings: Tensor) -> None:
-        """Compare searches with those over the embeddings before they were rounded, for `build_report`.
-
-        Args:
-            embeddings: float32 tensor of shape (passages, dimension), in the order of the passages.
-        """
+        """Compare searches with those over the embeddings before they were rounded, for `build_report`."""
         if self.dtype == torch.float32 or len(self) < 2:
             return
         rounded_from = HeldVectors.around(embeddings)

@@ -107,15 +107,6 @@ class QdrantKnowledgeStore(KnowledgeStore):
             self._number(known)
         self._end = end
 
-    def replace_embeddings(self, embeddings: Tensor) -> None:
-        """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
-        check_new(self._passages.nodes, embeddings, self.dimension)
-        self.rounded_to = None
-        if self._is_own:
-            self._write(self._passages.nodes, embeddings, self._places)
-        else:
-            self._take_over(embeddings)
-
     def delete(self, ids: Sequence[str]) -> int:
         """Remove passages and return how many were there."""
         gone = [id for id in dict.fromkeys(ids) if id in self._passages.positions]
@@ -285,12 +276,11 @@ class QdrantKnowledgeStore(KnowledgeStore):
             "Run the command again.",
         )
 
-    def _take_over(self, embeddings: Tensor | None = None) -> None:
-        """Go on in memory with a copy of what a server or a folder holds, with other embeddings where given."""
+    def _take_over(self) -> None:
+        """Go on in memory with a copy of what a server or a folder holds."""
         if self._is_own:
             return
-        if embeddings is None:
-            embeddings = self.embeddings
+        embeddings = self.embeddings
         self._client, self._is_own, self._dimension = in_memory(), True, 0
         if len(self):
             self._start_collection(embeddings.shape[1])

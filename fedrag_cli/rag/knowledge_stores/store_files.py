@@ -30,12 +30,9 @@ REBUILD = "Build it anew with 'fedrag index CONFIG --rebuild'."
 
 @contextmanager
 def store_errors(directory: Path, kind: str = "", *more: type[Exception]) -> Iterator[None]:
-    """Turn errors of reading a folder's files into KnowledgeStoreError, which says what is missing or damaged.
+    """Turn errors of reading a folder's files, and more that a library raises, into KnowledgeStoreError.
 
-    Args:
-        directory: The folder.
-        kind: Says whose store is looked for; it begins with a space.
-        more: Errors that a library raises of a damaged file besides.
+    It says what is missing or damaged, and whose store it is: `kind` begins with a space.
     """
     damaged: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, LookupError, SafetensorError, *more)
     try:
@@ -194,17 +191,7 @@ _LENGTH = 8
 
 @dataclass(frozen=True)
 class EmbeddingsFile:
-    """What a file of embeddings says of itself.
-
-    Args:
-        path: The file.
-        metadata: Texts by names.
-        rows: How many embeddings it holds.
-        dimension: How many numbers each has.
-        dtype: Their number format.
-        start: Where they begin, in bytes.
-        offsets_start: Where the offsets of the passages begin; None where an earlier version wrote the file.
-    """
+    """What a file of embeddings says of itself."""
 
     path: Path
     metadata: dict[str, str]
@@ -212,7 +199,9 @@ class EmbeddingsFile:
     dimension: int
     dtype: torch.dtype
     start: int
+    """Where the embeddings begin, in bytes."""
     offsets_start: int | None
+    """Where the offsets of the passages begin; None where an earlier version wrote the file."""
 
     @classmethod
     def open(cls, path: Path) -> EmbeddingsFile:
@@ -268,16 +257,7 @@ def write_embeddings(
     metadata: dict[str, str],
     offsets: Sequence[int],
 ) -> None:
-    """Write embeddings as safetensors, block by block, with the offsets that `write_nodes` returned.
-
-    Args:
-        path: The file.
-        blocks: Tensors that make up the embeddings, in their order and number format.
-        shape: How many there are, and how many numbers each has.
-        dtype: Their number format.
-        metadata: Texts to keep with them.
-        offsets: Where the passages lie in their file.
-    """
+    """Write embeddings in a number format as safetensors, block by block, with the offsets of `write_nodes`."""
     places = np.asarray(offsets, dtype="<i8")
     end = places.nbytes + shape[0] * shape[1] * dtype.itemsize
     header = {
@@ -332,12 +312,7 @@ class MappedVectors:
 
 
 class MappedPassages:
-    """Passages in a file of JSON lines, at least one, of which only what is being read takes memory.
-
-    Args:
-        path: The file.
-        embeddings: Theirs, with the offsets of the lines.
-    """
+    """Passages in a file of JSON lines, at least one, of which only what is being read takes memory."""
 
     def __init__(self, path: Path, embeddings: EmbeddingsFile) -> None:
         """Map the file; raises ValueError where its last line does not end where it should."""
