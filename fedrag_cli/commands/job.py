@@ -45,8 +45,8 @@ from fedrag_cli.reports.plots import plot_log
 from fedrag_cli.runs.directory import SCHEMA_VERSION, RunDirectory
 from fedrag_cli.runs.files import replace_directory_atomically, write_text_atomically
 from fedrag_cli.runs.interrupt import deferred_interrupts, terminable
-from fedrag_cli.runs.launch import process_count, resume_command
 from fedrag_cli.runs.metrics_log import MetricsLog, seconds_spent
+from fedrag_cli.runs.processes import process_count, resume_command
 from fedrag_cli.runs.reporter import Reporter
 
 MOST_MEASURED = 10_000

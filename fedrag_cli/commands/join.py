@@ -39,8 +39,8 @@ from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
-from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.metrics_log import seconds_spent
+from fedrag_cli.runs.processes import resume_command
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
 

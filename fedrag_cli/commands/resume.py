@@ -8,7 +8,7 @@ from fedrag_cli.config import ConfigSource
 from fedrag_cli.errors import ConfigError, DataError, RunInterruptedError
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
-from fedrag_cli.runs.launch import process_count, resume_command
+from fedrag_cli.runs.processes import process_count, resume_command
 from fedrag_cli.runs.reporter import Reporter
 
 

@@ -49,8 +49,8 @@ from fedrag_cli.federated.weights import BYTES_OF
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
-from fedrag_cli.runs.launch import resume_command
 from fedrag_cli.runs.metrics_log import seconds_spent
+from fedrag_cli.runs.processes import resume_command
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.build import build_trainers
 

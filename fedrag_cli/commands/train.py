@@ -25,8 +25,7 @@ from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.rag.tokens import Lengths
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
-from fedrag_cli.runs.launch import process_count
-from fedrag_cli.runs.processes import Processes, join_processes
+from fedrag_cli.runs.processes import Processes, join_processes, process_count
 from fedrag_cli.runs.reporter import Reporter, SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainers.base import TrainResult
