@@ -15,11 +15,9 @@ from typing import Any
 import httpx
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedrag_cli.config.schema import FederatedConfig, TransportDtype
 from fedrag_cli.federated.checkpoint import RoundState
-from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
 from fedrag_cli.federated.config import FedAvgConfig
 from fedrag_cli.federated.endpoint import ServerAddress
 from fedrag_cli.federated.fleet._flower import (
@@ -30,12 +28,14 @@ from fedrag_cli.federated.fleet._flower import (
     PUSH_OBJECT,
     TYPES,
     Outgoing,
+    identify,
 )
 from fedrag_cli.federated.fleet.auth import Signer
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.keys import PrivateKey
+from fedrag_cli.federated.messages import ACTION, AGREEMENT, FINAL, NAME, STOP
 from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
@@ -114,10 +114,10 @@ class ToyClient:
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-def asking(content: RecordDict, kind: str = "train") -> Message:
+def asking(content: RecordDict, kind: str = "train", node: int = 2) -> Message:
     """Return a message of a server, outside of any federation."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    return Message(content, 2, kind)
+    identify()
+    return Message(content, node, kind)
 
 
 def common(size: int = 3) -> Agreement:

@@ -10,8 +10,8 @@ from toy_federation import ToyClient, common
 
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.federated.checkpoint import RoundState
-from fedrag_cli.federated.client import LocalGrid
 from fedrag_cli.federated.config import STRATEGIES
+from fedrag_cli.federated.grid import LocalGrid
 from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.registry import build

@@ -32,9 +32,9 @@ def command(
 
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.commands.join import start_joining
+        from fedrag_cli.commands.join import join
 
-        summary = start_joining(
-            source, address, insecure=insecure, command=["fedrag", *sys.argv[1:]], reporter=current.reporter()
+        summary = join(
+            source, current.reporter(), command=["fedrag", *sys.argv[1:]], address=address, insecure=insecure
         )
         current.result(summary, lambda renderer: renderer.federation_summary(summary))

@@ -35,9 +35,7 @@ def command(
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
         with current.federation_reporter() as reporter:
-            from fedrag_cli.commands.serve import start_serving
+            from fedrag_cli.commands.serve import serve
 
-            summary = start_serving(
-                source, address, insecure=insecure, command=["fedrag", *sys.argv[1:]], reporter=reporter
-            )
+            summary = serve(source, reporter, command=["fedrag", *sys.argv[1:]], address=address, insecure=insecure)
         current.result(summary, lambda renderer: renderer.federation_summary(summary))

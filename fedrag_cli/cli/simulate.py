@@ -34,8 +34,8 @@ def command(
         given = sort_arguments(arguments)
         source = load_config_with_source(given.path, given.overrides)
         with current.federation_reporter() as reporter:
-            from fedrag_cli.commands.simulate import start_simulation
+            from fedrag_cli.commands.simulate import simulate
 
             command_line = ["fedrag", *sys.argv[1:]]
-            summary = start_simulation(source, clients, command=command_line, reporter=reporter, with_baselines=compare)
+            summary = simulate(source, reporter, command=command_line, clients=clients, with_baselines=compare)
         current.result(summary, lambda renderer: renderer.federation_summary(summary))

@@ -16,15 +16,16 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedrag_cli.commands.federation import require_federation, settings_of
 from fedrag_cli.commands.job import load_run_data
-from fedrag_cli.config import Config, ConfigSource, load_config
+from fedrag_cli.commands.serve import task_without_data
+from fedrag_cli.config import ConfigSource, load_config
 from fedrag_cli.config.validation import require_training, trains_with_generator
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.federated.config import public_settings
 from fedrag_cli.federated.flower_api import client_app, server_app
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
+from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.runs.files import os_errors, replace_directory_atomically
-from fedrag_cli.trainer_managers.build import build_manager, build_trainers
+from fedrag_cli.trainer_managers.build import build_manager
 
 PACKAGE = "fedrag_flower_app"
 PROJECT = f"""\
@@ -74,14 +75,7 @@ app = exported_client_app()
 
 
 def export_flower_app(source: ConfigSource, directory: Path) -> list[Path]:
-    """Write a Flower app.
-
-    Args:
-        source: The server's config; values from the environment stay references.
-        directory: Where to; it is made where it is missing.
-
-    Returns:
-        The files that were written.
+    """Write a Flower app around the server's config into a folder, and return its files.
 
     Raises:
         ConfigError: A file is there already, or the mode tunes both sides.
@@ -121,17 +115,13 @@ def _public_yaml(source: ConfigSource) -> str:
 
 
 def exported_server_app(config_file: Path) -> ServerApp:
-    """Return the server app of an exported config; models are loaded when a run starts.
-
-    Args:
-        config_file: The config in the app.
-    """
+    """Return the server app of an exported config; models are loaded when a run starts."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = load_config(config_file)
-        task = _task_without_data(config)
+        task = task_without_data(config)
         server_app(task)(grid=grid, context=context)
         output = str(context.run_config.get("output") or "")
         if output:
@@ -146,12 +136,6 @@ def exported_server_app(config_file: Path) -> ServerApp:
 def exported_client_app() -> ClientApp:
     """Return the client app; the node's config says which data and models it has."""
     return client_app(lambda context: _task_of(str(context.node_config.get("config", ""))))
-
-
-def _task_without_data(config: Config) -> FLTask:
-    side = require_federation(config)
-    rag_system = build_rag_system_without_passages(config, with_generator=trains_with_generator(config))
-    return FLTask(build_trainers(config, rag_system, train=[], validation=[])[side], settings_of(config))
 
 
 @functools.cache

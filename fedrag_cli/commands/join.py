@@ -5,25 +5,18 @@ from __future__ import annotations
 import math
 import platform
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.commands.federation import create_run, federation_summary, require_federation, settings_of
+from fedrag_cli.commands.federation import federation_summary, require_federation, settings_of
 from fedrag_cli.commands.job import (
-    RunData,
-    RunReporter,
+    Job,
     chosen_metrics,
-    evaluate_once,
-    life_cycle,
     load_rag_system,
     load_run_data,
-    model_fingerprints,
-    record_fingerprints,
-    require_unchanged,
+    open_job,
     save_models,
-    write_results,
 )
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.schema import FederatedConfig
@@ -37,9 +30,8 @@ from fedrag_cli.federated.fleet.state import limits_of
 from fedrag_cli.federated.keys import load_or_make_key, load_private_key
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights
+from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.interrupt import terminable
-from fedrag_cli.runs.metrics_log import seconds_spent
 from fedrag_cli.runs.processes import resume_command
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
@@ -51,17 +43,24 @@ WORK = "federation"
 FINAL_WEIGHTS = "final.safetensors"
 
 
-def start_joining(
-    source: ConfigSource, address: str, *, insecure: bool, command: Sequence[str], reporter: Reporter
+def join(
+    source: ConfigSource,
+    reporter: Reporter,
+    *,
+    command: Sequence[str] = (),
+    address: str = "",
+    insecure: bool = False,
+    run: RunDirectory | None = None,
 ) -> dict[str, Any]:
-    """Join a federation and stay until its end.
+    """Join a federation, or join again with the likelihoods and checkpoints that a run has, and stay until its end.
 
     Args:
         source: A loaded config.
-        address: `HOST:PORT` of the server.
-        insecure: Whether to do without TLS also where the server is on another machine.
-        command: The command line, for the manifest.
         reporter: Shows what happens.
+        command: The command line of a new run, for the manifest.
+        address: `HOST:PORT` of the server; a run that goes on has its own.
+        insecure: Whether to do without TLS also where the server is on another machine.
+        run: The client's run that goes on.
 
     Returns:
         The summary, as `summary.json` has it.
@@ -71,90 +70,51 @@ def start_joining(
             federation failed.
     """
     config = source.config
-    side = require_federation(config)
+    own: dict[str, Any] = {"role": CLIENT, "side": require_federation(config), "address": address, "insecure": insecure}
+    own = own if run is None else run.manifest()["federation"]
     require_training(config)
-    _dialled(config, address, insecure=insecure)
+    server = _server_address(config, own["address"], insecure=own["insecure"])
     if (own_key := settings_of(config).key) is not None:
         load_private_key(Path(own_key))
+    with open_job(source, reporter, run, command=command, federation=own) as job:
+        return _join(job, server)
+
+
+def _join(job: Job, server: ServerAddress) -> dict[str, Any]:
+    run, config, settings = job.run, job.config, settings_of(job.config)
     data = load_run_data(config)
     chosen_metrics(config, data)
-    with terminable():
-        run = create_run(source, command, role=CLIENT, side=side, address=address, insecure=insecure)
-        with life_cycle(run, is_new=True):
-            reporter.note(f"Run directory: {run.path}")
-            return _see_through(run, config, data, address, insecure=insecure, reporter=reporter)
-
-
-def resume_joining(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[str, Any]:
-    """Join again as the same client, with the likelihoods and checkpoints that it has; see `start_joining`.
-
-    Args:
-        run: The client's run directory.
-        source: Its config.
-        reporter: Shows what happens.
-    """
-    federation, config = run.manifest()["federation"], source.config
-    with life_cycle(run):
-        data = load_run_data(config)
-        return _see_through(
-            run, config, data, federation["address"], insecure=federation["insecure"], reporter=reporter
-        )
-
-
-def _see_through(
-    run: RunDirectory, config: Config, data: RunData, address: str, *, insecure: bool, reporter: Reporter
-) -> dict[str, Any]:
-    settings = settings_of(config)
     key = load_private_key(Path(settings.key)) if settings.key is not None else load_or_make_key(run.path / KEY_FILE)
-    server = _dialled(config, address, insecure=insecure)
-    node = FleetNode(server, key, reporter, connect_timeout=settings.connect_timeout, directory=run.path)
+    node = FleetNode(server, key, job.reporter, connect_timeout=settings.connect_timeout, directory=run.path)
     done = run.read_json_if_there(FINAL_FILE) is not None
-    if not done and not node.check():
-        reporter.note(f"The server at {address} does not answer yet; loading meanwhile")
-    rag_system = load_rag_system(config, data, reporter)
-    reporter = RunReporter(run.open_log(), reporter)
-    # A run that goes on counts what its earlier parts have taken.
-    started = time.monotonic() - seconds_spent(run.events())
-    record_fingerprints(run, rag_system)
-    require_unchanged(run, "base models", model_fingerprints(rag_system))
+
+    def load() -> RAGSystem:
+        if not done and not node.check():
+            job.reporter.note(f"The server at {server.address} does not answer yet; loading meanwhile")
+        return load_rag_system(config, data, job.reporter)
+
+    rag_system = job.load(load, None)
+    reporter = job.reporter
     manager = build_manager(config, rag_system, train=data.train, validation=data.validation, reporter=reporter)
     reporter.event("started", mode=config.trainer.mode, role=CLIENT)
-    metrics = chosen_metrics(config, data)
-    before = evaluate_once(run, "before", config, data, rag_system, metrics, reporter)
+    before = job.evaluate("before", data, rag_system)
     task = manager.get_federated_task(settings, run.path / WORK)
     _note_earlier_noise(run, settings, reporter)
     if done:
         task.load(load_weights(run.path / WORK / FINAL_WEIGHTS))
     else:
         _take_part(run, config, task, node, reporter)
-    after = evaluate_once(run, "after", config, data, rag_system, metrics, reporter)
+    after = job.evaluate("after", data, rag_system)
     if after is None:
         reporter.note("Nothing was measured here: the config has neither dataset.test nor dataset.validation")
-    rounds = _rounds(run)
-    summary = federation_summary(
-        run,
-        config,
-        role=CLIENT,
-        counts=data.counts(),
-        split=data.split,
-        before=before,
-        after=after,
-        rounds=rounds,
-        evaluations=_evaluations(run),
-        seconds=time.monotonic() - started,
-        overlaps=data.overlaps(),
-    )
-    write_results(run, summary)
+    rounds, evaluations = _rounds(run), _evaluations(run)
+    summary = federation_summary(job, data, before, after, rounds=rounds, evaluations=evaluations)
+    job.finish_tuning(summary)
     return summary
 
 
 def _take_part(run: RunDirectory, config: Config, task: FLTask, node: FleetNode, reporter: Reporter) -> None:
-    """Answer the server's messages until the final model is saved.
-
-    Raises:
-        ConnectionFailedError: The server refused this client, or does not answer.
-        FederationError: The federation failed.
-    """
+    """Answer the server's messages until the final model is saved; raises FederationError where none comes."""
 
     def keep(measured: dict[str, float]) -> None:
         # On disk before the server is told that it arrived.
@@ -206,7 +166,7 @@ def _evaluations(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _dialled(config: Config, address: str, *, insecure: bool) -> ServerAddress:
+def _server_address(config: Config, address: str, *, insecure: bool) -> ServerAddress:
     where = parse_address(address)
     tls, authority = client_authority(settings_of(config), where, insecure=insecure)
     return ServerAddress(str(where), tls, authority)

@@ -64,17 +64,17 @@ def _go_on(run: RunDirectory, source: ConfigSource, reporter: Reporter) -> dict[
         return evaluate(source, reporter, run=run)
     role = run.federation_role()
     if role == "server":
-        from fedrag_cli.commands.serve import resume_serving
+        from fedrag_cli.commands.serve import serve
 
-        return resume_serving(run, source, reporter)
+        return serve(source, reporter, run=run)
     if role == "client":
-        from fedrag_cli.commands.join import resume_joining
+        from fedrag_cli.commands.join import join
 
-        return resume_joining(run, source, reporter)
+        return join(source, reporter, run=run)
     if role == "simulation":
-        from fedrag_cli.commands.simulate import resume_simulation
+        from fedrag_cli.commands.simulate import simulate
 
-        return resume_simulation(run, source, reporter)
+        return simulate(source, reporter, run=run)
     from fedrag_cli.commands.train import train
 
     return train(source, reporter, run=run)

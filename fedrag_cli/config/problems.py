@@ -10,6 +10,8 @@ from typing import Any
 from fedrag_cli.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+Finding = tuple[KeyPath, str]
+"""The key path from the config's top, and what is wrong there."""
 
 
 @dataclass(frozen=True)

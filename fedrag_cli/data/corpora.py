@@ -140,9 +140,6 @@ MARKDOWN_SUFFIXES = (".md", ".markdown")
 def load_corpus(config: Any) -> list[KnowledgeNode]:
     """Load the corpus that a config names.
 
-    Args:
-        config: The config of a registered corpus.
-
     Returns:
         The passages, at least one, with unique ids and with text.
 
@@ -171,43 +168,19 @@ def load_corpus(config: Any) -> list[KnowledgeNode]:
 
 
 def load_file_corpus(config: FileCorpusConfig) -> list[KnowledgeNode]:
-    """Load a corpus from a JSONL, JSON, CSV, TSV or Parquet file.
-
-    Args:
-        config: The file, its columns and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The file is missing or bad.
-    """
+    """Load a corpus from a JSONL, JSON, CSV, TSV or Parquet file."""
     table = read_table(Path(config.path), config.format, config.limit)
     return split_nodes(_nodes_of_table(table, config.columns), config.split)
 
 
 def load_huggingface_corpus(config: HuggingFaceCorpusConfig) -> list[KnowledgeNode]:
-    """Load a corpus from a data set of the `datasets` library.
-
-    Args:
-        config: The data set, its columns and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The data set is missing or bad.
-    """
+    """Load a corpus from a data set of the `datasets` library."""
     table = read_dataset(config.path, config.name, config.data_split, config.revision, config.limit)
     return split_nodes(_nodes_of_table(table, config.columns), config.split)
 
 
 def load_squad_corpus(config: SquadCorpusConfig) -> list[KnowledgeNode]:
-    """Load the paragraphs of a JSON file in SQuAD format.
-
-    Args:
-        config: The file and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The file is missing or bad.
-    """
+    """Load the paragraphs of a JSON file in SQuAD format."""
     path = Path(config.path)
     problems = Problems(path.name)
     nodes = []
@@ -222,15 +195,7 @@ def load_squad_corpus(config: SquadCorpusConfig) -> list[KnowledgeNode]:
 
 
 def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
-    """Load the corpus of a BEIR folder; title and text are joined.
-
-    Args:
-        config: The folder and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The folder or its corpus.jsonl is missing or bad.
-    """
+    """Load the corpus of a BEIR folder; title and text are joined."""
     folder = Path(config.path)
     check_folder(folder)
     return split_nodes(nodes_of_beir_table(read_table(folder / "corpus.jsonl", limit=config.limit)), config.split)
@@ -238,9 +203,6 @@ def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
 
 def nodes_of_beir_table(table: Table) -> list[KnowledgeNode]:
     """Make passages of the corpus of a BEIR data set; title and text are joined.
-
-    Args:
-        table: Rows of _id, title and text.
 
     Raises:
         DataError: A column is missing, or rows are bad.
@@ -262,9 +224,6 @@ def nodes_of_beir_table(table: Table) -> list[KnowledgeNode]:
 
 def load_text_corpus(config: TextCorpusConfig) -> list[KnowledgeNode]:
     """Load a folder of text or Markdown files, or one such file, split into passages.
-
-    Args:
-        config: The folder or file, the patterns and the split.
 
     Returns:
         The passages, with `path`, `title` and `document_id` in their metadata. The title is the nearest heading above

@@ -28,10 +28,6 @@ JUDGEMENT_COLUMNS = ("query-id", "corpus-id", "score")
 def read_judgements(folder: Path, split: str) -> dict[str, tuple[str, ...]]:
     """Return the ids of the relevant documents by query id.
 
-    Args:
-        folder: The BEIR folder.
-        split: Name of the file in qrels/, without .tsv.
-
     Returns:
         Documents whose score is above 0; queries without any are left out, as no metric can count them.
 
@@ -45,9 +41,6 @@ def read_judgements(folder: Path, split: str) -> dict[str, tuple[str, ...]]:
 
 def judgements_of_table(table: Table) -> dict[str, tuple[str, ...]]:
     """Return the ids of the relevant documents by query id.
-
-    Args:
-        table: Rows of query-id, corpus-id and score.
 
     Returns:
         Documents whose score is above 0; queries without any are left out, as no metric can count them.
@@ -75,9 +68,6 @@ def judgements_of_table(table: Table) -> dict[str, tuple[str, ...]]:
 def read_queries(folder: Path) -> dict[str, str]:
     """Return the queries of a BEIR folder by id.
 
-    Args:
-        folder: The BEIR folder.
-
     Raises:
         DataError: The file is missing or has bad rows.
     """
@@ -87,9 +77,6 @@ def read_queries(folder: Path) -> dict[str, str]:
 
 def queries_of_table(table: Table) -> dict[str, str]:
     """Return the queries of a BEIR data set by id.
-
-    Args:
-        table: Rows of _id and text.
 
     Raises:
         DataError: A column is missing, or rows are bad.
@@ -111,9 +98,6 @@ def queries_of_table(table: Table) -> dict[str, str]:
 
 def document_text(values: Mapping[str, Any]) -> str:
     """Return title and text of a document in one.
-
-    Args:
-        values: The row of corpus.jsonl.
 
     Raises:
         BadValueError: One of them is no text, or both are blank.

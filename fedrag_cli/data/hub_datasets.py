@@ -60,11 +60,6 @@ def read_dataset(path: str, name: str | None, split: str | None, revision: str |
 def table_of_dataset(dataset: Dataset, name: str, limit: int | None = None) -> Table:
     """Return the rows of a data set.
 
-    Args:
-        dataset: The data set.
-        name: Its name in messages and in the ids of numbered rows.
-        limit: Take the first so many rows only.
-
     Raises:
         DataError: It has no rows.
     """

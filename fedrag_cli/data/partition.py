@@ -50,11 +50,6 @@ def corpus_by_owner(nodes: Sequence[KnowledgeNode], column: str) -> dict[str, li
 def split_at_random(examples: Sequence[Example], sites: int, seed: int) -> list[list[Example]]:
     """Deal examples out evenly, in random order.
 
-    Args:
-        examples: The examples.
-        sites: Number of sites.
-        seed: Seed of the order.
-
     Returns:
         One list a site; their lengths differ by one at most.
     """

@@ -25,9 +25,6 @@ from fedrag_cli.text import printable
 def check_file(path: Path) -> None:
     """Check that a path is a file with content.
 
-    Args:
-        path: The file.
-
     Raises:
         DataError: It is missing, a folder, empty, or out of reach.
     """
@@ -42,9 +39,6 @@ def check_file(path: Path) -> None:
 
 def check_folder(path: Path) -> None:
     """Check that a path is a folder.
-
-    Args:
-        path: The folder.
 
     Raises:
         DataError: It is missing, a file, or out of reach.
@@ -91,9 +85,6 @@ def decoded_lines(path: Path) -> Iterator[str]:
 
 def read_text_file(path: Path) -> str:
     """Return the text of a UTF-8 file, with line feeds as its only line ends.
-
-    Args:
-        path: The file; a byte order mark at its start is left out.
 
     Raises:
         DataError: The file cannot be read or is not UTF-8.
@@ -247,9 +238,6 @@ def table_of_mappings(name: str, rows: Iterable[Any]) -> Table:
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
-
-    Args:
-        path: The file.
 
     Raises:
         DataError: The file is missing, empty or not JSON.

@@ -139,10 +139,6 @@ def resolve_relevant_ids(examples: Sequence[Example], nodes: Iterable[KnowledgeN
     An id that names a document which was split becomes the ids of those of its passages that contain an accepted
     answer, whatever its case; of all its passages, where none does.
 
-    Args:
-        examples: The examples.
-        nodes: The passages of the corpus.
-
     Raises:
         DataError: Ids name neither a passage nor a document.
     """

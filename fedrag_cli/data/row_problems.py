@@ -126,9 +126,6 @@ class Problems:
     def raise_if_any(self, hint: str = "Correct or remove what is listed; nothing is left out in silence.") -> None:
         """Raise the collected problems as one error, those of rows in the rows' order.
 
-        Args:
-            hint: What to do about them.
-
         Raises:
             BadRowsError: There are problems; the first of them are listed.
         """

@@ -197,12 +197,6 @@ def compare(baseline: Evaluated, other: Evaluated, settings: EvaluationConfig, s
     Questions are the same where id and text are; others are left out and counted. A metric is compared over the
     questions that it applies to on both sides.
 
-    Args:
-        baseline: What is compared with.
-        other: What is compared.
-        settings: Confidence and resamples of the bootstrap.
-        seed: Seed of the bootstrap.
-
     Raises:
         DataError: They have no question or no metric in common.
     """

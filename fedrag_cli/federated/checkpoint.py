@@ -39,27 +39,23 @@ KEPT = 2
 
 @dataclass
 class RoundState:
-    """Where a federation stands.
-
-    Args:
-        number: The last round that is finished; 0 before the first.
-        weights: The global weights after it; empty while the next round runs.
-        strategy: What the strategy keeps from round to round.
-        history: A summary of each round so far.
-        evaluations: Metrics of the global weights by round, as clients and server measured them.
-        missing: Clients that took part and are not known to have the final weights; None before these are handed out.
-        final: What clients have measured of the final weights, by name.
-        settings: The strategy, privacy and seed that these rounds had last; see `recorded_settings`.
-    """
+    """Where a federation stands."""
 
     number: int
+    """The last round that is finished; 0 before the first."""
     weights: Weights
+    """The global weights after it; empty while the next round runs."""
     strategy: State = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    """A summary of each round so far."""
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Metrics of the global weights by round, as clients and server measured them."""
     missing: list[str] | None = None
+    """Clients that took part and are not known to have the final weights; None before these are handed out."""
     final: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What clients have measured of the final weights, by name."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Those that these rounds had last; see `recorded_settings`."""
 
 
 def recorded_settings(settings: FederatedConfig, seed: int) -> dict[str, Any]:
@@ -75,12 +71,7 @@ def recorded_settings(settings: FederatedConfig, seed: int) -> dict[str, Any]:
 
 
 def save_round(directory: Path, state: RoundState) -> None:
-    """Write a round's state, and remove all but the newest ones.
-
-    Args:
-        directory: Folder of all rounds.
-        state: What to write.
-    """
+    """Write a round's state, and remove all but the newest ones."""
     with replace_directory_atomically(directory / f"{PREFIX}{state.number:04d}") as target, os_errors(target):
         save_weights(state.weights, target / WEIGHTS)
         save_file({name: array.copy() for name, array in state.strategy.items()}, target / STRATEGY)
@@ -90,23 +81,12 @@ def save_round(directory: Path, state: RoundState) -> None:
 
 
 def save_missing(directory: Path, state: RoundState) -> None:
-    """Write who has not got the final weights, and what the others measured, into the state of the last round.
-
-    The weights are saved already.
-
-    Args:
-        directory: Folder of all rounds.
-        state: What to write; its weights may be on their way.
-    """
+    """Write who has not got the final weights, and what the others measured, into the state of the last round."""
     write_text_atomically(directory / f"{PREFIX}{state.number:04d}" / STATE, _known(state))
 
 
 def load_newest_round(directory: Path) -> RoundState | None:
-    """Read the newest round's state; None where no round is finished yet.
-
-    Raises:
-        ModelError: It is damaged.
-    """
+    """Read the newest round's state; None where none is finished yet. Raises ModelError where it is damaged."""
     found = _rounds(directory)
     if not found:
         return None
@@ -149,32 +129,20 @@ def _rounds(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a client trained.
-
-    Args:
-        weights: The trained tensors, by name; clipped and with noise where the settings leave that to clients.
-        examples: Number of its training examples.
-        metrics: Mean training loss, steps and seconds.
-    """
+    """What a client trained."""
 
     weights: Weights
+    """The trained tensors, by name; clipped and with noise where the settings leave that to clients."""
     examples: int
     metrics: dict[str, float]
+    """Mean training loss, steps and seconds."""
 
 
 class ClientRounds:
-    """What a client has agreed to and given, by its own records, so that a restart of either side changes nothing.
-
-    Args:
-        directory: Where the records are; in memory alone where it is None.
-        settings: The client's own settings.
-
-    Raises:
-        ModelError: The records are damaged.
-    """
+    """What a client has agreed to and given, by its own records, so that a restart of either side changes nothing."""
 
     def __init__(self, directory: Path | None, settings: FederatedConfig) -> None:
-        """Read what is there."""
+        """Read the records in a folder, or keep them in memory alone; raises ModelError where they are damaged."""
         self._directory = directory
         self._settings = settings
         self._has_met = False
@@ -196,8 +164,7 @@ class ClientRounds:
     def agree(self, rounds: object) -> None:
         """Agree to the number of rounds that a server names when it is met, and later on to no more than that.
 
-        Args:
-            rounds: What the server says; where that is no number, this client's own setting counts.
+        Where it names none, this client's own setting counts.
 
         Raises:
             ServerRefusedError: They are more than those of the first time, and than this client's own setting.
@@ -217,10 +184,6 @@ class ClientRounds:
 
         A server that is resumed goes on at one of the rounds that it has kept. Servers that were never met, because
         Flower's own protocol meets nobody, may ask for any round.
-
-        Args:
-            number: The round.
-            asked: What tells one request for it from another.
 
         Raises:
             ServerRefusedError: It is beyond what was agreed, or goes back further than a resume does.
@@ -262,14 +225,7 @@ class ClientRounds:
         return None
 
     def give(self, asked: str, number: int, result: FitResult, noise: float) -> None:
-        """Keep a noisy update before it is sent, and count it.
-
-        Args:
-            asked: The request that it answers.
-            number: The round.
-            result: The update.
-            noise: Standard deviation of its noise, in clipping norms.
-        """
+        """Keep a noisy update before it is sent, and count it; its noise is told in clipping norms."""
         noises = [*self.noises, {"round": number, "noise_multiplier": noise}]
         if self._directory is not None:
             about = {"asked": asked, "examples": result.examples, "metrics": result.metrics, "noises": noises}

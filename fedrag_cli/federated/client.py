@@ -1,45 +1,38 @@
-"""What a client does with a message of the server; and the clients of a simulation, called directly."""
+"""What a client does with a message of the server."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.app.error import Error
-from flwr.common.constant import ErrorCode
-from flwr.supercore.task_identity import TaskIdentity
 
-from fedrag_cli.errors import FederationError, FedRAGError, RunInterruptedError, ServerRefusedError
-from fedrag_cli.federated.grid import CLIENT_FAILED, FederationGrid, Member
+from fedrag_cli.errors import FederationError, FedRAGError, ServerRefusedError
 from fedrag_cli.federated.handshake import Agreement, misfit
-from fedrag_cli.federated.task import EvaluateResult, FLTask, round_number
-from fedrag_cli.federated.validate_update import EXAMPLES, VALIDATION_EXAMPLES
+from fedrag_cli.federated.messages import (
+    ACTION,
+    AGREEMENT,
+    EVALUATE_FIRST,
+    EXAMPLES,
+    FINAL,
+    NAME,
+    ROUNDS,
+    STOP,
+    VALIDATION_EXAMPLES,
+    arrays_of,
+    config_of,
+    round_number,
+)
 from fedrag_cli.federated.weights import Weights, from_wire, record_bytes, update_to_wire
 from fedrag_cli.runs.reporter import Reporter, SilentReporter, epsilon_text
-from fedrag_cli.text import printable, readable
+from fedrag_cli.text import printable
 
-ACTION, AGREEMENT, NAME, FINAL, EVALUATE_FIRST, ROUNDS = (
-    "action",
-    "agreement",
-    "name",
-    "final",
-    "evaluate-first",
-    "rounds",
-)
-HANDSHAKE, STOP = "handshake", "stop"
+if TYPE_CHECKING:
+    from fedrag_cli.federated.task import EvaluateResult, FLTask
 
 
 class ClientHandler:
-    """Answers the server's messages with a federated task.
-
-    Args:
-        task: The task with this client's model and data.
-        name: The client's name, sent in the handshake.
-        reporter: Told what happens.
-        on_final: Called when the model holds the final global weights.
-    """
+    """Answers the server's messages with a federated task."""
 
     def __init__(
         self,
@@ -48,7 +41,14 @@ class ClientHandler:
         reporter: Reporter | None = None,
         on_final: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        """Start without having met a server."""
+        """Start without having met a server.
+
+        Args:
+            task: The task with this client's model and data.
+            name: The client's name, sent in the handshake.
+            reporter: Told what happens.
+            on_final: Called when the model holds the final global weights.
+        """
         self.task = task
         self.name = name
         self.reporter: Reporter = reporter or SilentReporter()
@@ -67,7 +67,6 @@ class ClientHandler:
         Raises:
             ConnectionFailedError: The message comes with the server's agreement, and this client's is another.
             ServerRefusedError: The server asks for a round that was not agreed, or sends a model that cannot be right.
-            FedRAGError: The work failed.
         """
         try:
             return self._answer(message)
@@ -80,14 +79,14 @@ class ClientHandler:
         if kind == MessageType.QUERY:
             return self._query(message)
         # Stock servers of Flower shake no hands; theirs comes with the work.
-        if (text := _config(message).get(AGREEMENT)) and (
+        if (text := config_of(message).get(AGREEMENT)) and (
             error := misfit(Agreement.from_json(str(text)), self.task.agreement)
         ):
             raise error
         return self._train(message) if kind == MessageType.TRAIN else self._evaluate(message)
 
     def _query(self, message: Message) -> Message:
-        config = _config(message)
+        config = config_of(message)
         if config.get(ACTION) == STOP:
             self.failure = FederationError(
                 "The server ended the federation without a final model.",
@@ -103,26 +102,23 @@ class ClientHandler:
         return _reply(message, {AGREEMENT: self.task.agreement.to_json(), NAME: self.name})
 
     def _train(self, message: Message) -> Message:
-        config = _config(message)
+        config = config_of(message)
         number, rounds = round_number(config, 1), config.get(ROUNDS)
         of = f" of {printable(rounds, 20)}" if rounds else ""
-        self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(_arrays(message))}")
-        weights = self._received(message)
-        before = (
-            self._measure(weights, number - 1, f"round {number}, before training")
-            if config.get(EVALUATE_FIRST)
-            else None
-        )
+        self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(arrays_of(message))}")
+        weights, before = self._received(message), None
+        if config.get(EVALUATE_FIRST):
+            before = self._measure(weights, number - 1, f"round {number}, before training")
         result = self.task.fit(weights, config)
         arrays = update_to_wire(result.weights, weights, self.task.settings.transport_dtype)
-        reported = dict(result.metrics) | (before.metrics if before else {})
+        reported = result.metrics | (before.metrics if before else {})
         spent = self.task.rounds.spent()
         self.reporter.event(
             "client_round",
             round=number,
             examples=result.examples,
             metrics=reported,
-            bytes_received=record_bytes(_arrays(message)),
+            bytes_received=record_bytes(arrays_of(message)),
             bytes_sent=record_bytes(arrays),
             **spent,
         )
@@ -135,7 +131,7 @@ class ClientHandler:
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     def _evaluate(self, message: Message) -> Message:
-        config = _config(message)
+        config = config_of(message)
         final = bool(config.get(FINAL))
         weights = self._received(message)
         number = round_number(config, 0)
@@ -150,7 +146,7 @@ class ClientHandler:
 
     def _received(self, message: Message) -> Weights:
         """Return the weights of a message, whose description is looked at before any memory is taken for them."""
-        arrays, manifest = _arrays(message), self.task.agreement.manifest
+        arrays, manifest = arrays_of(message), self.task.agreement.manifest
         dtype = self.task.settings.transport_dtype
         found = {name: (list(array.shape), array.dtype) for name, array in arrays.items()}
         if found != {name: (shape, dtype) for name, shape in manifest.items()}:
@@ -160,7 +156,7 @@ class ClientHandler:
         except ValueError as error:
             raise ServerRefusedError("The server's model cannot be read; it is not taken.") from error
 
-    def _measure(self, weights: Mapping[str, Any], number: int, what: str) -> EvaluateResult:
+    def _measure(self, weights: Weights, number: int, what: str) -> EvaluateResult:
         """Measure the global model as it is after a round."""
         result = self.task.evaluate(weights)
         if result.examples:
@@ -178,81 +174,9 @@ class ClientHandler:
         return MetricRecord(dict(metrics))
 
 
-def _config(message: Message) -> Mapping[str, Any]:
-    records = list(message.content.config_records.values())
-    return records[0] if records else ConfigRecord()
-
-
-def _arrays(message: Message) -> ArrayRecord:
-    records = list(message.content.array_records.values())
-    return records[0] if records else ArrayRecord()
-
-
 def _reply(message: Message, values: dict[str, str]) -> Message:
     return Message(RecordDict({"config": ConfigRecord(dict(values))}), reply_to=message)
 
 
 def _megabytes(record: ArrayRecord) -> str:
     return f"{record_bytes(record) / 1e6:.1f} MB"
-
-
-class LocalGrid(FederationGrid):
-    """Calls clients in this process, one at a time, whenever the server looks for replies.
-
-    Args:
-        clients: Handlers by name.
-        reporter: Told what goes wrong in a client.
-    """
-
-    def __init__(self, clients: Mapping[str, ClientHandler], reporter: Reporter | None = None) -> None:
-        """Give every client a node id, in the order of the names."""
-        self._clients = dict(enumerate(sorted(clients), start=2))
-        self._handlers = {number: clients[name] for number, name in self._clients.items()}
-        self._reporter: Reporter = reporter or SilentReporter()
-        self._waiting: dict[str, Message] = {}
-        self._sent = 0
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-
-    def members(self) -> list[Member]:
-        """Return all clients."""
-        return [Member(number, name, name, 1) for number, name in self._clients.items()]
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Keep the messages until the server looks for replies."""
-        ids = []
-        for message in messages:
-            self._sent += 1
-            message_id = f"message-{self._sent}"
-            message.metadata.__dict__["_message_id"] = message_id
-            self._waiting[message_id] = message
-            ids.append(message_id)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Let one client answer, and return its reply."""
-        wanted = set(message_ids)
-        for message_id, message in self._waiting.items():
-            if message_id in wanted:
-                del self._waiting[message_id]
-                return [self._answer(message)]
-        return []
-
-    def forget(self, message_ids: Iterable[str]) -> None:
-        """Drop messages that need no answer any more."""
-        for message_id in message_ids:
-            self._waiting.pop(message_id, None)
-
-    def _answer(self, message: Message) -> Message:
-        number = message.metadata.dst_node_id
-        try:
-            return self._handlers[number](message)
-        except RunInterruptedError:
-            raise
-        except FedRAGError as error:
-            self._reporter.note(f"{printable(self._clients[number])} failed: {readable(str(error))}")
-        except Exception as error:  # noqa: BLE001  (a client may fail in any way; the federation goes on without it)
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{last.name}, line {last.lineno}"
-            reason = f"{type(error).__name__}: {printable(str(error))} ({where})"
-            self._reporter.note(f"{printable(self._clients[number])} failed: {reason}")
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, CLIENT_FAILED), reply_to=message)

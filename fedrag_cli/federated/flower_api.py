@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,70 +21,68 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
-from flwr.common.constant import SType
-from flwr.server import ClientManager, Server, SimpleClientManager
+from flwr.server import ClientManager, History, Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.history import History
 from flwr.server.strategy import FedAvg
 from flwr.server.strategy import Strategy as ClassicStrategy
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConfigError, FederationError
 from fedrag_cli.federated.aggregation import check_weights, makes_mean, mean_content, require_mean
-from fedrag_cli.federated.client import AGREEMENT, ClientHandler
+from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.handshake import Agreement, misfit
-from fedrag_cli.federated.privacy import ledger_entry, privacy_record
-from fedrag_cli.federated.task import PROXIMAL_MU, SERVER_ROUND, FLTask, round_number
-from fedrag_cli.federated.validate_update import (
+from fedrag_cli.federated.messages import (
+    AGREEMENT,
     EXAMPLES,
+    PROXIMAL_MU,
+    SERVER_ROUND,
+    config_of,
+    round_number,
+    with_arrays,
+)
+from fedrag_cli.federated.privacy import ledger_entry, privacy_record
+from fedrag_cli.federated.validate_update import (
     LONGEST_REASON,
-    VALIDATION_EXAMPLES,
     RefusedUpdateError,
     Update,
-    bound_counts,
     bound_updates,
-    read_metrics,
+    require_quorum,
+    screen_measurements,
     screen_update,
 )
 from fedrag_cli.federated.weights import (
+    NUMPY,
     Manifest,
     Weights,
     from_wire,
-    in_dtype,
     joined,
     save_weights,
-    send_instead,
-    to_arrays,
+    to_ndarrays,
     to_wire,
 )
 from fedrag_cli.registry import build
 from fedrag_cli.runs.files import replace_directory_atomically
-from fedrag_cli.runs.reporter import Reporter, SilentReporter
 from fedrag_cli.text import printable
+
+if TYPE_CHECKING:
+    from fedrag_cli.federated.task import FLTask
 
 WEIGHTS_FILE = "weights.safetensors"
 
 
 class ScreenedStrategy(Strategy):
-    """A strategy that sees only updates which passed the screening, from clients that agree with the server.
+    """A strategy that sees only updates which passed the screening, from clients that agree with the server."""
 
-    Args:
-        strategy: The strategy that aggregates.
-        task: Says which tensors and metrics were agreed on.
-        reporter: Told which updates were refused, and why.
-    """
-
-    def __init__(self, strategy: Strategy, task: FLTask, reporter: Reporter | None = None) -> None:
-        """Keep both; raises FederationError where the strategy and the task's settings do not go together."""
-        require_mean(strategy, task.settings)
+    def __init__(self, strategy: Strategy, task: FLTask, config: object = None) -> None:
+        """Wrap a strategy, built from a config or the user's; raises FederationError where the settings forbid it."""
         self.strategy = strategy
         self.task = task
-        self.reporter: Reporter = reporter or SilentReporter()
+        self._described_by = strategy if config is None else config
         self._reference = ArrayRecord()
         self._ledger: list[dict[str, Any] | None] = []
+        require_mean(self._described_by, task.settings)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -98,29 +96,28 @@ class ScreenedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand on what passed; raises FederationError where that is less than the quorum."""
         settings, manifest = self.task.settings, self.task.agreement.manifest
-        refused: dict[int, str] = {}
-        passed = list(self._screened(server_round, replies, refused))
-        if len(passed) < settings.min_clients:
-            raise FederationError(
-                f"Round {server_round} has {len(passed)} usable updates, but needs {settings.min_clients}"
-                + "".join(f"; {number}: {reason}" for number, reason in refused.items())
-                + ".",
-                "Look at the refused clients' own messages.",
-            )
-        messages = [reply for reply, _ in passed]
-        numbered = {str(place): update for place, (_, update) in enumerate(passed)}
-        updates, outliers = bound_updates(numbered, self._reference, settings, self.strategy)
-        for place, reason in outliers.items():
-            number = messages[int(place)].metadata.src_node_id
-            self.reporter.note(f"Round {server_round}: update of {number} is an outlier: {reason}")
+        messages, updates, refused = _by_node(replies), dict[str, Update](), dict[str, str]()
+        for node, reply in messages.items():
+            try:
+                if reply.has_error():
+                    raise RefusedUpdateError("it failed; its own messages say why")
+                updates[node] = screen_update(reply.content, manifest, self._reference, settings)
+            except RefusedUpdateError as refusal:
+                refused[node] = str(refusal)
+                self._note(server_round, f"update of {node} refused: {refusal}")
+        require_quorum(server_round, updates, refused, settings, "Look at the refused clients' own messages.")
+        updates, outliers = bound_updates(updates, self._reference, settings, self._described_by)
+        for node, reason in outliers.items():
+            self._note(server_round, f"update of {node} is an outlier: {reason}")
+        passed = [messages[node] for node in updates]
         if makes_mean(settings):
-            messages[0].content = mean_content(list(updates.values()), manifest, settings)
-            messages = messages[:1]
+            del passed[1:]
+            passed[0].content = mean_content(list(updates.values()), manifest, settings)
         else:
-            for message, update in zip(messages, updates.values(), strict=True):
+            for message, update in zip(passed, updates.values(), strict=True):
                 message.content = update.content()
         with np.errstate(all="ignore"):
-            arrays, metrics = self.strategy.aggregate_train(server_round, messages)
+            arrays, metrics = self.strategy.aggregate_train(server_round, passed)
             if arrays is not None:
                 check_weights(server_round, from_wire(arrays), settings.transport_dtype)
         if settings.privacy is not None:
@@ -128,29 +125,6 @@ class ScreenedStrategy(Strategy):
             spent = {name: value for name, value in privacy_record(self._ledger).items() if value is not None}
             metrics = MetricRecord({**(metrics or {}), **spent})
         return arrays, metrics
-
-    def _sent(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
-        """Let messages carry the weights in the agreed number format, and what clients must have in common."""
-        sent = send_instead(messages, in_dtype(arrays, self.task.settings.transport_dtype))
-        agreement = self.task.agreement.to_json()
-        for message in sent:
-            if not message.content.config_records:
-                message.content["config"] = ConfigRecord()
-            next(iter(message.content.config_records.values()))[AGREEMENT] = agreement
-        return sent
-
-    def _screened(
-        self, server_round: int, replies: Iterable[Message], refused: dict[int, str]
-    ) -> Iterator[tuple[Message, Update]]:
-        manifest, settings = self.task.agreement.manifest, self.task.settings
-        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            try:
-                if reply.has_error():
-                    raise RefusedUpdateError("it failed; its own messages say why")
-                yield reply, screen_update(reply.content, manifest, self._reference, settings)
-            except RefusedUpdateError as refusal:
-                refused[reply.metadata.src_node_id] = str(refusal)
-                self.reporter.note(f"Round {server_round}: update of {reply.metadata.src_node_id} refused: {refusal}")
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -160,43 +134,50 @@ class ScreenedStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Hand on what passed, of clients with validation examples; none at all gives no metrics."""
-        settings = self.task.settings
-        reports: list[tuple[Message, int, dict[str, float]]] = []
-        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            try:
-                examples, metrics = (0, {}) if reply.has_error() else read_metrics(reply.content, settings.metrics)
-            except RefusedUpdateError as refusal:
-                self._note_measurement(server_round, reply, f"refused: {refusal}")
-                continue
-            metrics.pop(VALIDATION_EXAMPLES, None)
-            if examples and metrics:
-                reports.append((reply, examples, metrics))
-        counts = {str(place): examples for place, (_, examples, _) in enumerate(reports)}
-        bounded = bound_counts(counts, settings.max_weight_ratio)
+        settings, messages = self.task.settings, _by_node(replies)
+        contents = {node: reply.content for node, reply in messages.items() if not reply.has_error()}
+        measured = screen_measurements(
+            contents,
+            settings.metrics,
+            settings,
+            lambda node, what: self._note(server_round, f"measurement of {node} {what}"),
+        )
         # Flower takes means of metrics that all report.
-        usual = {
-            name for name in settings.metrics if 2 * sum(name in metrics for *_, metrics in reports) > len(reports)
-        }
-        measured = []
-        for place, (reply, examples, metrics) in enumerate(reports):
+        reports = [metrics for _, metrics in measured.values()]
+        usual = {name for name in settings.metrics if 2 * sum(name in report for report in reports) > len(reports)}
+        passed = []
+        for node, (count, metrics) in measured.items():
             if not usual <= metrics.keys():
-                self._note_measurement(server_round, reply, "refused: it lacks what others report")
+                self._note(server_round, f"measurement of {node} refused: it lacks what others report")
                 continue
-            count = bounded.get(str(place), examples)
-            if count < examples:
-                words = f"an outlier: its {examples} validation examples count as {count}"
-                self._note_measurement(server_round, reply, f"is {words}")
             known: dict[str, int | float] = {name: metrics[name] for name in sorted(usual)}
-            reply.content = RecordDict({"metrics": MetricRecord({EXAMPLES: count, **known})})
-            measured.append(reply)
-        return self.strategy.aggregate_evaluate(server_round, measured) if measured else None
-
-    def _note_measurement(self, server_round: int, reply: Message, what: str) -> None:
-        self.reporter.note(f"Round {server_round}: measurement of {reply.metadata.src_node_id} {what}")
+            messages[node].content = RecordDict({"metrics": MetricRecord({EXAMPLES: count, **known})})
+            passed.append(messages[node])
+        return self.strategy.aggregate_evaluate(server_round, passed) if passed else None
 
     def summary(self) -> None:
         """Hand the call on."""
         self.strategy.summary()
+
+    def _sent(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
+        """Let messages carry the weights in the agreed number format, and what clients must have in common."""
+        dtype = self.task.settings.transport_dtype
+        sent = with_arrays(messages, arrays if dtype == "float32" else to_wire(from_wire(arrays), dtype))
+        agreement = self.task.agreement.to_json()
+        for message in sent:
+            if not message.content.config_records:
+                message.content["config"] = ConfigRecord()
+            config_of(message)[AGREEMENT] = agreement
+        return sent
+
+    def _note(self, server_round: int, what: str) -> None:
+        self.task.trainer.reporter.note(f"Round {server_round}: {what}")
+
+
+def _by_node(replies: Iterable[Message]) -> dict[str, Message]:
+    """Return replies by the node that sent them, in the order of their numbers: sums depend on nothing else."""
+    ordered = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+    return {str(reply.metadata.src_node_id): reply for reply in ordered}
 
 
 def server_app(task: FLTask, strategy: Strategy | None = None, output: Path | None = None) -> ServerApp:
@@ -206,13 +187,11 @@ def server_app(task: FLTask, strategy: Strategy | None = None, output: Path | No
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         settings = task.settings
-        chosen = strategy or build(
-            "strategy",
-            settings.strategy,
-            min_clients=settings.min_clients,
-            learning_rate=task.trainer.config.learning_rate,
-        )
-        result = ScreenedStrategy(chosen, task, task.trainer.reporter).start(
+        chosen, config = strategy, None
+        if chosen is None:
+            config, rate = settings.strategy, task.trainer.config.learning_rate
+            chosen = build("strategy", config, min_clients=settings.min_clients, learning_rate=rate)
+        result = ScreenedStrategy(chosen, task, config).start(
             grid=grid,
             initial_arrays=to_wire(task.weights()),
             num_rounds=settings.rounds,
@@ -227,11 +206,7 @@ def server_app(task: FLTask, strategy: Strategy | None = None, output: Path | No
 
 
 def client_app(task_of: Callable[[Context], FLTask]) -> ClientApp:
-    """Return a client app.
-
-    Args:
-        task_of: Gives the task for a node's context; called once for each message, so it should remember.
-    """
+    """Return a client app; `task_of` is called for each message with the node's context, so it should remember."""
     app = ClientApp()
 
     def answer(message: Message, context: Context) -> Message:
@@ -249,11 +224,7 @@ Failures = list[tuple[ClientProxy, Any] | BaseException]
 
 
 class ClassicClient(NumPyClient):
-    """A client of the classic API around a federated task.
-
-    Args:
-        task: The task with this client's model and data.
-    """
+    """A client of the classic API around a federated task with this client's model and data."""
 
     def __init__(self, task: FLTask) -> None:
         """Keep the task; raises ConfigError where its settings ask for what this API cannot do."""
@@ -263,7 +234,7 @@ class ClassicClient(NumPyClient):
 
     def get_parameters(self, config: dict[str, Scalar]) -> list[NDArray[Any]]:
         """Return the trained tensors in the order of their names."""
-        return list(to_arrays(self.task.weights()).values())
+        return list(to_ndarrays(self.task.weights()))
 
     def fit(
         self, parameters: list[NDArray[Any]], config: dict[str, Scalar]
@@ -280,7 +251,7 @@ class ClassicClient(NumPyClient):
         self._rounds = round_number(config, self._rounds + 1)
         proximal_mu = config.get(PROXIMAL_MU, config.get(CLASSIC_PROXIMAL_MU, 0.0))
         result = self.task.fit(weights, {SERVER_ROUND: self._rounds, PROXIMAL_MU: proximal_mu})
-        return list(to_arrays(result.weights).values()), result.examples, self._listed(result.metrics)
+        return list(to_ndarrays(result.weights)), result.examples, self._listed(result.metrics)
 
     def evaluate(
         self, parameters: list[NDArray[Any]], config: dict[str, Scalar]
@@ -300,27 +271,17 @@ class ClassicClient(NumPyClient):
 
 
 class ClassicServer(Server):
-    """A server of the classic API whose model ends with the global weights.
-
-    Args:
-        task: The task around the model that the federation starts from.
-        strategy: A strategy of `flwr.server.strategy`; FedAvg by default.
-    """
+    """A server of the classic API; its task's model, which it starts from, ends with the global weights."""
 
     def __init__(self, task: FLTask, strategy: ClassicStrategy | None = None) -> None:
-        """Give the strategy the model's weights where it has none of its own.
-
-        Raises:
-            ConfigError: The settings ask for what this API cannot do.
-        """
+        """Give the strategy the model's weights where it has none; raises ConfigError where settings forbid it."""
         _require_plain_weights(task)
         self.task = task
-        initial = ndarrays_to_parameters(list(to_arrays(task.weights()).values()))
+        initial = ndarrays_to_parameters(list(to_ndarrays(task.weights())))
         chosen: Any = strategy if strategy is not None else _fedavg(task)
         if getattr(chosen, "initial_parameters", None) is None:
             chosen.initial_parameters = initial
-        agreed = AgreedStrategy(chosen, task.agreement, task.settings, task.trainer.reporter)
-        super().__init__(client_manager=SimpleClientManager(), strategy=agreed)
+        super().__init__(client_manager=SimpleClientManager(), strategy=AgreedStrategy(chosen, task))
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the rounds, and put the global weights into the model."""
@@ -330,15 +291,7 @@ class ClassicServer(Server):
 
 
 def named_weights(task: FLTask, parameters: Sequence[NDArray[Any]]) -> Weights:
-    """Give arrays their names back.
-
-    Args:
-        task: The task whose tensors they are.
-        parameters: Arrays in the order of the sorted names.
-
-    Raises:
-        FederationError: Their number or a shape differs.
-    """
+    """Give a task's tensors, in the order of their names, these back; raises FederationError where a shape differs."""
     manifest = task.agreement.manifest
     shapes = [list(array.shape) for array in parameters]
     if shapes != list(manifest.values()):
@@ -354,23 +307,15 @@ class AgreedStrategy(ClassicStrategy):
     """Any classic strategy, with messages that say which round it is and what clients must have in common.
 
     It sees only updates and measurements that passed the screening.
-
-    Args:
-        strategy: Chooses the clients and aggregates.
-        agreement: The server's side.
-        settings: Say which metrics were agreed on, and what is too far from the rest.
-        reporter: Told which clients failed, and what was refused or held down.
     """
 
-    def __init__(
-        self, strategy: ClassicStrategy, agreement: Agreement, settings: FederatedConfig, reporter: Reporter
-    ) -> None:
-        """Keep all of them."""
+    def __init__(self, strategy: ClassicStrategy, task: FLTask) -> None:
+        """Wrap a strategy; the task is the server's."""
         self.strategy = strategy
-        self._agreement = agreement.to_json()
-        self._manifest = agreement.manifest
-        self._settings = settings
-        self._reporter = reporter
+        self._agreement = task.agreement.to_json()
+        self._manifest = task.agreement.manifest
+        self._settings = task.settings
+        self._reporter = task.trainer.reporter
         self._reference = ArrayRecord()
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
@@ -390,26 +335,24 @@ class AgreedStrategy(ClassicStrategy):
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Name the clients that failed and hand on what passed; raises FederationError where nothing did."""
         reasons = [_reason(failure) for failure in failures]
+        sent = {client.cid: result for client, result in results}
         updates: dict[str, Update] = {}
-        for client, result in results:
-            name = printable(client.cid)
+        for cid, result in sent.items():
             try:
-                content = RecordDict(
-                    {"arrays": self._named(result.parameters), "metrics": _metrics(result.num_examples, result.metrics)}
-                )
-                updates[client.cid] = screen_update(content, self._manifest, self._reference, self._settings)
+                content = _content(result.num_examples, result.metrics)
+                content["arrays"] = self._named(result.parameters)
+                updates[cid] = screen_update(content, self._manifest, self._reference, self._settings)
             except RefusedUpdateError as refusal:
-                reasons.append(f"that of {name} was refused: {refusal}")
+                reasons.append(f"that of {printable(cid)} was refused: {refusal}")
         for reason in reasons:
-            self._reporter.note(f"Round {server_round}: no usable update: {reason}")
+            self._note(server_round, f"no usable update: {reason}")
         updates, outliers = bound_updates(updates, self._reference, self._settings, self.strategy)
         for cid, reason in outliers.items():
-            self._reporter.note(f"Round {server_round}: update of {printable(cid)} is an outlier: {reason}")
-        for client, result in results:
-            if (update := updates.get(client.cid)) is not None:
-                arrays = [joined(update.blocks(name), shape) for name, shape in self._manifest.items()]
-                result.parameters = ndarrays_to_parameters(arrays)
-                result.num_examples, result.metrics = update.examples, dict(update.metrics)
+            self._note(server_round, f"update of {printable(cid)} is an outlier: {reason}")
+        for cid, update in updates.items():
+            arrays = [joined(update.blocks(name), shape) for name, shape in self._manifest.items()]
+            sent[cid].parameters = ndarrays_to_parameters(arrays)
+            sent[cid].num_examples, sent[cid].metrics = update.examples, dict(update.metrics)
         results = [(client, result) for client, result in results if client.cid in updates]
         if not results:
             raise FederationError(
@@ -434,48 +377,37 @@ class AgreedStrategy(ClassicStrategy):
         self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: Failures
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Hand on what passed, of clients with validation examples; none at all gives no metrics."""
-        measured: list[tuple[ClientProxy, EvaluateRes]] = []
-        for client, result in results:
-            try:
-                told = {**result.metrics, "validation_loss": result.loss}
-                names = [*self._settings.metrics, "validation_loss"]
-                content = RecordDict({"metrics": _metrics(result.num_examples, told)})
-                result.num_examples, metrics = read_metrics(content, names)
-            except RefusedUpdateError as refusal:
-                self._reporter.note(f"Round {server_round}: measurement of {printable(client.cid)} refused: {refusal}")
-                continue
+        told = {client.cid: {**result.metrics, "validation_loss": result.loss} for client, result in results}
+        contents = {client.cid: _content(result.num_examples, told[client.cid]) for client, result in results}
+        measured = screen_measurements(
+            contents,
+            [*self._settings.metrics, "validation_loss"],
+            self._settings,
+            lambda cid, what: self._note(server_round, f"measurement of {printable(cid)} {what}"),
+        )
+        passed = [(client, result) for client, result in results if client.cid in measured]
+        for client, result in passed:
+            result.num_examples, metrics = measured[client.cid]
             result.metrics = {name: value for name, value in metrics.items() if name in result.metrics}
-            if result.num_examples:
-                measured.append((client, result))
-        counts = {client.cid: result.num_examples for client, result in measured}
-        bounded = bound_counts(counts, self._settings.max_weight_ratio)
-        for client, result in measured:
-            if client.cid in bounded:
-                result.num_examples = bounded[client.cid]
-                self._reporter.note(
-                    f"Round {server_round}: measurement of {printable(client.cid)} is an outlier: its "
-                    f"{counts[client.cid]} validation examples count as {result.num_examples}"
-                )
-        return self.strategy.aggregate_evaluate(server_round, measured, failures) if measured else (None, {})
+        return self.strategy.aggregate_evaluate(server_round, passed, failures) if passed else (None, {})
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Hand the call on."""
         return self.strategy.evaluate(server_round, parameters)
 
     def _named(self, parameters: Parameters) -> ArrayRecord:
-        """Return arrays as the message API has them; the bytes of each are numpy's, which the screening looks into.
-
-        Raises:
-            RefusedUpdateError: Their number is not that of the tuned tensors.
-        """
+        """Return arrays as the message API has them; raises RefusedUpdateError where their number is another."""
         if len(parameters.tensors) != len(self._manifest):
             raise RefusedUpdateError(f"it has {len(parameters.tensors)} tensors, not {len(self._manifest)}")
         return ArrayRecord(
             {
-                name: Array("float32", tuple(shape), SType.NUMPY, tensor)
+                name: Array("float32", tuple(shape), NUMPY, tensor)
                 for (name, shape), tensor in zip(self._manifest.items(), parameters.tensors, strict=True)
             }
         )
+
+    def _note(self, server_round: int, what: str) -> None:
+        self._reporter.note(f"Round {server_round}: {what}")
 
     def _told(self, server_round: int, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
         return {**config, SERVER_ROUND: server_round, AGREEMENT: self._agreement}
@@ -487,31 +419,28 @@ def _own_arrays(manifest: Manifest, parameters: Parameters) -> ArrayRecord:
     return ArrayRecord({name: Array(array.astype(np.float32)) for name, array in zip(manifest, arrays, strict=True)})
 
 
-def _metrics(examples: object, told: Mapping[str, object]) -> MetricRecord:
+def _content(examples: object, told: Mapping[str, object]) -> RecordDict:
     """Return a classic client's numbers as the message API has them; whatever else it tells is left out."""
     numbers = {name: float(value) for name, value in told.items() if isinstance(value, float | int)}
     record = MetricRecord(dict(numbers))
     if isinstance(examples, int | np.integer) and not isinstance(examples, bool):
         record[EXAMPLES] = int(examples)
-    return record
+    return RecordDict({"metrics": record})
 
 
 def _require_plain_weights(task: FLTask) -> None:
-    if task.settings.lora_aggregation == "svd":
-        raise ConfigError(
-            "Flower's classic API averages adapters by its own strategies, without federated.lora_aggregation: svd.",
-            "Set it to average or freeze_a, or use server_app() and client_app().",
-        )
-    if task.settings.privacy is not None:
-        raise ConfigError(
-            "Flower's classic API sends weights as they are, without federated.privacy.",
-            "Remove federated.privacy, or use server_app() and client_app().",
-        )
-    if task.settings.transport_dtype != "float32":
-        raise ConfigError(
-            f"Flower's classic API sends weights as float32, not {task.settings.transport_dtype}.",
-            "Set federated.transport_dtype to float32, or use server_app() and client_app().",
-        )
+    settings = task.settings
+    problem = ""
+    if settings.lora_aggregation == "svd":
+        problem = "averages adapters by its own strategies, without federated.lora_aggregation: svd"
+        change = "Set it to average or freeze_a"
+    elif settings.privacy is not None:
+        problem, change = "sends weights as they are, without federated.privacy", "Remove federated.privacy"
+    elif settings.transport_dtype != "float32":
+        problem = f"sends weights as float32, not {settings.transport_dtype}"
+        change = "Set federated.transport_dtype to float32"
+    if problem:
+        raise ConfigError(f"Flower's classic API {problem}.", f"{change}, or use server_app() and client_app().")
 
 
 def _fedavg(task: FLTask) -> FedAvg:

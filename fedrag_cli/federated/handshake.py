@@ -39,21 +39,16 @@ MOST_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class Agreement:
-    """What server and clients must have in common.
-
-    Args:
-        protocol: Version of the messages.
-        side: What is tuned, `retriever` or `generator`.
-        manifest: Names and shapes of the trained tensors.
-        models: Fingerprints of the base models by name.
-        settings: Settings of training, prompts and reports, by key path.
-    """
+    """What server and clients must have in common."""
 
     protocol: int
+    """Version of the messages."""
     side: str
     manifest: Manifest
     models: dict[str, str]
+    """Fingerprints of the base models by name."""
     settings: dict[str, Any]
+    """Settings of training, prompts and reports, by key path."""
 
     def to_json(self) -> str:
         """Write the agreement as JSON."""
@@ -61,11 +56,7 @@ class Agreement:
 
     @classmethod
     def from_json(cls, text: str) -> Agreement:
-        """Read an agreement that the other side sent.
-
-        Raises:
-            ConnectionFailedError: The text is none.
-        """
+        """Read an agreement that the other side sent; raises ConnectionFailedError where it is none."""
         try:
             values = json.loads(text)
             # Every part is brought to its type: what the other side sends may be anything.
@@ -92,12 +83,7 @@ def misfit(server: Agreement, own: Agreement) -> ConnectionFailedError | None:
 
 
 def agreement_of(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Agreement:
-    """Collect what the other sites must have in common with a trainer.
-
-    Args:
-        trainer: The trainer of the side that is tuned, with the base models in its RAG system.
-        settings: The federation's settings; the reported metrics are a part of what must agree.
-    """
+    """Collect what the others must have in common with a trainer: the reported metrics are a part of it."""
     return Agreement(
         PROTOCOL,
         trainer.side,
@@ -136,13 +122,6 @@ def base_fingerprint(model: nn.Module, vocabulary: Mapping[str, int] | None = No
     """Return a hash of a base model: its weights without LoRA adapters, and its vocabulary.
 
     Weights are hashed as bfloat16, so that a site which keeps them in bfloat16 agrees with one that keeps float32.
-
-    Args:
-        model: The model, with adapters or without.
-        vocabulary: The tokenizer's tokens and ids.
-
-    Returns:
-        16 hexadecimal digits.
     """
     return _fingerprint(_base_tensors(model), json.dumps(sorted((vocabulary or {}).items())))
 

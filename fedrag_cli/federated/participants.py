@@ -11,9 +11,9 @@ from typing import Any, Literal
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedrag_cli.errors import ConnectionFailedError
-from fedrag_cli.federated.client import ACTION, AGREEMENT, HANDSHAKE, NAME, ROUNDS
 from fedrag_cli.federated.grid import CLIENT_FAILED, POLL_SECONDS, FederationGrid, Member
 from fedrag_cli.federated.handshake import Agreement, differences
+from fedrag_cli.federated.messages import ACTION, AGREEMENT, HANDSHAKE, NAME, ROUNDS, config_of
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.text import printable
 
@@ -24,42 +24,30 @@ MOST_STRANGERS = 100
 
 @dataclass
 class Participant:
-    """A client that has shaken hands.
-
-    Args:
-        name: Its name.
-        node_id: Where messages to it go.
-        activation: Which of its connections the handshake was on.
-        status: ready, refused (it does not fit), offline, given up (it was offline for too long), or dismissed (it has
-            the final weights).
-        reason: Why it was refused, in words.
-        claimed: The name that it gives itself, where keys say nothing of names.
-        has_worked: Whether it was sent a message beyond the handshake.
-    """
+    """A client that has shaken hands."""
 
     name: str
     node_id: int
+    """Where messages to it go."""
     activation: int
+    """Which of its connections the handshake was on."""
     status: Status
+    """Refused where it does not fit, given up where it was offline for too long, dismissed with the final weights."""
     reason: str = ""
+    """Why it was refused, in words."""
     claimed: str = ""
+    """The name that it gives itself, where keys say nothing of names."""
     has_worked: bool = False
+    """Whether it was sent a message beyond the handshake."""
 
 
 class Roster:
-    """Shakes hands with clients as they come, and knows who can be sent work.
-
-    Args:
-        grid: The transport.
-        agreement: The server's side.
-        reporter: Told who joins, is refused or leaves.
-        rounds: How many rounds clients are asked to agree to; their own setting counts where none are named.
-    """
+    """Shakes hands with clients as they come, and knows who can be sent work."""
 
     def __init__(
         self, grid: FederationGrid, agreement: Agreement, reporter: Reporter, rounds: int | None = None
     ) -> None:
-        """Start without clients."""
+        """Start without clients, which will be asked to agree to so many rounds, or as their own settings say."""
         self._rounds = {} if rounds is None else {ROUNDS: rounds}
         self._grid = grid
         self._agreement = agreement
@@ -82,11 +70,7 @@ class Roster:
             if participant.status == "ready" and participant.node_id not in members:
                 participant.status = "offline"
                 self._tell(participant)
-            elif (
-                participant.status in ("offline", "given up")
-                and participant.node_id in members
-                and self._is_current(participant, members)
-            ):
+            elif participant.status in ("offline", "given up") and self._is_connected(participant, members):
                 participant.status = "ready"
                 self._tell(participant)
         for participant in self.with_status("offline"):
@@ -99,8 +83,7 @@ class Roster:
 
     def ready(self) -> list[Participant]:
         """Return the clients that can be sent work, by name."""
-        found = [participant for participant in self._participants.values() if participant.status == "ready"]
-        return sorted(found, key=lambda participant: participant.name)
+        return self.with_status("ready")
 
     def with_status(self, status: Status) -> list[Participant]:
         """Return the clients of a status, by name."""
@@ -147,8 +130,9 @@ class Roster:
         for message_id in lost:
             del self._pending[message_id]
 
-    def _is_current(self, participant: Participant, members: dict[int, Member]) -> bool:
-        return members[participant.node_id].activation == participant.activation
+    def _is_connected(self, participant: Participant, members: dict[int, Member]) -> bool:
+        member = members.get(participant.node_id)
+        return member is not None and member.activation == participant.activation
 
     def _greet(self, member: Member) -> None:
         for message_id in [key for key, other in self._pending.items() if other.node_id == member.node_id]:
@@ -186,8 +170,7 @@ class Roster:
 
     def _compare(self, reply: Message) -> tuple[str, str]:
         """Return the name that a client gives itself, and why it does not fit; an empty text where it does."""
-        records = list(reply.content.config_records.values())
-        values = records[0] if records else ConfigRecord()
+        values = config_of(reply)
         try:
             theirs = Agreement.from_json(str(values.get(AGREEMENT, "")))
         except ConnectionFailedError as error:
@@ -213,7 +196,9 @@ class Roster:
 SPARE_SECONDS = 600.0
 
 OnReply = Callable[[str, Message, float], None]
+"""Called with a client's name, its reply, and the seconds it took."""
 OnFailure = Callable[[str, str], None]
+"""Called with a client's name and the reason, in words."""
 
 
 @dataclass
@@ -233,29 +218,17 @@ class Exchange:
 
     A client that was restarted has lost its message and is sent it again. One that is gone for too long, or does not
     fit any more after a restart, falls out; so does one that has not answered when time is up.
-
-    Args:
-        grid: The transport.
-        roster: Who is there.
-        rejoin_timeout: Seconds to wait for a client that is gone.
     """
 
     def __init__(self, grid: FederationGrid, roster: Roster, rejoin_timeout: float) -> None:
-        """Start with nothing outstanding."""
+        """Start with nothing outstanding; a client that is gone is waited for so many seconds."""
         self._grid = grid
         self._roster = roster
         self._rejoin_timeout = rejoin_timeout
         self._outstanding: dict[str, _Outstanding] = {}
 
     def run(self, messages: list[Message], timeout: float, on_reply: OnReply, on_failure: OnFailure) -> None:
-        """Send messages and see to every client until it has answered or fallen out.
-
-        Args:
-            messages: One for each client.
-            timeout: Seconds until those that have not answered fall out.
-            on_reply: Called with a client's name, its reply, and the seconds it took.
-            on_failure: Called with a client's name and the reason, in words.
-        """
+        """Send each client its message, and see to it until it has answered or fallen out."""
         end = time.monotonic() + timeout
         for message in messages:
             message.metadata.ttl = timeout + SPARE_SECONDS

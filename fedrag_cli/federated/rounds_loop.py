@@ -16,31 +16,31 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.aggregation import aggregate, lora_gap, require_mean
 from fedrag_cli.federated.checkpoint import RoundState, recorded_settings
-from fedrag_cli.federated.client import ACTION, EVALUATE_FIRST, FINAL, ROUNDS, STOP
 from fedrag_cli.federated.grid import POLL_SECONDS, ChosenNodes, FederationGrid, quiet_flower
 from fedrag_cli.federated.handshake import Agreement
+from fedrag_cli.federated.messages import (
+    ACTION,
+    EVALUATE_FIRST,
+    FINAL,
+    ROUNDS,
+    SERVER_ROUND,
+    STOP,
+    VALIDATION_EXAMPLES,
+    with_arrays,
+)
 from fedrag_cli.federated.participants import Exchange, Roster
 from fedrag_cli.federated.privacy import ledger_entry, ledger_of, privacy_note, privacy_record
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
-from fedrag_cli.federated.task import SERVER_ROUND
 from fedrag_cli.federated.validate_update import (
-    VALIDATION_EXAMPLES,
     RefusedUpdateError,
     Update,
     bound_updates,
     bound_validation_examples,
     read_metrics,
+    require_quorum,
     screen_update,
 )
-from fedrag_cli.federated.weights import (
-    Weights,
-    in_dtype,
-    move_from_wire,
-    move_to_wire,
-    record_bytes,
-    send_instead,
-    to_wire,
-)
+from fedrag_cli.federated.weights import Weights, from_wire, record_bytes, to_wire
 from fedrag_cli.runs.reporter import Reporter
 
 SECONDS_BETWEEN_NOTES = 10.0
@@ -66,7 +66,7 @@ class Federation:
         grid: The transport.
         agreement: What clients must have in common with the server.
         settings: The federation's settings.
-        strategy: Chooses the clients of a round and aggregates their updates.
+        strategy: What the strategy of the settings builds: it chooses the clients of a round and aggregates.
         seed: Seed of the choice of clients.
         reporter: Told what happens, as events.
         save_round: Called with the state after each round, and before the first.
@@ -89,7 +89,7 @@ class Federation:
     ) -> None:
         """Start without clients; raises FederationError where the strategy and the settings do not go together."""
         quiet_flower()
-        require_mean(strategy, settings)
+        require_mean(settings.strategy, settings)
         self._grid = grid
         self._agreement = agreement
         self._settings = settings
@@ -104,13 +104,10 @@ class Federation:
         self.roster = Roster(grid, agreement, reporter, settings.rounds)
 
     def run(self, state: RoundState) -> RoundState:
-        """Run the rounds that are left, and give every client the final weights.
+        """Run the rounds that are left, give every client the final weights, and return the state after that.
 
         Args:
             state: Where the federation stands; round 0 with the initial weights for a new one.
-
-        Returns:
-            The state after the last round.
 
         Raises:
             FederationError: Too few clients or too few usable updates; the last saved state stands.
@@ -151,29 +148,26 @@ class Federation:
         number, started = state.number + 1, time.monotonic()
         chosen = self._gather()
         # Strategies and sums have the weights as they are; what is rounded for the way is no part of a step.
-        weights = move_to_wire(state.weights)
-        record = in_dtype(weights, self._settings.transport_dtype)
+        dtype = self._settings.transport_dtype
+        rounded = to_wire(state.weights, dtype) if dtype != "float32" else None
+        weights = to_wire(state.weights, release=True)
+        record = weights if rounded is None else rounded
         config = ConfigRecord({ROUNDS: self._settings.rounds, EVALUATE_FIRST: True})
         with _seeded(f"{self._seed}-{number}"):
             grid = ChosenNodes(self._grid, chosen)
-            messages = send_instead(self._strategy.configure_train(number, weights, config, grid), record)
+            messages = with_arrays(self._strategy.configure_train(number, weights, config, grid), record)
         names = sorted(self.roster.participant_at(message.metadata.dst_node_id).name for message in messages)
         sent = record_bytes(record)
         self._reporter.event("round_started", round=number, rounds=self._settings.rounds, clients=names, bytes=sent)
         came = self._train(number, messages, weights, sent)
-        came.updates, came.outliers = bound_updates(came.updates, weights, self._settings, self._strategy)
+        came.updates, came.outliers = bound_updates(came.updates, weights, self._settings, self._settings.strategy)
         for name, reason in came.outliers.items():
             self._reporter.event("client_outlier", round=number, client=name, reason=reason)
         reply = Message(RecordDict(), reply_to=messages[0])
         # What was sent is as large as the next global weights, and nobody needs it any more.
-        del messages, record, weights
-        if len(came.updates) < self._settings.min_clients:
-            raise FederationError(
-                f"Round {number} has {len(came.updates)} usable updates, but needs {self._settings.min_clients}"
-                + "".join(f"; {name}: {reason}" for name, reason in sorted(came.refused.items()))
-                + ".",
-                _hint(came.refused),
-            )
+        del messages, record, rounded, weights
+        refused = dict(sorted(came.refused.items()))
+        require_quorum(number, came.updates, refused, self._settings, _hint(refused))
         state.weights = aggregate(self._strategy, number, came.updates, reply, self._agreement.manifest, self._settings)
         state.number, state.missing, state.final = number, None, {}
         state.strategy = strategy_state(self._strategy)
@@ -224,20 +218,11 @@ class Federation:
         if self._has_gathered:
             self._await_absent()
         self._has_gathered = True
-        end, noted = time.monotonic() + self._settings.gather_timeout, 0.0
-        while True:
-            self.roster.refresh()
-            ready = self.roster.ready()
-            if len(ready) >= wanted:
-                return [participant.node_id for participant in ready]
-            if time.monotonic() >= end:
-                break
-            if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
-                noted = time.monotonic()
-                self._reporter.event("waiting", ready=[participant.name for participant in ready], wanted=wanted)
-            time.sleep(POLL_SECONDS)
-        if len(ready) >= quorum:
+        self._wait(lambda: len(self.roster.ready()) >= wanted, self._settings.gather_timeout, wanted)
+        ready = self.roster.ready()
+        if quorum <= len(ready) < wanted:
             self._reporter.note(f"Going on with {len(ready)} of {wanted} clients; the others did not come in time")
+        if len(ready) >= quorum:
             return [participant.node_id for participant in ready]
         refused = "".join(f"; {p.name} was refused: {p.reason}" for p in self.roster.with_status("refused"))
         raise FederationError(
@@ -256,8 +241,10 @@ class Federation:
             "examples": examples,
             "loss": loss,
             "seconds": seconds,
-            **self._lora_record(came),
         }
+        if self._settings.lora_aggregation == "average":
+            gap = lora_gap(came.updates, self._agreement.manifest)
+            summary |= {} if gap is None else {"lora_gap": gap}
         if (entry := ledger_entry(self._settings.privacy, len(came.updates))) is not None:
             summary["privacy"] = entry
         summary |= privacy_record(ledger_of([*state.history, summary]))
@@ -268,12 +255,6 @@ class Federation:
         measured = {name: update.metrics for name, update in came.updates.items()}
         self._note_evaluation(state, state.number - 1, "clients", measured)
         self._reporter.event("round", rounds=self._settings.rounds, **summary)
-
-    def _lora_record(self, came: _Round) -> dict[str, float]:
-        if self._settings.lora_aggregation != "average":
-            return {}
-        gap = lora_gap(came.updates, self._agreement.manifest)
-        return {} if gap is None else {"lora_gap": gap}
 
     def _note_evaluation(
         self, state: RoundState, number: int, who: str, measured: Mapping[str, Mapping[str, float]]
@@ -311,7 +292,7 @@ class Federation:
         # What travels as float32 is the weights themselves; otherwise they are more than what travels.
         dtype = self._settings.transport_dtype
         is_whole = dtype == "float32"
-        arrays = move_to_wire(state.weights) if is_whole else to_wire(state.weights, dtype)
+        arrays = to_wire(state.weights, dtype, release=is_whole)
         content = RecordDict({"arrays": arrays, "config": config})
         messages = [Message(content, p.node_id, MessageType.EVALUATE) for p in self.roster.ready()]
         absent = expected - {p.name for p in self.roster.ready()}
@@ -335,7 +316,7 @@ class Federation:
         for name in sorted(absent & expected):
             on_failure(name, "it is away")
         if is_whole:
-            state.weights = move_from_wire(arrays)
+            state.weights = from_wire(arrays, release=True)
         if messages or "clients" not in state.evaluations.get(str(state.number), {}):
             # Those of clients that confirmed to a server which was killed since then are among them.
             measured = {name: state.final[name] for name in sorted(state.final)}
@@ -346,16 +327,24 @@ class Federation:
 
     def _await_clients(self, names: Sequence[str]) -> None:
         """Wait until clients are there, but for those given up or refused, or `rejoin_timeout` is over."""
-        end, noted = time.monotonic() + self._settings.rejoin_timeout, 0.0
+
+        def are_there() -> bool:
+            known = [self.roster.with_status(status) for status in ("ready", "given up", "refused")]
+            return set(names) <= {participant.name for participants in known for participant in participants}
+
+        self._wait(are_there, self._settings.rejoin_timeout, len(names))
+
+    def _wait(self, is_over: Callable[[], bool], seconds: float, wanted: int) -> None:
+        """Look who is there until that is enough, but no longer than so many seconds."""
+        end, noted = time.monotonic() + seconds, 0.0
         while True:
             self.roster.refresh()
-            ready = [participant.name for participant in self.roster.ready()]
-            hopeless = {p.name for p in [*self.roster.with_status("given up"), *self.roster.with_status("refused")]}
-            if set(names) <= {*ready, *hopeless} or time.monotonic() >= end:
+            if is_over() or time.monotonic() >= end:
                 return
             if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
                 noted = time.monotonic()
-                self._reporter.event("waiting", ready=ready, wanted=len(names))
+                ready = [participant.name for participant in self.roster.ready()]
+                self._reporter.event("waiting", ready=ready, wanted=wanted)
             time.sleep(POLL_SECONDS)
 
     def _await_absent(self) -> None:

@@ -18,9 +18,9 @@ from fedrag_cli.errors import DataError, ModelError, ServerRefusedError
 from fedrag_cli.federated.checkpoint import ClientRounds, FitResult
 from fedrag_cli.federated.handshake import Agreement, agreement_of
 from fedrag_cli.federated.lora import freeze_a
+from fedrag_cli.federated.messages import NO_SERVER, PROXIMAL_MU, round_number
 from fedrag_cli.federated.privacy import noise_of_client, protected
-from fedrag_cli.federated.weights import Weights, record_digest, to_wire
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
+from fedrag_cli.federated.weights import Weights, weights_digest
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.text import printable
@@ -39,13 +39,7 @@ if TYPE_CHECKING:
 def trainer_around(
     trainer: HuggingFaceTrainer, model: nn.Module | None, train_dataset: Any, validation_dataset: Any
 ) -> HuggingFaceTrainer:
-    """Return a trainer with the same settings around another model and other data.
-
-    Args:
-        trainer: The trainer to follow.
-        model: The model to train; the trainer's own where it is None.
-        train_dataset: Training examples; none where it is None.
-        validation_dataset: Validation examples; none where it is None.
+    """Return a trainer with the same settings around another model (its own where that is None) and other data.
 
     Raises:
         ModelError: The model is of another kind than the trainer's.
@@ -85,49 +79,24 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     own = dataclasses.replace(rag_system, retriever=retriever.with_query_encoder(model, shared=shared))
     if both:
         # The passages' embeddings follow this model's weights, so they cannot be those of the other store.
-        own.knowledge_store = _copy_of(rag_system.knowledge_store, retriever.device)
-        if len(own.knowledge_store):
+        store = rag_system.knowledge_store
+        own.knowledge_store = InMemoryKnowledgeStore(retriever.device)
+        own.knowledge_store.add(store.nodes, store.embeddings)
+        own.knowledge_store.corpus_fingerprint = store.corpus_fingerprint
+        if len(store):
             refresh_store(own)
         own.knowledge_store.encoder_fingerprint = own.retriever.fingerprint()
     return own
 
 
-def _copy_of(store: KnowledgeStore, device: torch.device) -> InMemoryKnowledgeStore:
-    copy = InMemoryKnowledgeStore(device)
-    copy.add(store.nodes, store.embeddings)
-    copy.corpus_fingerprint = store.corpus_fingerprint
-    return copy
-
-
-SERVER_ROUND = "server-round"
-PROXIMAL_MU = "proximal-mu"
-MOST_ROUNDS = 10**6
-NO_SERVER = "It is another program, or not to be trusted: ask its owner."
-
-
-def round_number(config: Mapping[str, Any], default: int) -> int:
-    """Return which round a server's message is about.
-
-    Raises:
-        ServerRefusedError: It is no number of a round, from 0 on.
-    """
-    number = config.get(SERVER_ROUND, default)
-    if type(number) is not int or not 0 <= number <= MOST_ROUNDS:
-        raise ServerRefusedError(f"The server speaks of a round {printable(number, 40)}.", NO_SERVER)
-    return number
-
-
 @dataclass(frozen=True)
 class EvaluateResult:
-    """How good weights are on a client's own validation examples.
-
-    Args:
-        examples: Number of validation examples; 0 where the client has none.
-        metrics: The loss as `validation_loss`, and what else its trainer measures.
-    """
+    """How good weights are on a client's own validation examples."""
 
     examples: int
+    """Number of validation examples; 0 where the client has none."""
     metrics: dict[str, float]
+    """The loss as `validation_loss`, and what else its trainer measures."""
 
 
 class FLTask:
@@ -200,10 +169,8 @@ class FLTask:
         Raises:
             ModelError: Names or shapes differ from the trained tensors.
             DataError: This site has no training examples.
-            ServerRefusedError: The weights are not finite, the round is none that was agreed, or the config holds
-                something else than numbers.
+            ServerRefusedError: The weights are not finite, the round was not agreed, or the config holds no numbers.
             TrainingError: Training did not work; see the trainer.
-            RunInterruptedError: A signal came.
         """
         _require_finite(weights)
         number = round_number(config, 1)
@@ -211,7 +178,7 @@ class FLTask:
         if isinstance(proximal_mu, bool) or not isinstance(proximal_mu, int | float) or not 0 <= proximal_mu < math.inf:
             raise ServerRefusedError(f"The server asks for a {PROXIMAL_MU} of {printable(proximal_mu, 40)}.", NO_SERVER)
         proximal_mu = float(proximal_mu)
-        digest = record_digest(to_wire(weights))
+        digest = weights_digest(weights)
         asked = f"{number} {proximal_mu} {digest}"
         if self._newest is not None and self._newest[0] == asked:
             return self._newest[1]
@@ -219,25 +186,20 @@ class FLTask:
         self._newest = None
         self.rounds.begin(number, asked)
         privacy = self.settings.privacy
-        if privacy is None or privacy.at != "client":
+        adds_noise = privacy is not None and privacy.at == "client"
+        result = self.rounds.given(asked) if adds_noise else None
+        if result is None:
             result = self._train(weights, number, proximal_mu, digest)
-        elif (given := self.rounds.given(asked)) is not None:
-            result = given
-        else:
-            result = self._train(weights, number, proximal_mu, digest)
-            deviation = noise_of_client(privacy, self.settings.min_clients)
-            sent = protected(result.weights, weights, privacy.clipping_norm, deviation)
-            result = dataclasses.replace(result, weights=sent)
-            self.rounds.give(asked, number, result, deviation / privacy.clipping_norm)
+            if privacy is not None and adds_noise:
+                deviation = noise_of_client(privacy, self.settings.min_clients)
+                sent = protected(result.weights, weights, privacy.clipping_norm, deviation)
+                result = dataclasses.replace(result, weights=sent)
+                self.rounds.give(asked, number, result, deviation / privacy.clipping_norm)
         self._newest = (asked, result)
         return result
 
     def evaluate(self, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> EvaluateResult:
-        """Measure the given weights on this site's validation examples.
-
-        Args:
-            weights: The global weights, by name.
-            config: `server-round`; nothing in it changes the measurement.
+        """Measure the given weights on this site's validation examples; nothing in the config changes the measurement.
 
         Raises:
             ModelError: Names or shapes differ from the trained tensors.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import repeat
 from statistics import median_high, median_low
@@ -20,15 +20,13 @@ from torch import Tensor
 
 from fedrag_cli.config.fields import METRIC_UNBOUNDED
 from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.errors import FederationError
+from fedrag_cli.federated.config import traits_of
+from fedrag_cli.federated.messages import EXAMPLES, STRATEGY_LOSS, VALIDATION_EXAMPLES
 from fedrag_cli.federated.privacy import clip_scale, largest_noisy_norm
-from fedrag_cli.federated.strategies import ROBUST, WEIGH_LOSSES, is_kind
 from fedrag_cli.federated.weights import Manifest, MisdescribedArrayError, blocks_of, joined
 from fedrag_cli.text import printable, shape_text
 
-EXAMPLES = "num-examples"
-VALIDATION_EXAMPLES = "validation-examples"
-# The key under which QFedAvg looks for the loss.
-STRATEGY_LOSS = "train_loss"
 MOST_EXAMPLES = 2**40
 LARGEST_METRIC = 1e12
 LARGEST_LOSS = 1e6
@@ -50,30 +48,25 @@ class RefusedUpdateError(Exception):
 
 @dataclass(frozen=True)
 class Update:
-    """A client's update that passed.
-
-    Args:
-        arrays: Trained weights by name, in the order of the manifest, as they came and wherever they lie; or what
-            training has changed, where there is a base.
-        examples: Number of training examples.
-        metrics: Reported metrics, finite, of the agreed names only.
-        norm: L2 norm of the trained weights minus the global ones.
-        base: The global weights; empty where they are not needed, because the arrays are weights that count in full.
-        is_change: Whether the arrays are what is to be added to the base.
-        scale: What the difference to the base is multiplied by, in (0, 1]; see `clip_scale`.
-        counts_alike: Whether all updates count the same, however many examples they have.
-        strategy_loss: The loss that strategies weigh by; the reported one unless that is far off.
-    """
+    """A client's update that passed."""
 
     arrays: dict[str, Array]
+    """In the order of the manifest, as they came and wherever they lie."""
     examples: int
     metrics: dict[str, float]
+    """Finite, and of the agreed names only."""
     norm: float
+    """L2 norm of the trained weights minus the global ones."""
     base: Mapping[str, Array] = field(default_factory=dict)
+    """The global weights; empty where they are not needed, because the arrays are weights that count in full."""
     is_change: bool = False
+    """Whether the arrays are what is to be added to the base, and not the trained weights."""
     scale: float = 1.0
+    """What the difference to the base is multiplied by, in (0, 1]; see `clip_scale`."""
     counts_alike: bool = False
+    """Whether all updates count the same, however many examples they have."""
     strategy_loss: float | None = None
+    """The loss that strategies weigh by; the reported one unless that is far off."""
 
     @property
     def weight(self) -> int:
@@ -106,15 +99,10 @@ class Update:
 def screen_update(
     content: RecordDict, manifest: Manifest, reference: Mapping[str, Array], settings: FederatedConfig
 ) -> Update:
-    """Check an update.
+    """Check what a client sent against what was agreed on and the round's global weights.
 
-    Args:
-        content: What the client sent.
-        manifest: Names and shapes that were agreed on.
-        reference: The global weights of this round.
-        settings: Name the metrics and the number format that were agreed on, and bound the norm. As float16 comes what
-            training has changed, see `update_to_wire`. Under privacy all updates count the same, and the server clips
-            them, if that is not the clients' part.
+    As float16 comes what training has changed, see `update_to_wire`. Under privacy all updates count the same, and the
+    server clips them, if that is not the clients' part.
 
     Raises:
         RefusedUpdateError: The update may not count.
@@ -143,17 +131,10 @@ def bound_updates(
     half of the clients are hostile. Norms are compared from three updates on: of two, one that sends nothing would
     silence the other. Under privacy they are not, because the bound would tell about other sites' updates.
 
-    Args:
-        updates: What passed the screening, by client.
-        reference: The global weights of this round.
-        settings: Say how far is too far.
-        strategy: Norms are not bounded for one that leaves out by itself what is far off, such as FedMedian; losses are
-            for one that weighs by them, QFedAvg.
-
     Returns:
         The updates, and in words what was held down, by client.
     """
-    bounded, outliers = dict(updates), {name: list[str]() for name in updates}
+    traits, bounded, outliers = traits_of(strategy), dict(updates), {name: list[str]() for name in updates}
     ratio = settings.max_weight_ratio
     counts = bound_counts({name: update.examples for name, update in updates.items()}, ratio)
     for name, count in counts.items():
@@ -164,7 +145,7 @@ def bound_updates(
         outliers[name].append(reason)
         bounded[name] = dataclasses.replace(bounded[name], metrics=metrics)
     losses = [update.metrics["loss"] for update in updates.values() if "loss" in update.metrics]
-    if ratio is not None and losses and is_kind(strategy, WEIGH_LOSSES):
+    if ratio is not None and losses and traits.weighs_losses:
         low, high = median_high(losses) / ratio, median_low(losses) * ratio or math.inf
         for name, update in bounded.items():
             reported = update.metrics.get("loss", 0.0)
@@ -172,7 +153,7 @@ def bound_updates(
             if loss != reported:
                 outliers[name].append(f"its loss {reported:.4g} counts as {loss:.4g}")
                 bounded[name] = dataclasses.replace(update, strategy_loss=loss)
-    compares_norms = settings.privacy is None and not is_kind(strategy, ROBUST) and len(updates) >= FEWEST_FOR_NORMS
+    compares_norms = settings.privacy is None and not traits.is_robust and len(updates) >= FEWEST_FOR_NORMS
     if settings.max_norm_ratio is not None and compares_norms:
         bound = settings.max_norm_ratio * median_low(update.norm for update in updates.values())
         for name, update in bounded.items():
@@ -180,6 +161,43 @@ def bound_updates(
                 outliers[name].append(f"its norm {update.norm:.4g} is scaled down to {bound:.4g}")
                 bounded[name] = dataclasses.replace(update, base=reference, scale=bound / update.norm)
     return bounded, {name: "; ".join(reasons) for name, reasons in sorted(outliers.items()) if reasons}
+
+
+def require_quorum(
+    number: int, updates: Sized, refused: Mapping[str, str], settings: FederatedConfig, hint: str
+) -> None:
+    """Raise FederationError where a round has fewer usable updates than the quorum."""
+    if len(updates) < settings.min_clients:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+        needed = f"Round {number} has {len(updates)} usable updates, but needs {settings.min_clients}"
+        raise FederationError(f"{needed}{reasons}.", hint)
+
+
+def screen_measurements(
+    contents: Mapping[str, RecordDict],
+    names: Sequence[str],
+    settings: FederatedConfig,
+    note: Callable[[str, str], None],
+) -> dict[str, tuple[int, dict[str, float]]]:
+    """Return what clients measured on validation examples of their own: for how many it counts, and the metrics.
+
+    A note tells of each client whose measurement is refused or counts for less, and why.
+    """
+    measured: dict[str, tuple[int, dict[str, float]]] = {}
+    for client, content in contents.items():
+        try:
+            examples, metrics = read_metrics(content, names)
+        except RefusedUpdateError as refusal:
+            note(client, f"refused: {refusal}")
+            continue
+        metrics.pop(VALIDATION_EXAMPLES, None)
+        if examples and metrics:
+            measured[client] = examples, metrics
+    counts = {client: examples for client, (examples, _) in measured.items()}
+    for client, most in bound_counts(counts, settings.max_weight_ratio).items():
+        note(client, f"is an outlier: its {counts[client]} validation examples count as {most}")
+        measured[client] = most, measured[client][1]
+    return measured
 
 
 def bound_counts(counts: Mapping[str, int], ratio: float | None) -> dict[str, int]:

@@ -77,7 +77,7 @@ class ManyTensors:
         """Answer a message."""
         from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-        from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
+        from fedrag_cli.federated.messages import ACTION, AGREEMENT, FINAL, NAME, STOP
         from fedrag_cli.federated.weights import from_wire, update_to_wire
 
         config = dict(message.content.config_records["config"])

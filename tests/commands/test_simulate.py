@@ -247,18 +247,18 @@ def test_the_federation_beside_pooled_and_single_sites(simulate: Callable[..., A
 def test_a_comparison_is_resumed_where_it_stopped(
     simulate: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedrag_cli.commands import simulate as federation_baselines
+    from fedrag_cli.commands import simulate as command
 
     _, whole = simulate("--compare")
-    original, calls = federation_baselines._train, []
+    original, calls = command._train, []
 
     def interrupted(*arguments: Any) -> None:
-        calls.append(arguments[2].name)
+        calls.append(arguments[1].name)
         if len(calls) == 2:
             raise KeyboardInterrupt
         original(*arguments)
 
-    monkeypatch.setattr(federation_baselines, "_train", interrupted)
+    monkeypatch.setattr(command, "_train", interrupted)
     _, stopped = simulate("--compare", folder="b", code=130)
     run = stopped["error"]["hint"].removeprefix("Go on with: fedrag resume ")
     assert main(["resume", run, "--json", "--quiet"]) == 0

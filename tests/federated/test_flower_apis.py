@@ -26,8 +26,9 @@ from fedrag_cli.commands.job import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError, DataError, FederationError
-from fedrag_cli.federated.client import ClientHandler, LocalGrid
+from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.flower_api import ScreenedStrategy
+from fedrag_cli.federated.grid import LocalGrid
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
@@ -232,11 +233,12 @@ def test_the_classic_server_aggregates_no_client_that_does_not_fit(
 def test_the_message_api_aggregates_no_client_that_does_not_fit(
     task_of: Callable[..., FLTask], strangers: dict[str, FLTask], kind: str
 ) -> None:
-    task, site, notes, told = task_of(), task_of("site"), Notes(), Notes()
+    notes, told = Notes(), Notes()
+    task, site = task_of(reporter=notes), task_of("site")
     start = task.weights()
     expected = task_of("site").fit(start, {"server-round": 1}).weights
     grid = LocalGrid({"a": ClientHandler(site), "b": ClientHandler(strangers[kind])}, told)
-    result = ScreenedStrategy(MessageFedAvg(fraction_evaluate=1.0), task, notes).start(
+    result = ScreenedStrategy(MessageFedAvg(fraction_evaluate=1.0), task).start(
         grid=grid, initial_arrays=to_wire(start), num_rounds=1
     )
     assert largest_difference(from_wire(result.arrays), expected) <= 1e-6

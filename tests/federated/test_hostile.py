@@ -243,19 +243,20 @@ class Server:
     def __init__(self, **settings: Any) -> None:
         self.settings = FederatedConfig(min_clients=2, metrics=("loss", "mrr"), **settings)
         self.told = Recorder()
-        self.task: Any = SimpleNamespace(settings=self.settings, agreement=common())
-        self.message = ScreenedStrategy(FedAvg(), self.task, self.told)
+        trainer = SimpleNamespace(reporter=self.told)
+        self.task: Any = SimpleNamespace(settings=self.settings, agreement=common(), trainer=trainer)
+        self.message = ScreenedStrategy(FedAvg(), self.task)
         self.message._reference = to_wire({"w": torch.zeros(3)})
-        self.classic = AgreedStrategy(ClassicFedAvg(accept_failures=True), common(), self.settings, self.told)
+        self.classic = AgreedStrategy(ClassicFedAvg(accept_failures=True), self.task)
         self.classic._reference = self.message._reference
 
     def trained(self, clients: dict[str, tuple[list[float], int, dict[str, Any]]]) -> list[list[float]]:
         """Return the global weights of the message API and of the classic API."""
         replies = []
-        for step, examples, values in clients.values():
+        for node, (step, examples, values) in enumerate(clients.values(), start=2):
             content = RecordDict({"arrays": to_wire({"w": torch.tensor(step)}), "metrics": MetricRecord()})
             metrics(**{"num-examples": examples, **values})(content)
-            replies.append(Message(content, reply_to=asking(RecordDict())))
+            replies.append(Message(content, reply_to=asking(RecordDict(), node=node)))
         arrays, _ = self.message.aggregate_train(1, replies)
         assert arrays is not None
         results: Any = [
@@ -269,6 +270,33 @@ class Server:
 
 OK = Status(Code.OK, "")
 LOSS = {"loss": 1.0}
+
+
+class ToInfinity(FedAvg):
+    """Makes weights that are no numbers out of right ones."""
+
+    def aggregate_train(self, *_: Any) -> Any:
+        return to_wire({"w": torch.full((3,), float("inf"))}), MetricRecord()
+
+
+class ClassicToInfinity(ClassicFedAvg):
+    """Does so in the classic API."""
+
+    def aggregate_fit(self, *_: Any) -> Any:
+        return ndarrays_to_parameters([np.full(3, np.inf, np.float32)]), {}
+
+
+def test_weights_that_are_not_finite_end_a_federation_of_flowers_own_apis() -> None:
+    clients = {"a": ([1.0, 0.0, 0.0], 1, LOSS), "b": ([0.0, 1.0, 0.0], 1, LOSS)}
+    words = r"weights in round 1 that are not finite or of another shape: w"
+    server = Server()
+    server.message.strategy = ToInfinity()
+    with pytest.raises(FederationError, match=words):
+        server.trained(clients)
+    server = Server()
+    server.classic.strategy = ClassicToInfinity(accept_failures=True)
+    with pytest.raises(FederationError, match=words):
+        server.trained(clients)
 
 
 def test_flowers_own_apis_bound_what_is_far_off() -> None:
@@ -304,8 +332,10 @@ def test_measurements_of_flowers_own_apis_are_bounded() -> None:
     rows = {"a": (4, 0.25), "b": (6, 0.5), "liar": (2**40, 1.0), "fool": (5, 123456.0), HOSTILE: (3, float("nan"))}
     server = Server()
     replies = [
-        Message(RecordDict({"m": MetricRecord({"num-examples": n, "mrr": value})}), reply_to=asking(RecordDict()))
-        for n, value in rows.values()
+        Message(
+            RecordDict({"m": MetricRecord({"num-examples": n, "mrr": value})}), reply_to=asking(RecordDict(), node=node)
+        )
+        for node, (n, value) in enumerate(rows.values(), start=2)
     ]
     found = server.message.aggregate_evaluate(1, replies)
     mean = (4 * 0.25 + 6 * 0.5 + 60 * 1.0) / 70
@@ -357,7 +387,7 @@ def test_factors_that_no_training_reaches_are_refused_before_svd() -> None:
             content = {"arrays": to_wire(changed), "metrics": MetricRecord({"num-examples": 1, "loss": 1.0})}
             return Message(RecordDict(content), reply_to=message)
 
-    from fedrag_cli.federated.client import LocalGrid
+    from fedrag_cli.federated.grid import LocalGrid
     from fedrag_cli.federated.rounds_loop import Federation
     from fedrag_cli.registry import build
 

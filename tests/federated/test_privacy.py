@@ -22,7 +22,6 @@ from fedrag_cli.cli.federation_view import federation_line
 from fedrag_cli.config import load_config
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.config.schema import FederatedConfig, PrivacyConfig
-from fedrag_cli.config.validation import _STRATEGIES_OF_MEANS
 from fedrag_cli.errors import ConfigError, FederationError, ModelError, ServerRefusedError
 from fedrag_cli.federated.checkpoint import ClientRounds, FitResult, RoundState, load_newest_round, save_round
 from fedrag_cli.federated.client import ClientHandler
@@ -38,7 +37,6 @@ from fedrag_cli.federated.privacy import (
     protected,
     spent_epsilon,
 )
-from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS
 from fedrag_cli.federated.weights import from_wire, to_wire
 from fedrag_cli.runs.reporter import SilentReporter
 
@@ -459,7 +457,9 @@ def test_the_message_api_clips_weighs_and_tells(write_config: Callable[..., Path
         changed = {key: tensor.clone() for key, tensor in start.items()}
         changed[name].view(-1)[0] += length
         metrics = MetricRecord({"num-examples": examples, "loss": 1.0})
-        return Message(RecordDict({"arrays": to_wire(changed), "metrics": metrics}), reply_to=asking(RecordDict()))
+        return Message(
+            RecordDict({"arrays": to_wire(changed), "metrics": metrics}), reply_to=asking(RecordDict(), node=examples)
+        )
 
     arrays, metrics = app.aggregate_train(1, [reply(1.0, 1), reply(8.0, 99)])
     assert isinstance(arrays, ArrayRecord)
@@ -471,7 +471,3 @@ def test_the_message_api_clips_weighs_and_tells(write_config: Callable[..., Path
         assert float(difference[1:].abs().max()) < 1e-6
     else:
         assert 0 < float(difference.abs().max()) < 1.1
-
-
-def test_the_config_knows_the_strategies_that_take_means() -> None:
-    assert set(_STRATEGIES_OF_MEANS) == {kind.__name__ for kind in (*MEANS, *STEPS_FROM_MEANS)}

@@ -15,7 +15,7 @@ import torch
 from federation import PATIENCE, Federation, assert_same_weights, events, tuned_weights
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedrag_cli.commands.serve import _build_task
+from fedrag_cli.commands.serve import task_without_data
 from fedrag_cli.config import load_config
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.participants import Exchange, Roster
@@ -230,7 +230,7 @@ class HostileServer:
 
     def __init__(self, federation: Federation, server: FleetServer) -> None:
         config = load_config(federation.folder / "server.yaml")
-        self.task = _build_task(config, "retriever", None, SilentReporter())
+        self.task = task_without_data(config)
         assert server.grid is not None
         self.grid = server.grid
 

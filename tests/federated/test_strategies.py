@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_strategies
 from flwr.app import Message
 from toy_federation import ToyClient
 from toy_strategies import COMMON, EXAMPLES, STEPS, UNBOUNDED, federate, moved, strategy, toys
 
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.checkpoint import RoundState, load_newest_round, save_missing, save_round
-from fedrag_cli.federated.client import LocalGrid
 from fedrag_cli.federated.config import STRATEGIES
-from fedrag_cli.federated.grid import Member
+from fedrag_cli.federated.grid import LocalGrid, Member
 from fedrag_cli.federated.participants import Roster
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
 from fedrag_cli.federated.weights import Weights, to_wire
@@ -420,7 +419,7 @@ class Leaving(LocalGrid):
 def test_a_client_that_misses_the_end_is_named_and_gets_the_model_from_a_resumed_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "LocalGrid", Leaving)
+    monkeypatch.setattr(toy_strategies, "LocalGrid", Leaving)
     clients, told = toys(), []
     monkeypatch.setattr(Leaving, "away", set(), raising=False)
     reporter = SilentReporter()

@@ -15,8 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from toy_federation import asking
 
 from fedrag_cli.commands.federation import run_federation
-from fedrag_cli.commands.job import load_run_data
-from fedrag_cli.config import load_config
+from fedrag_cli.commands.job import Job, load_run_data
+from fedrag_cli.config import load_config, load_config_with_source
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import (
     ConfigError,
@@ -27,8 +27,9 @@ from fedrag_cli.errors import (
     ModelError,
     ServerRefusedError,
 )
-from fedrag_cli.federated.client import ClientHandler, LocalGrid
+from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.flower_api import ScreenedStrategy
+from fedrag_cli.federated.grid import LocalGrid
 from fedrag_cli.federated.handshake import agreement_of, differences
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
@@ -352,7 +353,9 @@ def test_a_server_that_evaluates_between_rounds_has_its_weights_once(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     def outcome(*, shares_model: bool) -> tuple[Weights, dict[str, Any]]:
-        config = load_config(write_config(trainer=SECTIONS["retriever"], federated={"rounds": 2, "min_clients": 1}))
+        path = write_config(trainer=SECTIONS["retriever"], federated={"rounds": 2, "min_clients": 1})
+        source = load_config_with_source(path)
+        config = source.config
         assert config.federated is not None
         data = load_run_data(config)
         systems = [build_rag_system(config, nodes=data.nodes) for _ in range(2)]
@@ -362,8 +365,8 @@ def test_a_server_that_evaluates_between_rounds_has_its_weights_once(
         )
         grid = LocalGrid({"a": ClientHandler(client, "a")})
         run = RunDirectory.create(str(tmp_path / "runs"), "server", "", command=[], seed=1)
-        arguments = (run, config, data, grid, server, systems[0], config.federated, SilentReporter())
-        state = run_federation(*arguments, shares_model=shares_model)
+        job = Job(run, source, SilentReporter(), is_new=True)
+        state = run_federation(job, data, grid, server, systems[0], config.federated, shares_model=shares_model)
         assert state.weights == {}
         # The client ends with what the server has.
         assert largest_difference(server.weights(), client.weights()) == 0

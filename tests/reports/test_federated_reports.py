@@ -18,8 +18,9 @@ from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.federated.client import EVALUATE_FIRST, ROUNDS, ClientHandler
-from fedrag_cli.federated.task import SERVER_ROUND, FLTask
+from fedrag_cli.federated.client import ClientHandler
+from fedrag_cli.federated.messages import EVALUATE_FIRST, ROUNDS, SERVER_ROUND
+from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem

@@ -19,9 +19,6 @@ from fedrag_cli.errors import ConfigError
 def load_examples(config: BeirHubExamplesConfig) -> list[Example]:
     """Load the judged queries; they have relevant ids and no answers.
 
-    Args:
-        config: The data set and the split of its judgements.
-
     Raises:
         ConfigError: A revision is given for a local copy, or only the judgements have a local copy.
         DataError: The queries or the judgements are missing or bad.
@@ -44,9 +41,6 @@ def load_examples(config: BeirHubExamplesConfig) -> list[Example]:
 
 def load_corpus(config: BeirHubCorpusConfig) -> list[KnowledgeNode]:
     """Load the documents; title and text are joined.
-
-    Args:
-        config: The data set and the split into passages.
 
     Raises:
         ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.

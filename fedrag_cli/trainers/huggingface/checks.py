@@ -35,14 +35,7 @@ def require_trainable(model: nn.Module, what: str) -> None:
 
 
 def require_moved(before: str, after: str, what: str, log: list[dict[str, Any]]) -> None:
-    """Raise TrainingError where training left every parameter as it was.
-
-    Args:
-        before: Fingerprint of the trained parameters before training.
-        after: The same after training.
-        what: What was trained, for the message.
-        log: The log history of transformers, to find the cause in.
-    """
+    """Raise TrainingError where training left every parameter as it was."""
     if before != after:
         return
     norms = [entry["grad_norm"] for entry in log if "grad_norm" in entry]
@@ -171,12 +164,7 @@ class PhaseStart:
 
 
 def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
-    """Return the L2 distance of each module's tensors, absolute and relative; see `PhaseStart.movement`.
-
-    Args:
-        before: Tensors by name.
-        after: Tensors of the same names and shapes.
-    """
+    """Return the L2 distance of each module's tensors, absolute and relative; see `PhaseStart.movement`."""
     encoders = {name.split(".")[0] for name in after} & {"query_encoder", "passage_encoder"}
     squares: dict[str, list[float]] = {}
     for name, tensor in after.items():
@@ -223,12 +211,7 @@ class StepDiagnostics:
         self._counts: dict[str, float] = {}
 
     def add(self, count: float, **means: float) -> None:
-        """Add the means of one batch.
-
-        Args:
-            count: What they are means over, such as the examples of the batch.
-            **means: A mean by name.
-        """
+        """Add the means of one batch."""
         for name, mean in means.items() if self.is_counting else ():
             self._totals[name] = self._totals.get(name, 0.0) + count * mean
             self._counts[name] = self._counts.get(name, 0.0) + count

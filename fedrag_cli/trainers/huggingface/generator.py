@@ -33,11 +33,6 @@ from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, Loss
 def add_adapter(model: Any, config: LoRAConfig, seed: int) -> PeftModel:
     """Put a fresh LoRA adapter on a model; a model that has one already keeps it and goes on training it.
 
-    Args:
-        model: A `PreTrainedModel`, or a `PeftModel`.
-        config: Rank, scaling, dropout and target layers.
-        seed: Seed of the initialisation.
-
     Raises:
         ConfigError: The model has no layer of one of the wanted names, or its adapter has another shape.
     """

@@ -126,11 +126,6 @@ class HuggingFaceTrainerForRetriever(HuggingFaceTrainer):
     def losses(self, features: dict[str, Any], examples: Sequence[int], **shared: Tensor) -> Tensor:
         """Return the loss of each training instance, with gradient into the trained encoders.
 
-        Args:
-            features: Tokenised queries of the instances.
-            examples: Positions of the instances among those that `_prepare` gave.
-            **shared: What the objective put into its batches beside these.
-
         Returns:
             Tensor of shape (len(examples),).
         """

@@ -24,7 +24,6 @@ from toy_federation import Notes, ToyClient, asking, common, new_key, node, roun
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.checkpoint import RoundState
-from fedrag_cli.federated.client import ACTION, HANDSHAKE, STOP
 from fedrag_cli.federated.endpoint import ServerAddress
 from fedrag_cli.federated.fleet import client as client_module
 from fedrag_cli.federated.fleet import http as routes
@@ -33,6 +32,7 @@ from fedrag_cli.federated.fleet.auth import DIGEST_HEADER
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.fleet.state import limits_of
+from fedrag_cli.federated.messages import ACTION, HANDSHAKE, STOP
 from fedrag_cli.federated.weights import to_wire
 
 pytestmark = pytest.mark.fl
