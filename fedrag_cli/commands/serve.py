@@ -15,14 +15,8 @@ from fedrag_cli.commands.federation import (
     settings_of,
     stored_evaluation,
 )
-from fedrag_cli.commands.job import (
-    Job,
-    RunData,
-    load_run_data,
-    open_job,
-    save_models,
-    uses_generator,
-)
+from fedrag_cli.commands.job import Job, open_job, save_models
+from fedrag_cli.commands.run_data import RunData, load_run_data, uses_generator
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.config.validation import trains_with_generator

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.commands.job import (
-    Job,
-    RunData,
-    chosen_metrics,
-    load_rag_system,
-    load_run_data,
-    measured_lengths,
-    open_job,
-    save_models,
-)
+from fedrag_cli.commands.job import Job, open_job, save_models
+from fedrag_cli.commands.run_data import RunData, chosen_metrics, load_rag_system, load_run_data, measured_lengths
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.validation import require_training
 from fedrag_cli.errors import ConfigError

@@ -50,7 +50,7 @@ def describe_run(path: Path) -> dict[str, Any]:
     """
     run = RunDirectory.open(path)
     known = run.manifest() | (run.read_json_if_there("summary.json") or {})
-    role = "evaluation" if known.get("evaluation") is not None else run.federation_role()
+    role = run.role()
     config = _config(run)
     try:
         return {

@@ -155,9 +155,12 @@ class RunDirectory:
                 f"Go on with: fedrag resume {self.path}",
             )
 
-    def federation_role(self) -> str | None:
-        """Return which part of a federation the run is (server, client or simulation); None for a training."""
-        federation = self.manifest().get("federation")
+    def role(self) -> str | None:
+        """Return what the run is: evaluation, or server, client or simulation of a federation; None for a training."""
+        manifest = self.manifest()
+        if manifest.get("evaluation") is not None:
+            return "evaluation"
+        federation = manifest.get("federation")
         return federation.get("role") if isinstance(federation, dict) else None
 
     def summary(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from results import machine, write_section
 from torch import Tensor
 from torch.nn import functional
 
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.evaluation.evaluator import evaluate
 from fedrag_cli.rag.build import build_rag_system

@@ -334,7 +334,7 @@ def test_an_interruption_while_loading_says_that_nothing_was_computed(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    for module in ("evaluate", "job"):
+    for module in ("evaluate", "run_data"):
         monkeypatch.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
     assert main([command, str(config)]) == 130
     shown = capsys.readouterr().err
@@ -361,7 +361,7 @@ def test_a_resume_that_is_interrupted_while_loading_can_be_given_again(
     (run,) = (config.parent / "runs").glob("*/*")
     assert f"fedrag resume {run}\n" in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        for module in ("evaluate", "job"):
+        for module in ("evaluate", "run_data"):
             patched.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
         assert main(["resume", str(run)]) == 130
     shown = capsys.readouterr().err
