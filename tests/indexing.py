@@ -10,7 +10,7 @@ import torch
 from conftest import data_rows
 
 from fedrag_cli.config import Config
-from fedrag_cli.rag.index_place import open_store
+from fedrag_cli.rag.index_convert import open_store
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.runs.reporter import SilentReporter
 

@@ -16,7 +16,8 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.evaluation.result import Evaluation
-from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages, with_tuned_models
+from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
+from fedrag_cli.rag.from_run import with_tuned_models
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.reports.interval_plots import plot_evaluation
 from fedrag_cli.runs.directory import RunDirectory
@@ -91,7 +92,13 @@ def _build(config: Config, data: RunData, metrics: Sequence[str], reporter: Repo
     answering = bool(generator_metrics_of(metrics))
     if not data.nodes:
         return build_rag_system_without_passages(config, with_generator=answering, reporter=reporter)
-    return build_rag_system(config, nodes=data.nodes, with_generator=answering, reporter=reporter)
+    return build_rag_system(
+        config,
+        nodes=data.nodes,
+        fingerprint=data.corpus_fingerprint,
+        with_generator=answering,
+        reporter=reporter,
+    )
 
 
 def _summary(job: Job, data: RunData, evaluation: Evaluation, of: str | None) -> dict[str, Any]:

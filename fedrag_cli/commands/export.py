@@ -127,8 +127,7 @@ def exported_server_app(config_file: Path) -> ServerApp:
         if output:
             rag_system = task.trainer.rag_system
             with replace_directory_atomically(Path(output)) as target:
-                model = rag_system.retriever if task.side == "retriever" else rag_system.require_generator()
-                model.save(target)
+                rag_system.require_trainable(task.side).save(target)
 
     return app
 

@@ -85,7 +85,7 @@ class Job:
         if known is not None:
             _require_same("base models", of_models, known)
         else:
-            of_data = data.fingerprints(rag_system.knowledge_store.corpus_fingerprint) if data is not None else {}
+            of_data = data.fingerprints() if data is not None else {}
             self.run.update_manifest(fingerprints=of_data | of_models)
         self.reporter = RunReporter(self.run.open_log(), self.reporter)
         self._began = time.monotonic() - seconds_spent(self.run.events())
@@ -232,15 +232,12 @@ def open_job(
 
 def save_models(run: RunDirectory, rag_system: RAGSystem, config: Config) -> None:
     """Save the tuned models, and the knowledge store that fits them where there are passages."""
-    sides = tuned_sides(config)
-    if "retriever" in sides:
-        with replace_directory_atomically(run.retriever) as target:
-            rag_system.retriever.save(target)
-    if "generator" in sides:
-        with replace_directory_atomically(run.generator) as target:
-            rag_system.require_generator().save(target)
+    for side in tuned_sides(config):
+        with replace_directory_atomically(run.path / side) as target:
+            rag_system.require_trainable(side).save(target)
     store = rag_system.knowledge_store
-    if len(store) and not store.is_kept_elsewhere:
+    can_be_saved = config.rag_system.knowledge_store.in_folder(run.knowledge_store) is not None
+    if len(store) and can_be_saved and not store.is_kept_elsewhere:
         store.save(run.knowledge_store)
 
 

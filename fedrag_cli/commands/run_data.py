@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedrag_cli.config import Config
 from fedrag_cli.config.fields import generator_metrics_of
@@ -24,8 +25,8 @@ from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.evaluator import choose_metrics, require_questions
 from fedrag_cli.evaluation.generator_metrics import answer_candidate, require_prompts
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.rag.tokens import Lengths
 from fedrag_cli.runs.reporter import Reporter
 
 MOST_MEASURED = 10_000
@@ -42,6 +43,11 @@ class RunData:
     evaluation: list[Example]
     split: str | None
 
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        """A hash over the passages."""
+        return corpus_fingerprint(self.nodes)
+
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each part."""
         counts = {"passages": len(self.nodes), "train": len(self.train), "validation": len(self.validation)}
@@ -52,13 +58,13 @@ class RunData:
         splits = {"train": self.train, "validation": self.validation}
         return find_overlaps(splits | ({self.split: self.evaluation} if self.split else {}), self.split)
 
-    def fingerprints(self, passages: str | None = None) -> dict[str, str]:
-        """Return a hash of each part; that of the passages is not computed again where it is known."""
+    def fingerprints(self) -> dict[str, str]:
+        """Return a hash of each part."""
         splits = {"train": self.train, "validation": self.validation}
         if self.split is not None:
             splits[self.split] = self.evaluation
         hashes = {name: corpus_fingerprint([_as_node(example) for example in rows]) for name, rows in splits.items()}
-        return {"passages": passages or corpus_fingerprint(self.nodes), **hashes}
+        return {"passages": self.corpus_fingerprint, **hashes}
 
 
 def _as_node(example: Example) -> KnowledgeNode:
@@ -106,7 +112,13 @@ def load_rag_system(config: Config, data: RunData, reporter: Reporter) -> RAGSys
             answer has no tokens, or a passage does not fit the prompt's template.
     """
     with_generator = uses_generator(config, data)
-    rag_system = build_rag_system(config, nodes=data.nodes, with_generator=with_generator, reporter=reporter)
+    rag_system = build_rag_system(
+        config,
+        nodes=data.nodes,
+        fingerprint=data.corpus_fingerprint,
+        with_generator=with_generator,
+        reporter=reporter,
+    )
     if with_generator and rag_system.generator is not None:
         _require_prompts(config, data, rag_system)
     # Every training collects garbage, every round and client of a simulation anew, and the libraries' objects, which
@@ -136,7 +148,7 @@ def _require_prompts(config: Config, data: RunData, rag_system: RAGSystem) -> No
     """Raise DataError with every row that cannot be asked, answered or learnt from, whatever is retrieved for it."""
     generator = rag_system.require_generator()
     for node in data.nodes:
-        generator.prompts.context([node])
+        generator.context([node])
     validated = [getattr(config.trainer, side).validation.metric for side in tuned_sides(config)]
     validated += list(config.federated.metrics) if config.federated is not None else []
     checked = [

@@ -12,9 +12,9 @@ from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.validation import require_training
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.result import Evaluation
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.rag.tokens import Lengths
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.processes import Processes, join_processes, process_count
@@ -54,10 +54,10 @@ def train(
 
 
 def _require_shared_store(config: Config) -> None:
-    store = config.rag_system.knowledge_store
-    if process_count() > 1 and store.type == "qdrant" and store.path is not None:
+    what = config.rag_system.knowledge_store.one_process
+    if process_count() > 1 and what is not None:
         raise ConfigError(
-            f"Qdrant opens the folder '{store.path}' for one process, but {process_count()} were started.",
+            f"{what} for one process, but {process_count()} were started.",
             "Use a Qdrant server (rag_system.knowledge_store.url), another type of store, or one process.",
         )
 

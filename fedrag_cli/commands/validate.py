@@ -10,7 +10,9 @@ from torch import nn
 from fedrag_cli.commands.run_data import RunData, chosen_metrics, load_rag_system, load_run_data, measured_lengths
 from fedrag_cli.config import Config
 from fedrag_cli.config.validation import require_training
-from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.rag.generators.base import TrainableGenerator
+from fedrag_cli.rag.lengths import TruncationCount
+from fedrag_cli.rag.retrievers.base import TrainableRetriever
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
@@ -64,8 +66,10 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _parameters(rag_system: RAGSystem) -> dict[str, int]:
-    models: dict[str, nn.Module] = {"retriever": rag_system.retriever.passage_encoder}
-    if rag_system.generator is not None:
+    models: dict[str, nn.Module] = {}
+    if isinstance(rag_system.retriever, TrainableRetriever):
+        models["retriever"] = rag_system.retriever.passage_encoder
+    if isinstance(rag_system.generator, TrainableGenerator):
         models["generator"] = rag_system.generator.model
     return {name: _count(dict(model.named_parameters())) for name, model in models.items()}
 
@@ -83,11 +87,10 @@ def _truncation(rag_system: RAGSystem, data: RunData) -> dict[str, Any]:
     # One search shows that queries and passages have embeddings of the same size.
     retrieved = rag_system.batch_retrieve(queries if generator is not None else queries[:1])
     if generator is not None and queries:
-        prompts, tokens = TruncationCount(), 0
+        prompts = TruncationCount()
         for query, found in zip(queries, retrieved, strict=True):
             prompt = generator.encode_prompt(query, [scored.node for scored in found])
-            prompts.add(prompt)
-            tokens += len(prompt.ids) + prompt.dropped_tokens
+            prompts.add(prompt.tokens, prompt.dropped_tokens)
         counts["prompts"] = prompts.truncated
-        lengths = [*lengths, generator.measure("prompts", {**prompts.to_dict(), "tokens": tokens})]
+        lengths = [*lengths, generator.measure("prompts", prompts.to_dict())]
     return {"truncated": counts, "lengths": [item.to_dict() for item in lengths]}

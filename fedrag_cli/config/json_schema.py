@@ -10,21 +10,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from fedrag_cli.config.fields import slots_of
+from fedrag_cli.config.fields import adapter_of, slots_of
 from fedrag_cli.config.schema import Config
-from fedrag_cli.config.validation import config_adapter
 from fedrag_cli.registry import registry
 
 
 def component_settings(config_class: type) -> list[dict[str, Any]]:
-    """Return name, default and help of each setting of a config dataclass.
-
-    Args:
-        config_class: A dataclass made with `config_class`.
-    """
-    schema = TypeAdapter(config_class).json_schema()
+    """Return name, default and help of each setting of a config dataclass."""
+    schema = adapter_of(config_class).json_schema()
     required, help = set(schema.get("required", ())), setting_help(config_class)
     return [
         {"name": name, "required": name in required, "default": field.get("default"), "help": help.get(name, "")}
@@ -38,7 +31,8 @@ def setting_help(config_class: type) -> dict[str, str]:
     help: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(base):
-            help |= _field_docstrings(base)
+            fields = {field.name for field in dataclasses.fields(base)}
+            help |= {name: text for name, text in _field_docstrings(base).items() if name in fields}
     return help
 
 
@@ -75,7 +69,7 @@ def config_json_schema() -> dict[str, Any]:
     Every setting may also be an interpolation (`${...}`), and nothing is required at the top, because a file may
     extend another one.
     """
-    schema = config_adapter().json_schema()
+    schema = adapter_of(Config).json_schema()
     definitions = schema.pop("$defs")
     helps = {owner.__name__: setting_help(owner) for owner in _config_classes()}
     for name, definition in definitions.items():

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedrag_cli.config.fields import (
-    GENERATOR_METRICS,
     MOST_BYTES_OF_NAME,
+    ComponentSlot,
+    adapter_of,
     dataclass_at,
     generator_metrics_of,
     is_optional,
     ranking_metrics_of,
+    slots_of,
 )
-from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, in_order, suggestion
+from fedrag_cli.config.problems import ConfigProblem, Finding, KeyPath, suggestion
 from fedrag_cli.config.references import outside_reference, without_values
 from fedrag_cli.config.schema import Config, FederatedConfig
 from fedrag_cli.config.source import ConfigTree
 from fedrag_cli.errors import ConfigError
+from fedrag_cli.registry import registry
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -41,46 +43,25 @@ EXPECTED = {
 _MOST_SHOWN = 300
 
 
-@functools.cache
-def config_adapter() -> TypeAdapter[Config]:
-    """Return pydantic's adapter of the whole config, registered components included."""
-    return TypeAdapter(Config)
-
-
 def validate_values(values: dict[str, Any], tree: ConfigTree) -> tuple[Config | None, list[ConfigProblem]]:
-    """Validate resolved values.
-
-    Args:
-        values: The config as plain dicts, lists and scalars.
-        tree: Where the values came from.
-
-    Returns:
-        The config, or None with all that is wrong.
-    """
+    """Return the config of resolved values (plain dicts, lists and scalars), or None and all that is wrong."""
     try:
-        return config_adapter().validate_python(values), []
+        return adapter_of(Config).validate_python(values), []
     except ValidationError as error:
-        problems = [_problem(details, values, tree) for details in error.errors(include_url=False)]
-    return None, in_order(_one_for_each_path(problems))
+        details = error.errors(include_url=False)
+    messages: dict[KeyPath, dict[str, None]] = {}
+    for detail in details:
+        path, message = _finding(detail, values, tree)
+        messages.setdefault(path, {})[message] = None
+    # The members of a union may each say something about the same value.
+    return None, tree.problems((path, "; or ".join(said)) for path, said in messages.items())
 
 
-def _one_for_each_path(problems: Sequence[ConfigProblem]) -> Iterator[ConfigProblem]:
-    """Join what the members of a union say about the same value."""
-    by_path: dict[str, list[ConfigProblem]] = {}
-    for problem in problems:
-        by_path.setdefault(problem.path, []).append(problem)
-    for path, same in by_path.items():
-        messages = dict.fromkeys(problem.message for problem in same)
-        yield ConfigProblem(same[0].position, path, "; or ".join(messages))
-
-
-def _problem(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> ConfigProblem:
+def _finding(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> Finding:
     path, owner = _locate(details["loc"], values)
-    if details["type"] in ("union_tag_invalid",):
+    if details["type"] == "union_tag_invalid":
         path = (*path, "type")
-    reference = outside_reference(tree.tree, path) or ""
-    message = without_values(_message(details, path, owner, tree), reference)
-    return ConfigProblem(tree.position(path), format_path(path), message)
+    return path, without_values(_message(details, path, owner, tree), outside_reference(tree.tree, path) or "")
 
 
 def _locate(location: tuple[str | int, ...], values: Any) -> tuple[KeyPath, type | None]:
@@ -171,28 +152,48 @@ def _close(given: object, options: list[str]) -> str:
     return text if "did you mean" in text else ""
 
 
-Finding = tuple[KeyPath, str]
-# Settings of the faiss store that only one kind of index has.
-_INDEX_OF_SETTING = {"nlist": "ivf", "nprobe": "ivf", "m": "hnsw", "ef_construction": "hnsw", "ef_search": "hnsw"}
-# Retriever objectives that compare the passages of one query with each other.
-_RANKING_OBJECTIVES = ("lsr", "pdist", "emdr2", "loop")
-# Strategies to which updates are no more than their mean.
-_STRATEGIES_OF_MEANS = ("FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
-
-
 def check_config(config: Config) -> Iterator[Finding]:
-    """Yield what is wrong between settings that are each right by themselves, as (key path, message)."""
+    """Yield what is wrong between settings that are each right by themselves."""
     yield from _check_run_name(config)
     yield from _check_device(config)
     yield from _check_trackers(config)
-    yield from _check_retriever_models(config)
-    yield from _check_knowledge_store(config)
     yield from _check_inference(config)
-    yield from _check_placement(config)
     yield from _check_evaluation(config)
     yield from _check_federation(config)
-    for side in tuned_sides(config):
-        yield from _check_trainer(config, side)
+    idle = [("trainer", side) for side in ("retriever", "generator") if side not in tuned_sides(config)]
+    for kind, path, component in components_of(config):
+        if path not in idle:
+            yield from _check_component(config, kind, path, component)
+
+
+def components_of(section: Any, path: KeyPath = ()) -> Iterator[tuple[str, KeyPath, Any]]:
+    """Yield kind, key path and config of each component that a section of the config has."""
+    for field in dataclasses.fields(section):
+        inner, value = (*path, field.name), getattr(section, field.name)
+        if not dataclasses.is_dataclass(value):
+            continue
+        slots = slots_of(type(section), field.name)
+        yield from ((slot.kind, inner, value) for slot in slots if isinstance(slot, ComponentSlot))
+        yield from components_of(value, inner)
+
+
+def _check_component(config: Config, kind: str, path: KeyPath, component: Any) -> list[Finding]:
+    """Return what a component's `check` finds; plug-ins may raise or return anything."""
+    if not hasattr(component, "check"):
+        return []
+    try:
+        found = [(tuple(where), message) for where, message in component.check(config, path)]
+        if any(not isinstance(message, str) for _, message in found):
+            raise TypeError("a message is no text")
+        if any(not isinstance(key, str | int) for where, _ in found for key in where):
+            raise TypeError("a key path has something else than names and numbers")
+    except Exception as error:
+        origin = registry().get(kind, component.type).origin
+        raise ConfigError(
+            f"The check of the {kind} '{component.type}' of '{origin}' fails: {type(error).__name__}: {error}",
+            f"Repair or uninstall '{origin}'.",
+        ) from error
+    return found
 
 
 def tuned_sides(config: Config) -> tuple[str, ...]:
@@ -278,50 +279,12 @@ def _check_trackers(config: Config) -> Iterator[Finding]:
             yield ("run", "report_to", number), f"the package of '{name}' is not installed"
 
 
-def _check_retriever_models(config: Config) -> Iterator[Finding]:
-    retriever = config.rag_system.retriever
-    if retriever.type != "sentence_transformer":
-        return
-    path = ("rag_system", "retriever")
-    separate = (retriever.query_model, retriever.passage_model)
-    if retriever.model is None and None in separate:
-        yield path, "needs 'model', or both 'query_model' and 'passage_model'"
-    if retriever.model is not None and separate != (None, None):
-        yield path, "has 'model' beside 'query_model' or 'passage_model'; keep one or the other"
-
-
-def _check_knowledge_store(config: Config) -> Iterator[Finding]:
-    store, path = config.rag_system.knowledge_store, ("rag_system", "knowledge_store")
-    if store.type == "faiss":
-        for name, index in _INDEX_OF_SETTING.items():
-            if getattr(store, name) is not None and store.index != index:
-                yield (*path, name), f"has no effect with index: {store.index}; remove it"
-    if store.type in ("memory", "faiss") and store.memory_map and store.path is None:
-        yield (*path, "memory_map"), "needs a path, the folder of the saved store"
-    if store.type == "qdrant":
-        if store.path is not None and store.url is not None:
-            yield (*path, "path"), "stands beside url; keep one or the other"
-        if store.api_key is not None and store.url is None:
-            yield (*path, "api_key"), "has no effect without url; remove it"
-
-
 def _check_inference(config: Config) -> Iterator[Finding]:
     settings = config.rag_system
     if settings.inference == "concat" and settings.ensemble_temperature is not None:
         yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
     if settings.inference == "ensemble" and settings.generator is None:
         yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
-
-
-def _check_placement(config: Config) -> Iterator[Finding]:
-    generator, path = config.rag_system.generator, ("rag_system", "generator")
-    if generator is None or generator.type != "causal_lm":
-        return
-    if generator.device_map is not None and config.run.device not in ("auto", "cuda"):
-        message = f"takes all GPUs, but run.device is {config.run.device}; set that to auto or cuda, or remove it"
-        yield (*path, "device_map"), message
-    if generator.quantization is not None and generator.model.endswith(".gguf"):
-        yield (*path, "quantization"), "is not for GGUF files, which transformers turns into plain weights; remove it"
 
 
 def _check_evaluation(config: Config) -> Iterator[Finding]:
@@ -345,22 +308,14 @@ def _check_federation(config: Config) -> Iterator[Finding]:
     if config.federated is None:
         return
     settings, path = config.federated, ("federated",)
-    strategy = settings.strategy
-    malicious = getattr(strategy, "num_malicious_nodes", 0)
-    needed = {"Krum": 2 * malicious + 3, "MultiKrum": 2 * malicious + 3, "Bulyan": 4 * malicious + 3}.get(strategy.type)
-    if needed is not None and settings.min_clients < needed:
-        message = f"must be at least {needed} for {strategy.type} with num_malicious_nodes {malicious}"
-        yield (*path, "min_clients"), message
-    if strategy.type == "MultiKrum" and strategy.num_nodes_to_select > settings.min_clients:
-        yield (*path, "strategy", "num_nodes_to_select"), f"must not be above min_clients ({settings.min_clients})"
-    if settings.privacy is not None and strategy.type not in _STRATEGIES_OF_MEANS:
-        message = f"adds noise to the mean of the updates, which {strategy.type} does not take (use one of "
-        yield (*path, "privacy"), message + ", ".join(_STRATEGIES_OF_MEANS) + ")"
+    if settings.privacy is not None and not settings.strategy.takes_mean:
+        known: dict[str, Any] = {name: each.config_class for name, each in registry().of_kind("strategy").items()}
+        fitting = [name for name, strategy in known.items() if strategy.takes_mean]
+        message = f"adds noise to the mean of the updates, which {settings.strategy.type} does not take (use one of "
+        yield (*path, "privacy"), message + ", ".join(fitting) + ")"
     yield from _check_lora_aggregation(config, settings)
     if settings.wait_for_clients is not None and settings.wait_for_clients < settings.min_clients:
         yield (*path, "wait_for_clients"), f"must not be below min_clients ({settings.min_clients})"
-    if strategy.type == "QFedAvg" and "loss" not in settings.metrics:
-        yield (*path, "metrics"), "must have loss in it for QFedAvg, which weighs clients by it"
 
 
 def _check_lora_aggregation(config: Config, settings: FederatedConfig) -> Iterator[Finding]:
@@ -369,59 +324,7 @@ def _check_lora_aggregation(config: Config, settings: FederatedConfig) -> Iterat
         return
     if config.trainer.mode != "generator" or config.trainer.generator.lora is None:
         yield path, f"{chosen} is for LoRA adapters, but none is tuned (trainer.mode: generator with a lora section)"
-    if chosen == "svd" and settings.strategy.type not in ("FedAvg", "FedProx"):
+    if chosen == "svd" and not settings.strategy.gives_mean:
         yield path, f"svd gives the mean itself, of which {settings.strategy.type} takes no step; use FedAvg or FedProx"
     if chosen == "svd" and settings.privacy is not None:
         yield path, "svd looks at single updates, which federated.privacy keeps it from; use freeze_a or average"
-
-
-def _check_trainer(config: Config, side: str) -> Iterator[Finding]:
-    trainer: Any = getattr(config.trainer, side)
-    path = ("trainer", side)
-    yield from _check_retriever_objective(trainer, path)
-    yield from _check_generator_objective(config, trainer, path)
-    if getattr(trainer, "warmup", 0) and getattr(trainer, "scheduler", "") == "constant":
-        yield (*path, "warmup"), "has no effect with scheduler: constant; use constant_with_warmup"
-    validation = getattr(trainer, "validation", None)
-    if validation is None:
-        return
-    if config.dataset.validation is None:
-        for name in ("metric", "patience"):
-            if getattr(validation, name) is not None:
-                yield (*path, "validation", name), "needs a dataset.validation"
-    if validation.every == "never" and validation.patience is not None:
-        yield (*path, "validation", "patience"), "needs validation.every: epoch or a number of steps"
-    answers = validation.metric in GENERATOR_METRICS
-    if validation.metric not in (None, "loss") and answers != (side == "generator"):
-        known = f"loss, {', '.join(GENERATOR_METRICS)}" if side == "generator" else "loss, mrr, hit@K, recall@K, ndcg@K"
-        yield (*path, "validation", "metric"), f"'{validation.metric}' does not measure the {side} (metrics: {known})"
-
-
-def _check_retriever_objective(trainer: Any, path: KeyPath) -> Iterator[Finding]:
-    if trainer.type in _RANKING_OBJECTIVES:
-        if trainer.top_k < 2:
-            yield (*path, "top_k"), "must be at least 2: among one passage there is no ranking to learn"
-        if trainer.train == "query" and trainer.refresh_every is not None:
-            yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
-    if trainer.type == "contrastive":
-        alone = trainer.batch_size * trainer.gradient_accumulation_steps == 1
-        if alone and not trainer.hard_negatives:
-            yield (*path, "hard_negatives"), "must be at least 1 where a step has one example: it has no other negative"
-
-
-def _check_generator_objective(config: Config, trainer: Any, path: KeyPath) -> Iterator[Finding]:
-    if trainer.type not in ("ralt", "raft"):
-        return
-    if getattr(config.rag_system.generator, "adapter", None) and trainer.lora is None:
-        yield (*path, "lora"), "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
-    if getattr(config.rag_system.generator, "quantization", None) and trainer.lora is None:
-        yield (*path, "lora"), "is needed, because the weights of a quantised generator cannot be tuned themselves"
-    if trainer.type == "raft":
-        return
-    if trainer.passage_weights == "uniform":
-        if trainer.retriever_temperature != type(trainer)().retriever_temperature:
-            yield (*path, "retriever_temperature"), "has no effect with passage_weights: uniform; remove it"
-    elif trainer.passages == "together":
-        yield (*path, "passage_weights"), "retriever needs passages: separate; together makes one instance of them all"
-    elif trainer.top_k < 2:
-        yield (*path, "passage_weights"), "retriever needs a top_k of at least 2; one passage always has the weight 1"

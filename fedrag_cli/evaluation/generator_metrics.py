@@ -16,11 +16,10 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.evaluation.answers import ROUGE_METRICS, exact_match, f1, rouge
 from fedrag_cli.evaluation.result import EvaluationMemory, Values
 from fedrag_cli.losses import token_log_prob
-from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import TokenPair
+from fedrag_cli.rag.generators.base import Generator, TokenPair
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
-from fedrag_cli.rag.system import RAGAnswer, RAGSystem, count_truncation
-from fedrag_cli.rag.tokens import Lengths
+from fedrag_cli.rag.lengths import Lengths, TruncationCount
+from fedrag_cli.rag.system import RAGAnswer, RAGSystem
 from fedrag_cli.runs.reporter import Reporter
 
 KIND = "token_log_probs"
@@ -73,7 +72,7 @@ def prior_candidate(rag_system: RAGSystem, text: str) -> Candidate:
 
 
 def score_candidates(
-    generator: CausalLMGenerator,
+    generator: Generator,
     candidates: Sequence[Candidate],
     memory: EvaluationMemory,
     reporter: Reporter,
@@ -134,9 +133,9 @@ def choose(
 def _candidate(
     rag_system: RAGSystem, key: str, query: str, found: Sequence[ScoredNode], text: str, *, with_end: bool
 ) -> Candidate:
-    prompts = rag_system.require_generator().prompts
+    generator = rag_system.require_generator()
     encoded = [
-        prompts.encode_pair(query, [scored.node for scored in context], text, with_end=with_end)
+        generator.encode_pair(query, [scored.node for scored in context], text, with_end=with_end)
         for context in rag_system.contexts(found)
     ]
     # All prompts of an ensemble are continued by the same tokens.
@@ -220,13 +219,13 @@ def answer_values(
         predictions[position]["answer"] = answer.text
         for name in names if example.responses else ():
             values[name][position] = _answer_metric(name, answer.text, example.responses)
-    truncation = count_truncation(answers)
+    truncation = TruncationCount()
+    for answer in answers:
+        truncation.add(answer.prompt_tokens, answer.dropped_tokens)
     cut = {"prompts": truncation.truncated}
     if bare_prompts := sum(answer.is_bare for answer in answers):
         cut[BARE_PROMPTS] = bare_prompts
-    tokens = sum(answer.prompt_tokens for answer in answers)
-    counts = {**truncation.to_dict(), "tokens": tokens}
-    return values, cut, rag_system.require_generator().measure("evaluation prompts", counts)
+    return values, cut, rag_system.require_generator().measure("evaluation prompts", truncation.to_dict())
 
 
 def likelihood_values(
@@ -273,11 +272,11 @@ def likelihood_values(
         chosen, scores = choose(example, group, found, settings, prior_scores)
         predictions[position] |= {"chosen": chosen, "choices": list(example.choices), "choice_scores": scores}
         values["accuracy"][position] = float(chosen in example.responses)
-    dropped = [candidate.dropped_tokens for candidate in candidates]
-    counts = {"prompts": len(candidates), "truncated": sum(map(bool, dropped)), "dropped_tokens": sum(dropped)}
-    read = sum(len(prompt) for candidate in candidates for prompt, _ in candidate.pairs)
-    counts["tokens"] = read + counts["dropped_tokens"]
-    return values, rag_system.require_generator().measure("evaluation answers that are scored", counts)
+    count = TruncationCount()
+    for candidate in candidates:
+        read = sum(len(prompt) for prompt, _ in candidate.pairs)
+        count.add(read + candidate.dropped_tokens, candidate.dropped_tokens)
+    return values, rag_system.require_generator().measure("evaluation answers that are scored", count.to_dict())
 
 
 def _answer_metric(name: str, answer: str, golds: Sequence[str]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from fedrag_cli.config import EvaluationConfig
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.bootstrap import Interval, metric_interval, metric_mean
-from fedrag_cli.rag.tokens import Lengths
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.runs.files import append_line, os_errors, whole_lines, write_text_atomically
 
 Values = dict[int, float]

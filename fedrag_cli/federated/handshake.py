@@ -16,6 +16,8 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.lora import LORA_A
 from fedrag_cli.federated.weights import Manifest, manifest_of
+from fedrag_cli.rag.generators.base import TrainableGenerator
+from fedrag_cli.rag.retrievers.base import TrainableRetriever
 from fedrag_cli.text import printable, shape_text
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
@@ -151,14 +153,21 @@ def _canonical(tensor: Tensor) -> bytes:
 def _fingerprints(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> dict[str, str]:
     rag_system = trainer.rag_system
     retriever = rag_system.retriever
-    found = {
-        "passage encoder": base_fingerprint(retriever.passage_encoder),
-        "query encoder": base_fingerprint(retriever.query_encoder),
-    }
+    if isinstance(retriever, TrainableRetriever):
+        found = {
+            "passage encoder": base_fingerprint(retriever.passage_encoder),
+            "query encoder": base_fingerprint(retriever.query_encoder),
+        }
+    else:
+        found = {"retriever": retriever.fingerprint()}
     # A site may have a generator for its own evaluation that no objective sees.
     if trainer.config.needs_generator and rag_system.generator is not None:
         generator = rag_system.generator
-        found["generator"] = base_fingerprint(generator.model, generator.tokenizer.get_vocab())
+        found["generator"] = (
+            base_fingerprint(generator.model, generator.tokenizer.get_vocab())
+            if isinstance(generator, TrainableGenerator)
+            else generator.fingerprint()
+        )
     if settings.lora_aggregation == "freeze_a":
         found["frozen half of the adapter's"] = _fingerprint(
             (name, tensor) for name, tensor in trainer.model.named_parameters() if LORA_A in name
@@ -173,10 +182,8 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
     prompt = trainer.rag_system.prompt_config
     for field in dataclasses.fields(prompt) if trainer.config.needs_generator else ():
         yield f"rag_system.prompt.{field.name}", _plain(getattr(prompt, field.name))
-    retriever = trainer.rag_system.retriever
-    for name in ("similarity", "query_prompt", "passage_prompt"):
-        yield f"rag_system.retriever.{name}", getattr(retriever.config, name)
-    yield "rag_system.retriever.max_length", retriever.query_encoder.max_seq_length
+    for name, value in trainer.rag_system.retriever.settings.items():
+        yield f"rag_system.retriever.{name}", value
     yield "federated.metrics", sorted(settings.metrics)
     yield "federated.transport_dtype", settings.transport_dtype
     yield "federated.lora_aggregation", settings.lora_aggregation

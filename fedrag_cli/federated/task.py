@@ -62,17 +62,17 @@ def trainer_around(
 def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     rag_system = trainer.rag_system
     if trainer.side == "generator":
-        generator = rag_system.require_generator()
+        generator = rag_system.require_trainable_generator()
         if model is generator.model:
             return rag_system
         return dataclasses.replace(rag_system, generator=generator.with_model(model))
-    retriever = rag_system.retriever
+    retriever = rag_system.require_trainable_retriever()
     if model is retriever.query_encoder:
         return rag_system
     if not isinstance(model, type(retriever.query_encoder)):
         raise ModelError(
-            f"A retriever's model is a SentenceTransformer, not a {type(model).__name__}.",
-            "Pass rag_system.retriever.query_encoder, or another SentenceTransformer.",
+            f"A retriever's model is a {type(retriever.query_encoder).__name__}, not a {type(model).__name__}.",
+            f"Pass rag_system.retriever.query_encoder, or another {type(retriever.query_encoder).__name__}.",
         )
     both = getattr(trainer.config, "train", "query") == "both"
     shared = model is retriever.passage_encoder or (both and retriever.is_shared)
@@ -80,7 +80,7 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     if both:
         # The passages' embeddings follow this model's weights, so they cannot be those of the other store.
         store = rag_system.knowledge_store
-        own.knowledge_store = InMemoryKnowledgeStore(retriever.device)
+        own.knowledge_store = InMemoryKnowledgeStore(device=retriever.device)
         own.knowledge_store.add(store.nodes, store.embeddings)
         own.knowledge_store.corpus_fingerprint = store.corpus_fingerprint
         if len(store):

@@ -2,116 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from fedrag_cli.config import Config, ConfigSource, load_config_with_source
-from fedrag_cli.config.fields import is_folder
+from fedrag_cli.config import Config
+from fedrag_cli.config.validation import tuned_sides
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError
-from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.index_convert import converted_store
-from fedrag_cli.rag.index_place import open_store, place_of
+from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.rag.generators.base import Generator
+from fedrag_cli.rag.index_convert import converted_store, open_store
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.models import choose_device
-from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.rag.retrievers.base import Retriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
-from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporter import Reporter, SilentReporter
-
-FIXED_BY_A_RUN = (
-    *(
-        f"rag_system.retriever.{name}"
-        for name in (
-            "type", "model", "query_model", "passage_model", "revision", "passage_prompt", "max_length", "similarity",
-        )
-    ),
-    *(f"rag_system.generator.{name}" for name in ("type", "model", "adapter", "revision")),
-    *(f"rag_system.knowledge_store.{name}" for name in ("type", "path", "url", "collection")),
-)  # fmt: skip
-
-
-def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Config, ConfigSource]:
-    """Load a config file, or the config of a run directory with the tuned models in it.
-
-    Args:
-        path: A YAML file, a run directory, or None for `fedrag.yaml`.
-        overrides: `key.path=value` texts.
-
-    Raises:
-        ConfigError: The run is not finished, the config is wrong, or an override names what the run has fixed.
-    """
-    if path is None or not is_folder(path):
-        source = load_config_with_source(path, overrides)
-        return source.config, source
-    run = RunDirectory.open(path)
-    run.require_finished()
-    evaluation = run.manifest().get("evaluation")
-    if evaluation is not None:
-        raise ConfigError(
-            f"'{path}' is an evaluation, which has no models of its own.",
-            f"Give what it evaluated: {evaluation['of'] or path / 'config.yaml'}",
-        )
-    _refuse_fixed(overrides, path)
-    source = load_config_with_source(run.config_file, overrides)
-    return with_tuned_models(source.config, run), source
-
-
-def _refuse_fixed(overrides: Sequence[str], path: Path) -> None:
-    """Refuse overrides of what a run's tuned models and its knowledge store stand for."""
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key in FIXED_BY_A_RUN or any(fixed.startswith(key + ".") for fixed in FIXED_BY_A_RUN):
-            raise ConfigError(
-                f"{key} is fixed by the run in '{path}', whose tuned models are used.",
-                f"Leave it out, or use the run's config with other models: {path / 'config.yaml'} {override}",
-            )
-
-
-def with_tuned_models(config: Config, run: RunDirectory) -> Config:
-    """Return the config with the run's tuned retriever, generator and knowledge store in the place of the old ones.
-
-    Raises:
-        DataError: What the run has tuned is gone.
-    """
-    if missing := run.missing_models():
-        raise DataError(
-            f"The tuned models of the run in '{run.path}' are gone: {', '.join(missing)}.",
-            "Put them back from a copy, or train again with the run's config.yaml.",
-        )
-    rag_system = config.rag_system
-    old_generator: Any = rag_system.generator
-    if run.retriever.is_dir():
-        retriever = dataclasses.replace(
-            rag_system.retriever, model=str(run.retriever), query_model=None, passage_model=None, revision=None
-        )
-        rag_system = dataclasses.replace(rag_system, retriever=retriever)
-    if (run.generator / "adapter_config.json").is_file():
-        generator = dataclasses.replace(old_generator, adapter=str(run.generator))
-        rag_system = dataclasses.replace(rag_system, generator=generator)
-    elif run.generator.is_dir():
-        generator = dataclasses.replace(old_generator, model=str(run.generator), adapter=None, revision=None)
-        rag_system = dataclasses.replace(rag_system, generator=generator)
-    if run.knowledge_store.is_dir():
-        old_store: Any = rag_system.knowledge_store
-        # A run keeps its store in its own folder, also where it started from one on a server.
-        elsewhere = {name: None for name in ("url", "api_key") if getattr(old_store, name, None) is not None}
-        store = dataclasses.replace(old_store, path=str(run.knowledge_store), **elsewhere)
-        rag_system = dataclasses.replace(rag_system, knowledge_store=store)
-    return dataclasses.replace(config, rag_system=rag_system)
 
 
 def build_rag_system(
     config: Config,
     *,
     nodes: Sequence[KnowledgeNode] | None = None,
+    fingerprint: str | None = None,
     with_generator: bool = True,
     reporter: Reporter | None = None,
 ) -> RAGSystem:
@@ -120,6 +35,7 @@ def build_rag_system(
     Args:
         config: A loaded config.
         nodes: The passages, where they are loaded already.
+        fingerprint: Their `corpus_fingerprint`, where it is known already.
         with_generator: Whether to load the generator.
         reporter: Told what is being loaded, and shown how the store is filled.
 
@@ -132,14 +48,15 @@ def build_rag_system(
     _check_top_k(config, len(nodes))
     reporter = reporter or SilentReporter()
     # What is wrong with a store is told before the models are loaded, which takes longer.
-    store = _open_store(config, nodes, reporter)
+    fingerprint = fingerprint or corpus_fingerprint(nodes)
+    store = _open_store(config, fingerprint, reporter)
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
     if store is not None:
         store.require_encoder(retriever.fingerprint())
-    generator = _load_generator(config, reporter) if with_generator else None
+    generator = _load_generator(config, reporter, with_generator)
     if store is None:
-        built = build_knowledge_store(retriever, nodes, reporter)
+        built = build_knowledge_store(retriever, nodes, reporter, fingerprint)
         store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
     return _assemble(config, retriever, store, generator)
 
@@ -147,34 +64,25 @@ def build_rag_system(
 def build_rag_system_without_passages(
     config: Config, *, with_generator: bool = True, reporter: Reporter | None = None
 ) -> RAGSystem:
-    """Load the models alone, for the server of a federation, which has no data.
-
-    Args:
-        config: A loaded config.
-        with_generator: Whether to load the generator.
-        reporter: Told what is being loaded.
-
-    Raises:
-        ModelError: A model is missing or broken.
-    """
+    """Load the models alone, for the server of a federation, which has no data; raises ModelError."""
     reporter = reporter or SilentReporter()
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
-    generator = _load_generator(config, reporter) if with_generator else None
-    store = InMemoryKnowledgeStore(retriever.device)
+    generator = _load_generator(config, reporter, with_generator)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
     return _assemble(config, retriever, store, generator)
 
 
 def build_knowledge_store(
-    retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
+    retriever: Retriever, nodes: Sequence[KnowledgeNode], reporter: Reporter, fingerprint: str | None = None
 ) -> InMemoryKnowledgeStore:
     """Encode passages into a new store that carries the fingerprints of encoder and corpus."""
-    store = InMemoryKnowledgeStore(retriever.device)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     with reporter.task("Encoding passages", len(nodes), "passage") as advance:
         store.add(nodes, retriever.encode_passages([node.text for node in nodes], advance))
     store.encoder_fingerprint = retriever.fingerprint()
-    store.corpus_fingerprint = corpus_fingerprint(nodes)
+    store.corpus_fingerprint = fingerprint or corpus_fingerprint(nodes)
     return store
 
 
@@ -186,44 +94,36 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
     return digest.hexdigest()
 
 
-def _assemble(
-    config: Config,
-    retriever: SentenceTransformerRetriever,
-    store: KnowledgeStore,
-    generator: CausalLMGenerator | None,
-) -> RAGSystem:
+def _assemble(config: Config, retriever: Retriever, store: KnowledgeStore, generator: Generator | None) -> RAGSystem:
     settings = config.rag_system
     temperature = settings.ensemble_temperature or ENSEMBLE_TEMPERATURE
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
 
 
-def load_retriever(config: Config, reporter: Reporter) -> SentenceTransformerRetriever:
+def load_retriever(config: Config, reporter: Reporter) -> Retriever:
     """Load the retriever that a config describes, and tell what there is to know about it."""
-    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
-    _tell(retriever.notes, reporter)
+    retriever: Retriever = build("retriever", config.rag_system.retriever, device=config.run.device)
+    for note in retriever.notes:
+        reporter.note(note)
     return retriever
 
 
-def _load_generator(config: Config, reporter: Reporter) -> CausalLMGenerator | None:
+def _load_generator(config: Config, reporter: Reporter, wanted: bool) -> Generator | None:
     settings = config.rag_system
-    if settings.generator is None:
+    if settings.generator is None or not wanted:
         return None
-    generator: CausalLMGenerator = build(
+    generator: Generator = build(
         "generator", settings.generator, prompt=settings.prompt, device=config.run.device, seed=config.run.seed
     )
-    _tell(generator.notes, reporter)
+    for note in generator.notes:
+        reporter.note(note)
     return generator
 
 
-def _tell(notes: Sequence[str], reporter: Reporter) -> None:
-    for note in notes:
-        reporter.note(note)
-
-
-def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> KnowledgeStore | None:
+def _open_store(config: Config, fingerprint: str, reporter: Reporter) -> KnowledgeStore | None:
     """Return the built store that a config names; None where there is none, so that the passages are to be encoded."""
     settings = config.rag_system.knowledge_store
-    store, place = open_store(settings, choose_device(config.run.device)), place_of(settings)
+    store, place = open_store(settings, choose_device(config.run.device)), settings.place
     # A filter may hide all passages of a store.
     if not len(store) and store.encoder_fingerprint is None:
         if place is not None:
@@ -232,7 +132,7 @@ def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Report
                 "'fedrag index CONFIG' keeps them there."
             )
         return None
-    if store.corpus_fingerprint != corpus_fingerprint(nodes):
+    if store.corpus_fingerprint != fingerprint:
         raise KnowledgeStoreError(
             f"The knowledge store in '{place}' was built from other passages than the corpus has now.",
             "Refresh it with 'fedrag index CONFIG'.",
@@ -242,10 +142,8 @@ def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Report
 
 def _check_top_k(config: Config, passages: int) -> None:
     wanted = {"rag_system.top_k": config.rag_system.top_k}
-    for side in ("retriever", "generator"):
-        top_k = getattr(getattr(config.trainer, side), "top_k", None)
-        if top_k is not None and config.trainer.mode in (side, "alternating"):
-            wanted[f"trainer.{side}.top_k"] = top_k
+    for side in tuned_sides(config):
+        wanted[f"trainer.{side}.top_k"] = getattr(getattr(config.trainer, side), "top_k", None) or 0
     for key, top_k in wanted.items():
         if top_k > passages:
             raise KnowledgeStoreError(

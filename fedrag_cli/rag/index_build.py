@@ -18,13 +18,12 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.rag.build import corpus_fingerprint, load_retriever
-from fedrag_cli.rag.config import MemoryStoreConfig
-from fedrag_cli.rag.index_convert import keep_store, require_place, store_report, write_store
-from fedrag_cli.rag.index_place import FULL, PreviousStore, open_previous, place_of
-from fedrag_cli.rag.index_resume import PartialIndex, partial_file
+from fedrag_cli.rag.config import KnowledgeStoreConfig
+from fedrag_cli.rag.index_convert import PreviousStore, open_previous, require_place, store_report, write_store
+from fedrag_cli.rag.index_resume import PartialIndex, partial_index
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.rag.retrievers.base import Retriever
 from fedrag_cli.runs.interrupt import terminable
 from fedrag_cli.runs.reporter import Reporter
 
@@ -36,23 +35,14 @@ class Changes:
     Args:
         reused: The positions of embeddings in the old store that stay right, by the rows of their passages.
         encoded: The rows of the passages that have to be encoded, ascending.
-        written: The rows of the passages that are new or differ in anything, ascending.
-        removed: The ids of the old store's passages that the corpus no longer has.
-        keeps_order: Whether the old passages that stay come first, in their old order.
+        removed: How many of the old store's passages the corpus no longer has.
+        only_appends: Whether the corpus is the old store's passages with others behind them.
     """
 
     reused: dict[int, int]
     encoded: list[int]
-    written: list[int]
-    removed: list[str]
-    keeps_order: bool
-
-    @property
-    def only_appends(self) -> bool:
-        """Whether the corpus is the old store's passages with others behind them."""
-        passages = len(self.reused) + len(self.encoded)
-        appended = range(passages - len(self.written), passages)
-        return self.keeps_order and not self.removed and self.written == list(appended)
+    removed: int
+    only_appends: bool
 
 
 def find_changes(old: Sequence[KnowledgeNode], nodes: Sequence[KnowledgeNode], *, reusable: bool) -> Changes:
@@ -68,11 +58,9 @@ def find_changes(old: Sequence[KnowledgeNode], nodes: Sequence[KnowledgeNode], *
     position_of_id = {node.id: position for position, node in enumerate(old)}
     position_of_text = {node.text: position for position, node in enumerate(old)} if reusable else {}
     reused: dict[int, int] = {}
-    encoded, written = [], []
+    encoded = []
     for row, node in enumerate(nodes):
         position = position_of_id.get(node.id)
-        if position is None or old[position] != node:
-            written.append(row)
         # The passage's own embedding first: that of the same text elsewhere may differ in its last bits.
         if position is None or old[position].text != node.text:
             position = position_of_text.get(node.text)
@@ -80,15 +68,8 @@ def find_changes(old: Sequence[KnowledgeNode], nodes: Sequence[KnowledgeNode], *
             reused[row] = position
         else:
             encoded.append(row)
-    ids = {node.id for node in nodes}
-    staying = [node.id for node in old if node.id in ids]
-    return Changes(
-        reused,
-        encoded,
-        written,
-        removed=[node.id for node in old if node.id not in ids],
-        keeps_order=staying == [node.id for node in nodes[: len(staying)]],
-    )
+    removed = len(position_of_id.keys() - {node.id for node in nodes})
+    return Changes(reused, encoded, removed, reusable and list(nodes[: len(old)]) == list(old))
 
 
 def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) -> dict[str, Any]:
@@ -116,22 +97,22 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     """
     settings = config.rag_system.knowledge_store
     require_place(settings)
-    path, place = _partial_file(config)
-    with terminable(), partial_file(path, place) as file:
+    path, place = _partial_folder(config)
+    with terminable(), partial_index(path, place, reporter) as partial:
         # Before anything is encoded, because a server may be out of reach, and a store damaged.
-        previous = open_previous(settings, reporter, rebuild=rebuild or file.holds_rebuild)
+        previous = open_previous(settings, reporter, rebuild=rebuild or partial.is_rebuild)
         nodes = load_corpus(config.dataset.corpus)
         started = time.monotonic()
         retriever = load_retriever(config, reporter)
         encoder = retriever.fingerprint()
         previous_encoder = previous.store.encoder_fingerprint if previous is not None else None
-        partial = file.begin(encoder, reporter, rebuild=rebuild)
+        partial.begin(encoder, reporter, rebuild=rebuild)
         if partial.is_rebuild and not rebuild:
             reporter.note(f"Going on with the rebuild that was interrupted; removing {path} would keep the old store.")
         changes = find_changes(
             previous.nodes if previous is not None else [],
             nodes,
-            reusable=not partial.is_rebuild and _is_reusable(previous, encoder, reporter),
+            reusable=not partial.is_rebuild and _is_reusable(previous, settings, encoder, reporter),
         )
         with _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path):
             missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
@@ -149,28 +130,34 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
         encoded=len(missing),
         resumed=len(changes.encoded) - len(missing),
         kept=len(changes.reused),
-        removed=len(changes.removed),
+        removed=changes.removed,
         truncated=lengths.truncated,
         truncated_share=round(lengths.share, 4),
         encoder_changed=previous is not None and previous_encoder != encoder,
     )
 
 
-def _is_reusable(previous: PreviousStore | None, encoder: str, reporter: Reporter) -> bool:
+def _is_reusable(
+    previous: PreviousStore | None, wanted: KnowledgeStoreConfig, encoder: str, reporter: Reporter
+) -> bool:
     """Return whether the old embeddings are those that the encoder gives, and say why where they are not."""
     if previous is None:
         return False
     if previous.store.encoder_fingerprint != encoder:
         reporter.note("The old knowledge store is of another encoder, so all passages are encoded anew.")
         return False
-    if not previous.has_digits:
-        reporter.note(f"The old knowledge store is rounded to {previous.held_as}, so all passages are encoded anew.")
-    elif previous.came_as is not None:
+    if previous.number_format not in ("float32", wanted.number_format):
         reporter.note(
-            f"The old embeddings were rounded to {previous.came_as} before they were moved there, and stay so; "
+            f"The old knowledge store is rounded to {previous.number_format}, so all passages are encoded anew."
+        )
+        return False
+    rounded_to = previous.store.rounded_to
+    if rounded_to not in (None, wanted.number_format):
+        reporter.note(
+            f"The old embeddings were rounded to {rounded_to} before they were moved there, and stay so; "
             "--rebuild encodes them with all digits."
         )
-    return previous.has_digits
+    return True
 
 
 @contextmanager
@@ -187,9 +174,7 @@ def _told_how_to_go_on(nodes: Sequence[KnowledgeNode], partial: PartialIndex, pa
         ) from error
 
 
-def _encode(
-    retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], partial: PartialIndex, reporter: Reporter
-) -> None:
+def _encode(retriever: Retriever, nodes: Sequence[KnowledgeNode], partial: PartialIndex, reporter: Reporter) -> None:
     if not nodes:
         return
     if len(partial):
@@ -211,39 +196,27 @@ class _Update:
     dimension: int
     encoder: str
 
-    def write(self, settings: Any) -> tuple[KnowledgeStore, KnowledgeStore]:
+    def write(self, settings: KnowledgeStoreConfig) -> tuple[KnowledgeStore, KnowledgeStore]:
         """Write the store in the quickest way that gives the corpus's order; return it and what it was made of."""
-        corpus = corpus_fingerprint(self.nodes)
-        if self.previous is not None and self._may_change(self.previous):
-            store, changes = self.previous.store, self.changes
-            if store.encoder_fingerprint == self.encoder and store.corpus_fingerprint == corpus and not changes.encoded:
-                keep_store(store, settings)
+        corpus, changes = corpus_fingerprint(self.nodes), self.changes
+        store = self.previous.store if self.previous is not None and changes.reused else None
+        if store is not None and self.previous is not None and self.previous.is_as_wanted:
+            if store.corpus_fingerprint == corpus and not changes.encoded:
+                store.refresh_place(settings)
                 return store, store
-            # A store that builds its index anew at a change had better do so once than twice.
-            if settings.path is not None and (store.changes_cheaply or changes.only_appends):
-                self._change(store, corpus)
-                store.save_changes(Path(settings.path))
+            # A store that builds its index anew at any other change had better do so once than twice.
+            if settings.folder is not None and changes.only_appends:
+                fresh = range(len(store), len(self.nodes))
+                store.add(self.nodes[len(store) :], self._embeddings(fresh))
+                store.corpus_fingerprint = corpus
+                store.save(settings.folder)
                 return store, store
-        # What is rounded already stays so, and must not pass for the full digits when the loss by rounding is measured.
-        rounded = self.previous.held_as if self.previous is not None and self.changes.reused else None
-        source = InMemoryKnowledgeStore(config=MemoryStoreConfig(dtype=rounded or FULL))
+        source = InMemoryKnowledgeStore()
         source.add(self.nodes, self._embeddings(range(len(self.nodes))))
-        if self.previous is not None and self.changes.reused:
-            source.rounded_to = self.previous.store.rounded_to
         source.encoder_fingerprint, source.corpus_fingerprint = self.encoder, corpus
+        # What is rounded already stays so, and must not pass for the full digits when the loss by rounding is measured.
+        source.rounded_to = store.rounded_to if store is not None else None
         return write_store(source, settings), source
-
-    def _may_change(self, previous: PreviousStore) -> bool:
-        return previous.is_as_wanted and self.changes.keeps_order and bool(self.changes.reused)
-
-    def _change(self, store: KnowledgeStore, corpus: str) -> None:
-        rows = sorted({*self.changes.written, *self.changes.encoded})
-        # Before the deletion, which moves what lies behind it to other positions.
-        embeddings = self._embeddings(rows)
-        store.delete(self.changes.removed)
-        if rows:
-            store.add([self.nodes[row] for row in rows], embeddings)
-        store.encoder_fingerprint, store.corpus_fingerprint = self.encoder, corpus
 
     def _embeddings(self, rows: Sequence[int]) -> Tensor:
         embeddings = torch.empty(len(rows), self.dimension)
@@ -255,13 +228,12 @@ class _Update:
         return embeddings
 
 
-def _partial_file(config: Config) -> tuple[Path, Path]:
-    """Return the file of what is encoded before the store is whole, and the place that errors of writing name."""
+def _partial_folder(config: Config) -> tuple[Path, Path]:
+    """Return the folder of what is encoded before the store is whole, and the place that errors of writing name."""
     settings = config.rag_system.knowledge_store
-    if settings.path is not None:
-        place = Path(settings.path)
-        return place.with_name(f".{place.name}.partial"), place
+    if settings.folder is not None:
+        return settings.folder.with_name(f".{settings.folder.name}.partial"), settings.folder
     # A server has no folder here.
     output = Path(config.run.output_dir)
-    name = hashlib.blake2b(str(place_of(settings)).encode(), digest_size=4).hexdigest()
+    name = hashlib.blake2b(str(settings.place).encode(), digest_size=4).hexdigest()
     return output / f".index-{name}.partial", output

@@ -1,28 +1,90 @@
-"""Writing a built knowledge store to where a config wants it, of whichever type."""
+"""Opening the knowledge store that a config names, and writing one there, of whichever type."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fedrag_cli.config import Config
+from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
-from fedrag_cli.rag.index_place import (
-    FULL,
-    open_previous,
-    open_store,
-    place_of,
-    require_named_place,
-    require_own_folder,
-)
+from fedrag_cli.rag.config import KnowledgeStoreConfig
+from fedrag_cli.rag.index_place import require_named_place, require_own_folder, settings_as_built
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.knowledge_stores.store_files import sentence
 from fedrag_cli.registry import build
+from fedrag_cli.runs.files import restore_interrupted
 from fedrag_cli.runs.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class PreviousStore:
+    """What a place holds that is to be indexed anew.
+
+    Args:
+        store: The store, with all its passages.
+        nodes: The passages, in the order of their positions.
+        is_as_wanted: Whether the config wants it of this type and with these settings, so that it may stay.
+        number_format: The format that it rounds embeddings to.
+    """
+
+    store: KnowledgeStore
+    nodes: list[KnowledgeNode]
+    is_as_wanted: bool
+    number_format: str
+
+
+def open_store(config: KnowledgeStoreConfig, device: torch.device | str = "cpu") -> KnowledgeStore:
+    """Open the store that a config names, or start an empty one where there is none yet.
+
+    Args:
+        config: The settings of the store.
+        device: Where embeddings and the results of searches are put.
+
+    Raises:
+        ConnectionFailedError: Its server cannot be reached, or refuses the key.
+        KnowledgeStoreError: It is damaged, or was built with other settings.
+    """
+    if config.folder is not None:
+        restore_interrupted(config.folder)
+    store: KnowledgeStore = build("knowledge_store", config, device=device)
+    return store
+
+
+def open_previous(config: KnowledgeStoreConfig, reporter: Reporter, *, rebuild: bool) -> PreviousStore | None:
+    """Open the store at the place that a config names, of whichever type and with whichever settings it was built.
+
+    Args:
+        config: The settings of the store that is wanted.
+        reporter: Told of a store that cannot be opened, where it is to be built anew.
+        rebuild: Whether it is to be built anew.
+
+    Returns:
+        The store; None where there is none, where it is empty, or where it cannot be opened and is built anew.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The store is damaged, and not to be built anew.
+    """
+    wanted = config.unfiltered()
+    if wanted.folder is not None:
+        restore_interrupted(wanted.folder)
+        if not wanted.folder.exists() or (wanted.folder.is_dir() and not any(wanted.folder.iterdir())):
+            return None
+    try:
+        found = settings_as_built(wanted)
+        store = open_store(found)
+        # Here, because passages that were left on disk may turn out to be damaged when they are read.
+        nodes = store.nodes
+    except (KnowledgeStoreError, ConfigError) as error:
+        if not rebuild:
+            raise
+        reporter.note(f"{sentence(error.message)} It is built anew.")
+        return None
+    return PreviousStore(store, nodes, found == wanted, found.number_format) if nodes else None
 
 
 def move_index(config: Config, target: Config, reporter: Reporter, *, replace: bool = False) -> dict[str, Any]:
@@ -50,12 +112,12 @@ def move_index(config: Config, target: Config, reporter: Reporter, *, replace: b
     reporter.note("Opening the knowledge store")
     store = open_store(source)
     if not len(store):
-        missing = f"There is no knowledge store at {place_of(source)} yet."
+        missing = f"There is no knowledge store at {source.place} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
     if not replace:
         _require_same_passages(wanted, store, place, reporter)
     reporter.note(f"Writing {len(store)} passages to {place}")
-    if store.rounded_to is not None and store.rounded_to != getattr(wanted, "dtype", FULL):
+    if store.rounded_to is not None and store.rounded_to != wanted.number_format:
         reporter.note(
             f"The embeddings were rounded to {store.rounded_to} and stay so; "
             "'fedrag index OTHER_CONFIG --rebuild' encodes them with all digits."
@@ -63,7 +125,7 @@ def move_index(config: Config, target: Config, reporter: Reporter, *, replace: b
     return store_report(write_store(store, wanted), store, wanted, started)
 
 
-def _require_same_passages(wanted: Any, store: KnowledgeStore, place: str, reporter: Reporter) -> None:
+def _require_same_passages(wanted: KnowledgeStoreConfig, store: KnowledgeStore, place: str, reporter: Reporter) -> None:
     """Refuse a place that holds a store of other passages than the one that is moved there, or one without saying."""
     hint = "Name another place in OTHER_CONFIG, or add --replace to put the moved store there all the same."
     try:
@@ -75,14 +137,14 @@ def _require_same_passages(wanted: Any, store: KnowledgeStore, place: str, repor
 
 
 def store_report(
-    written: KnowledgeStore, source: KnowledgeStore, config: Any, started: float, **counts: float
+    written: KnowledgeStore, source: KnowledgeStore, config: KnowledgeStoreConfig, started: float, **counts: float
 ) -> dict[str, Any]:
     """Return what there is to say of a store that was written.
 
     Args:
         written: The store at its place; a filter may hide a part of it.
         source: What it was made of, all of it; or the same store.
-        config: The config dataclass that names the place.
+        config: The settings that name the place.
         started: When the work began, by `time.monotonic()`.
         counts: Further numbers about the passages.
     """
@@ -90,7 +152,7 @@ def store_report(
     if source.rounded_to is not None and about.get("dtype") != source.rounded_to:
         about["rounded_to"] = source.rounded_to
     return {
-        "path": place_of(config),
+        "path": config.place,
         "type": config.type,
         "passages": len(source),
         **counts,
@@ -102,63 +164,24 @@ def store_report(
     }
 
 
-def write_store(store: KnowledgeStore, config: Any) -> KnowledgeStore:
-    """Write a store to the place that a store's config names, in the place of an old one.
-
-    Args:
-        store: What to write.
-        config: The config dataclass of the store that is wanted; its type may be another.
-
-    Returns:
-        The store that was written.
-    """
-    if getattr(config, "url", None) is not None:
-        from fedrag_cli.rag.knowledge_stores.qdrant_store import publish
-
-        return publish(store, config)
-    path = require_place(config)
-    # A filter restricts searches, not what is kept.
-    kept = dataclasses.replace(config, filter={}) if getattr(config, "filter", None) else config
-    converted = converted_store(store, kept)
-    converted.save(Path(path))
-    return converted
+def write_store(store: KnowledgeStore, config: KnowledgeStoreConfig) -> KnowledgeStore:
+    """Write a store of any type to the place that a config names, in the place of an old one; return what is there."""
+    return _empty_store(config.unfiltered()).publish(store, config)
 
 
-def keep_store(store: KnowledgeStore, config: Any) -> None:
-    """Leave an unchanged store at its place, but for what makes later uses of it quicker.
-
-    Args:
-        store: The store as it was opened there.
-        config: The config dataclass that names the place.
-    """
-    if config.path is not None and store.is_worth_writing:
-        store.save(Path(config.path))
-    if getattr(config, "url", None) is not None and config.filter:
-        from fedrag_cli.rag.knowledge_stores.qdrant_store import index_filter
-
-        index_filter(config)
-
-
-def converted_store(store: KnowledgeStore, config: Any, device: torch.device | str = "cpu") -> KnowledgeStore:
+def converted_store(
+    store: KnowledgeStore, config: KnowledgeStoreConfig, device: torch.device | str = "cpu"
+) -> KnowledgeStore:
     """Return a store of the type and number format that a config names with the passages of another, in memory."""
-    # An empty store of the right type; what its place holds is not looked at.
-    changes = {name: None for name in ("path", "url") if getattr(config, name, None) is not None}
-    empty: KnowledgeStore = build("knowledge_store", dataclasses.replace(config, **changes), device=device)
-    held_as = store.dtype if isinstance(store, InMemoryKnowledgeStore) else None
-    if isinstance(empty, InMemoryKnowledgeStore) and empty.dtype == held_as:
-        return store
-    if len(store):
-        embeddings = store.embeddings
-        empty.add(store.nodes, embeddings)
-        # What is rounded already cannot tell how much rounding costs.
-        if isinstance(empty, InMemoryKnowledgeStore) and store.rounded_to is None:
-            empty.measure_recall(embeddings)
-        empty.rounded_to = store.rounded_to or empty.rounded_to
-    empty.encoder_fingerprint, empty.corpus_fingerprint = store.encoder_fingerprint, store.corpus_fingerprint
-    return empty
+    return _empty_store(config, device).filled_from(store)
 
 
-def require_place(config: Any) -> str:
+def _empty_store(config: KnowledgeStoreConfig, device: torch.device | str = "cpu") -> KnowledgeStore:
+    """Return an empty store of the type that a config names; what its place holds is not looked at."""
+    return open_store(config.unplaced(), device)
+
+
+def require_place(config: KnowledgeStoreConfig) -> str:
     """Return the place of a store after checking that writing there would destroy nothing else.
 
     Raises:
@@ -168,8 +191,5 @@ def require_place(config: Any) -> str:
     """
     place = require_named_place(config)
     require_own_folder(config)
-    if getattr(config, "url", None) is not None:
-        from fedrag_cli.rag.knowledge_stores.qdrant_store import require_own_collection
-
-        require_own_collection(config)
+    _empty_store(config).require_own_place(config)
     return place

@@ -1,7 +1,6 @@
-"""What an unfinished `fedrag index` has encoded already, in a file that only grows.
+"""What an unfinished `fedrag index` has encoded already, in a folder with a safetensors file for each batch.
 
-The file begins with a line of JSON that names the encoder. A chunk follows for each batch: how many passages, their
-keys, their embeddings, and a checksum over all this. What a kill or a full disk leaves of a chunk is dropped.
+Each file is written under another name and then renamed, so that a kill leaves all of it or nothing.
 """
 
 from __future__ import annotations
@@ -9,46 +8,52 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.runs.files import lock, os_errors
+from fedrag_cli.runs.files import discard, lock, os_errors
 from fedrag_cli.runs.reporter import Reporter
 
-FORMAT = "fedrag-partial-index-1"
-_CHUNK = struct.Struct("<4sII")
-_MARK = b"part"
-_DIGEST_BYTES = 16
+FORMAT = "fedrag-partial-index-2"
+LOCK_FILE = "lock"
+_KEY_BYTES = 16
 
 
 class PartialIndex:
     """Embeddings of passages by what the passages are.
 
     Args:
-        file: The file, open for reading and appending without a buffer, behind its first line.
+        folder: Where the files are.
         place: What errors of writing name.
-        is_rebuild: Whether all passages are to be encoded, whatever a store holds.
     """
 
-    def __init__(self, file: FileIO, place: Path | str, *, is_rebuild: bool) -> None:
-        """Read the chunks that are whole, and cut off the rest."""
-        self._file, self._place, self.is_rebuild = file, place, is_rebuild
-        self._parts: list[Tensor] = []
-        self._place_of: dict[bytes, tuple[int, int]] = {}
-        end = file.tell()
-        while chunk := _read_chunk(file):
-            self._take(*chunk)
-            end = file.tell()
-        file.truncate(end)
+    def __init__(self, folder: Path, place: Path) -> None:
+        """Read what is there; what cannot be read is encoded again."""
+        self._folder, self._place = folder, place
+        self._encoder: str | None = None
+        self.is_rebuild = False
+        """Whether all passages are to be encoded, whatever a store holds."""
+        self._clear()
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    about = shard.metadata() or {}
+                    if about.get("format") != FORMAT:
+                        continue
+                    keys, embeddings = shard.get_tensor("keys"), shard.get_tensor("embeddings")
+            except (SafetensorError, OSError):
+                continue
+            self._encoder, self.is_rebuild = about["encoder"], about["rebuild"] == "yes"
+            self._take([bytes(key) for key in keys.numpy()], embeddings)
 
     def __len__(self) -> int:
         """Return the number of passages."""
@@ -57,6 +62,54 @@ class PartialIndex:
     def __contains__(self, node: KnowledgeNode) -> bool:
         """Return whether a passage is encoded already."""
         return _key(node) in self._place_of
+
+    def begin(self, encoder: str, reporter: Reporter, *, rebuild: bool) -> None:
+        """Go on with what is encoded already, or discard what does not fit.
+
+        A rebuild that was interrupted stays one; a rebuild takes over only what another one has encoded.
+
+        Args:
+            encoder: The fingerprint of the encoder.
+            reporter: Told what is discarded.
+            rebuild: Whether a rebuild is asked for.
+
+        Raises:
+            FedRAGError: A file cannot be removed.
+        """
+        if len(self) and self._encoder == encoder and (self.is_rebuild or not rebuild):
+            return
+        if len(self):
+            why = "is of another encoder" if self._encoder != encoder else "does not belong to a rebuild"
+            reporter.note(f"What an unfinished index has encoded {why} and is discarded.")
+        with os_errors(self._place):
+            for file in self._folder.glob("*.safetensors*"):
+                file.unlink()
+        self._clear()
+        self._encoder, self.is_rebuild = encoder, rebuild
+
+    def append(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
+        """Write the embeddings of a batch; when this returns, a kill no longer loses them.
+
+        Args:
+            nodes: The passages.
+            embeddings: float32 tensor of shape (len(nodes), dimension), on the CPU.
+
+        Raises:
+            FedRAGError: The disk is full, or the file cannot be written.
+        """
+        keys = [_key(node) for node in nodes]
+        # No passage is encoded twice, so that no other batch begins with this one.
+        file = self._folder / f"{keys[0].hex()}.safetensors"
+        tensors = {
+            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, _KEY_BYTES),
+            "embeddings": embeddings.contiguous(),
+        }
+        about = {"format": FORMAT, "encoder": self._encoder or "", "rebuild": "yes" if self.is_rebuild else "no"}
+        with os_errors(self._place):
+            temporary = file.with_name(f"{file.name}.tmp")
+            save_file(tensors, temporary, about)
+            temporary.replace(file)
+        self._take(keys, embeddings)
 
     def copy_embeddings(self, nodes: Mapping[int, KnowledgeNode], target: Tensor) -> None:
         """Copy the embeddings of passages.
@@ -72,135 +125,62 @@ class PartialIndex:
         for number, pairs in rows_of_part.items():
             target[[row for row, _ in pairs]] = self._parts[number][[position for _, position in pairs]]
 
-    def append(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
-        """Write the embeddings of a batch; when this returns, a kill no longer loses them.
-
-        Args:
-            nodes: The passages.
-            embeddings: float32 tensor of shape (len(nodes), dimension), on the CPU.
-
-        Raises:
-            FedRAGError: The disk is full, or the file cannot be written.
-        """
-        keys = [_key(node) for node in nodes]
-        content = _CHUNK.pack(_MARK, *embeddings.shape) + b"".join(keys) + embeddings.contiguous().numpy().tobytes()
-        with os_errors(self._place):
-            _write_all(self._file, content + _digest(content))
-        self._take(keys, embeddings)
+    def _clear(self) -> None:
+        self._parts: list[Tensor] = []
+        self._place_of: dict[bytes, tuple[int, int]] = {}
 
     def _take(self, keys: Sequence[bytes], embeddings: Tensor) -> None:
-        number = len(self._parts)
+        self._place_of.update((key, (len(self._parts), position)) for position, key in enumerate(keys))
         self._parts.append(embeddings)
-        self._place_of.update((key, (number, position)) for position, key in enumerate(keys))
-
-
-class PartialFile:
-    """The locked file of a partial index, of which nothing has been read yet.
-
-    Args:
-        file: The file, open for reading and appending without a buffer.
-        place: What errors of writing name.
-    """
-
-    def __init__(self, file: FileIO, place: Path | str) -> None:
-        """Keep the file for `begin`."""
-        self._file, self._place = file, place
-        self._begun: PartialIndex | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no passage is lost with the file."""
-        return not (self._size if self._begun is None else len(self._begun))
-
-    @property
-    def holds_rebuild(self) -> bool:
-        """Whether a rebuild was interrupted that has begun the file."""
-        about, end = self._beginning()
-        return bool(about.get("rebuild")) and self._size > end
-
-    @property
-    def _size(self) -> int:
-        return Path(self._file.name).stat().st_size
-
-    def begin(self, encoder: str, reporter: Reporter, *, rebuild: bool) -> PartialIndex:
-        """Read what is encoded already, or start anew.
-
-        A rebuild that was interrupted stays one; a rebuild takes over only what another one has encoded.
-
-        Args:
-            encoder: The fingerprint of the encoder; what another one has encoded is discarded.
-            reporter: Told what is discarded.
-            rebuild: Whether a rebuild is asked for.
-
-        Raises:
-            FedRAGError: The file cannot be written.
-        """
-        with os_errors(self._place):
-            about, _ = self._beginning()
-            is_rebuild = bool(about.get("rebuild"))
-            fits = about.get("format") == FORMAT and about.get("encoder") == encoder and (is_rebuild or not rebuild)
-            found = PartialIndex(self._file, self._place, is_rebuild=is_rebuild) if fits else None
-            if found is None or (not len(found) and is_rebuild != rebuild):
-                if about and not fits:
-                    why = "is of another encoder" if about.get("encoder") != encoder else "does not belong to a rebuild"
-                    reporter.note(f"What an unfinished index has encoded {why} and is discarded.")
-                found = self._started_anew(encoder, rebuild=rebuild)
-            self._begun = found
-        return found
-
-    def _beginning(self) -> tuple[dict[str, object], int]:
-        """Return what the first line says, and where it ends; the file is left there."""
-        self._file.seek(0)
-        line = self._file.readline()
-        try:
-            about = json.loads(line) if line.endswith(b"\n") else {}
-        except ValueError:
-            about = {}
-        return about if isinstance(about, dict) else {}, len(line)
-
-    def _started_anew(self, encoder: str, *, rebuild: bool) -> PartialIndex:
-        self._file.truncate(0)
-        self._file.seek(0)
-        about = {"format": FORMAT, "encoder": encoder, "rebuild": rebuild}
-        _write_all(self._file, json.dumps(about).encode() + b"\n")
-        return PartialIndex(self._file, self._place, is_rebuild=rebuild)
 
 
 @contextmanager
-def partial_file(path: Path, place: Path | str) -> Iterator[PartialFile]:
-    """Lock the file of a place's partial index; it is removed when the enclosed code has ended well.
+def partial_index(folder: Path, place: Path, reporter: Reporter) -> Iterator[PartialIndex]:
+    """Lock the folder of a place's partial index; it is removed when the enclosed code has ended well.
 
     Args:
-        path: The file; missing parent folders are made, and removed again where nothing came of it.
+        folder: The folder; missing parents are made, and removed again where nothing came of it.
         place: What errors of writing name.
+        reporter: Told what an earlier version has left that is discarded.
 
     Yields:
-        The file; no other process can have it meanwhile.
+        What is encoded already; no other process can have it meanwhile.
 
     Raises:
         FedRAGError: It cannot be written.
         KnowledgeStoreError: Another process has it.
     """
-    made = [folder for folder in path.parents if not folder.exists()]
+    made = [parent for parent in folder.parents if not parent.exists()]
     with os_errors(place):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(path, place)
+        if folder.is_file():
+            reporter.note(
+                "What an earlier version of fedrag has encoded of an unfinished index is discarded; "
+                "where it was a rebuild, --rebuild begins it anew."
+            )
+            folder.unlink()
+        file = _open_locked(folder, place)
     with file:
-        partial = PartialFile(file, place)
+        partial = PartialIndex(folder, place)
         try:
             yield partial
         except BaseException:
-            if partial.is_empty:
-                path.unlink(missing_ok=True)
+            if not len(partial):
+                discard(folder, folder)
                 _remove_empty(made)
             raise
         with os_errors(place):
-            path.unlink(missing_ok=True)
+            discard(folder, folder)
 
 
-def _open_locked(path: Path, place: Path | str) -> FileIO:
+def _open_locked(folder: Path, place: Path) -> FileIO:
+    path = folder / LOCK_FILE
     while True:
-        file = FileIO(path, "a+")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = FileIO(path, "a+")
+        except FileNotFoundError:
+            # A build that ended has removed the folder since.
+            continue
         try:
             lock(file)
         except BlockingIOError as error:
@@ -208,7 +188,7 @@ def _open_locked(path: Path, place: Path | str) -> FileIO:
             raise KnowledgeStoreError(
                 f"Another process is building the knowledge store for {place}.", "Wait for it or stop it."
             ) from error
-        # A build that ended between the two calls has removed the file, and the next would lock another one.
+        # The same may have happened before the file was locked, and the next build would lock another one.
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             return file
         file.close()
@@ -220,40 +200,6 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _read_chunk(file: FileIO) -> tuple[list[bytes], Tensor] | None:
-    head = file.read(_CHUNK.size)
-    if len(head) < _CHUNK.size:
-        return None
-    mark, count, dimension = _CHUNK.unpack(head)
-    size = count * (_DIGEST_BYTES + 4 * dimension)
-    if mark != _MARK or size > Path(file.name).stat().st_size:
-        return None
-    body, digest = _read_all(file, size), file.read(_DIGEST_BYTES)
-    if digest != _digest(head + body):
-        return None
-    keys = [body[row * _DIGEST_BYTES : (row + 1) * _DIGEST_BYTES] for row in range(count)]
-    numbers = np.frombuffer(body, dtype="<f4", offset=count * _DIGEST_BYTES)
-    return keys, torch.from_numpy(numbers.reshape(count, dimension).copy())
-
-
-def _read_all(file: FileIO, size: int) -> bytes:
-    parts = []
-    while size and (part := file.read(size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def _write_all(file: FileIO, content: bytes) -> None:
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
 def _key(node: KnowledgeNode) -> bytes:
     # Texts of data sets hold lone surrogates now and then.
-    return _digest(json.dumps([node.id, node.text]).encode())
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(json.dumps([node.id, node.text]).encode(), digest_size=_KEY_BYTES).digest()

@@ -25,15 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @contextmanager
 def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
-    """Turn what the model libraries raise while loading into a ModelError.
-
-    Args:
-        location: The model that is being loaded.
-        what: `retriever`, `generator` or `adapter`, for the message.
-
-    Raises:
-        ModelError: The enclosed code fails, or the model needs code of its own, which it may not run.
-    """
+    """Turn what the model libraries raise while they load a retriever, generator or adapter into a ModelError."""
     try:
         yield
     except (FedRAGError, MemoryError):
@@ -113,31 +105,19 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def require_bfloat16(device: torch.device, setting: str) -> None:
-    """Raise ModelError where a GPU has no bfloat16; every CPU computes it, if slowly.
-
-    Args:
-        device: Where the model will run.
-        setting: The config key that asks for bfloat16, for the message.
-    """
-    there = {
-        "cuda": lambda: has_fast_bfloat16(device),
-        "mps": lambda: bool(torch.backends.mps.is_macos_or_newer(14, 0)),
-    }
-    if device.type in there and not there[device.type]():
+    """Raise ModelError, which names the setting, where a GPU has no bfloat16; every CPU computes it, if slowly."""
+    missing = (device.type == "cuda" and not has_fast_bfloat16(device)) or (
+        device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
+    )
+    if missing:
         raise ModelError(f"{setting} is bfloat16, which the device '{device}' does not have.", "Set it to float32.")
 
 
 def choose_dtype(dtype: str, device: torch.device, *, small: bool, setting: str) -> torch.dtype:
-    """Return the number format of the weights.
-
-    Args:
-        dtype: The config value.
-        device: Where the model will run.
-        small: Whether the model is small enough that `auto` keeps float32 everywhere (encoders are).
-        setting: The config key of `dtype`, for the message.
+    """Return the number format of the weights that a config value means; `small` models keep float32 with `auto`.
 
     Raises:
-        ModelError: The device does not have the format.
+        ModelError: The device does not have the format; `setting` names its config key.
     """
     if dtype == "bfloat16":
         require_bfloat16(device, setting)
@@ -199,11 +179,6 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def placement_options(config: CausalLMConfig, location: ModelLocation, device: torch.device) -> dict[str, Any]:
     """Return what `from_pretrained` needs to place the weights itself; nothing where the whole model is moved later.
 
-    Args:
-        config: The generator's settings.
-        location: Where the model is.
-        device: The device for a model that is on one.
-
     Raises:
         ConfigError: The package for quantization is missing, the model is a GGUF file, or several processes would take
             all GPUs each.
@@ -217,20 +192,26 @@ def placement_options(config: CausalLMConfig, location: ModelLocation, device: t
             )
         options["device_map"] = config.device_map
     if config.quantization is not None:
-        _require_quantization(location)
+        if location.gguf_file is not None:
+            raise ConfigError(
+                f"The GGUF file '{location.reference}' cannot be loaded with rag_system.generator.quantization, "
+                "because transformers turns it into plain weights.",
+                "Remove quantization, or give the model in safetensors.",
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "rag_system.generator.quantization needs the package bitsandbytes, which is not installed.",
+                "Install it with: pip install 'fedrag-cli[quantization]'",
+            )
         options["quantization_config"] = quantization_config(config.quantization, device)
         options.setdefault("device_map", {"": device})
     return options
 
 
 def quantization_config(quantization: str, device: torch.device) -> BitsAndBytesConfig:
-    """Return the settings of bitsandbytes.
+    """Return the settings of bitsandbytes; products are computed in bfloat16 where the device has it in hardware.
 
     Source: LLM.int8() (arXiv 2208.07339) for 8bit; QLoRA (arXiv 2305.14314, section 3) for 4bit.
-
-    Args:
-        quantization: `8bit` or `4bit`.
-        device: Where the model will run; products are computed in bfloat16 where it has that in hardware.
     """
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -243,15 +224,7 @@ def quantization_config(quantization: str, device: torch.device) -> BitsAndBytes
 
 
 def settled(model: Any, location: ModelLocation) -> Any:
-    """Return a model that `from_pretrained` has placed, after a look at where its weights are.
-
-    Args:
-        model: The model.
-        location: Where it came from, for the message.
-
-    Raises:
-        ModelError: A part of it did not fit on the GPUs.
-    """
+    """Return a model that `from_pretrained` has placed; raise ModelError where a part did not fit on the GPUs."""
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     # What accelerate keeps in main memory or on disk has no weights to train, to save or to take a fingerprint of.
     if len(places) > 1 and places & {"cpu", "disk"}:
@@ -275,17 +248,3 @@ def placement_note(config: CausalLMConfig, model: Any) -> str:
     names = dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in placed.values())
     reason = ", because the process sees no GPU" if set(names) == {"cpu"} else ""
     return f"device_map: {config.device_map} has put the generator on {' and '.join(names)}{reason}."
-
-
-def _require_quantization(location: ModelLocation) -> None:
-    if location.gguf_file is not None:
-        raise ConfigError(
-            f"The GGUF file '{location.reference}' cannot be loaded with rag_system.generator.quantization, because "
-            "transformers turns it into plain weights.",
-            "Remove quantization, or give the model in safetensors.",
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "rag_system.generator.quantization needs the package bitsandbytes, which is not installed.",
-            "Install it with: pip install 'fedrag-cli[quantization]'",
-        )

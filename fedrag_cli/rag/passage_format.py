@@ -43,19 +43,14 @@ class _Part:
 
 @dataclass
 class _Line:
-    """A line of the template, or a tag with attributes: its parts, and the texts before, between and after them.
-
-    Args:
-        texts: One more than there are parts.
-        parts: The parts.
-        is_tag: Whether it is a tag, which stays without its empty attributes.
-        opens: Whether the line has such a tag that a later line closes.
-    """
+    """A line of the template, or a tag with attributes: its parts, and the texts before, between and after them."""
 
     texts: list[str]
     parts: list[_Part] = dataclass_field(default_factory=list)
     is_tag: bool = False
+    """Whether it is a tag, which stays without its empty attributes."""
     opens: bool = False
+    """Whether the line has such a tag that a later line closes."""
 
     def fields(self) -> Iterator[_Field]:
         """Yield the fields from left to right."""
@@ -79,16 +74,13 @@ class PassageFormat:
     def require_fields(self, passages: Iterable[KnowledgeNode]) -> None:
         """Note which of the template's fields there are; what some passage has may be absent from others.
 
-        Args:
-            passages: They are looked at only until all fields are found.
-
         Raises:
             DataError: The template names a field that none of these passages has, nor one of an earlier call.
         """
         first = None
         for passage in passages if self._unseen else ():
             first = first or passage
-            self._unseen = [name for name in self._unseen if not _has(name, _values(passage))]
+            self._unseen = [name for name in self._unseen if _is_absent(name, _values(passage))]
             if not self._unseen:
                 return
         if first is not None:
@@ -99,11 +91,7 @@ class PassageFormat:
             )
 
     def write(self, passage: KnowledgeNode, as_text: Callable[[str], str] = str) -> str:
-        """Return the text of one passage.
-
-        Args:
-            passage: The passage.
-            as_text: Applied to the text of each field.
+        """Return the text of one passage, with `as_text` applied to the text of each field.
 
         Raises:
             DataError: A value does not take the format that the template gives it.
@@ -253,12 +241,12 @@ def _value(name: str, values: Mapping[str, Any]) -> Any:
         return _ABSENT
 
 
-def _has(name: str, values: Mapping[str, Any]) -> bool:
+def _is_absent(name: str, values: Mapping[str, Any]) -> bool:
     try:
-        return _value(name, values) is not _ABSENT
+        return _value(name, values) is _ABSENT
     except (AttributeError, TypeError):
         # `write` says what is wrong with it.
-        return True
+        return False
 
 
 def _text(field: _Field, values: Mapping[str, Any]) -> str:

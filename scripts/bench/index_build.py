@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 
 from fedrag_cli.config import load_config
 from fedrag_cli.rag.index_build import build_index
-from fedrag_cli.rag.index_place import open_store
+from fedrag_cli.rag.index_convert import open_store
 from fedrag_cli.rag.models import locate_model
 from fedrag_cli.runs.reporter import Advance, SilentReporter
 

@@ -381,3 +381,17 @@ def test_questions_without_a_corpus_are_evaluated_without_context(
     assert set(found["metrics"]) == {"exact_match", "f1"}
     assert main(["evaluate", str(config), "evaluation.context=none", "evaluation.metrics=[mrr]"]) == 2
     assert "mrr needs evaluation.context: retrieved" in capsys.readouterr().err
+
+
+def test_cutoffs_beyond_the_depth_are_honoured(write_config: Callable[..., Path], capsys: Any) -> None:
+    config = str(write_config())
+
+    def measure(depth: int) -> dict[str, float]:
+        arguments = [f"evaluation.depth={depth}", "evaluation.metrics=[mrr,recall@24]"]
+        assert main(["evaluate", config, "--json", *arguments]) == 0
+        metrics = json.loads(capsys.readouterr().out)["metrics"]
+        return {name: value["mean"] for name, value in metrics.items()}
+
+    shallow, deep = measure(1), measure(24)
+    assert shallow["recall@24"] == deep["recall@24"] == 1.0
+    assert shallow["mrr"] < deep["mrr"]

@@ -322,3 +322,28 @@ def test_a_damaged_record_of_the_environment_is_told(
     run.update_manifest(outside=damaged)
     with pytest.raises(DataError, match="its section 'outside' is damaged"):
         run.require_same_outside({})
+
+
+def test_a_run_whose_model_has_changed_is_not_resumed(
+    write_config: Callable[..., Path], models: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    model = tmp_path / "retriever"
+    shutil.copytree(models["retriever"], model)
+    config = write_config(
+        rag_system={"retriever": {"model": str(model)}, "generator": {"model": str(models["generator"])}}
+    )
+    assert main(["train", str(config), "--json"]) == 0
+    run = Path(json.loads(capsys.readouterr().out)["run_dir"])
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    shutil.rmtree(model)
+    shutil.copytree(models["other_retriever"], model)
+    assert main(["resume", str(run)]) == 1
+    assert "The base models of this run have changed since it started: retriever" in capsys.readouterr().err
+
+
+def test_a_run_fixes_its_models(write_config: Callable[..., Path], models: dict[str, Path], capsys: Any) -> None:
+    assert main(["train", str(write_config()), "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)["run_dir"]
+    assert main(["evaluate", run, f"rag_system.retriever.model={models['other_retriever']}"]) == 2
+    assert "rag_system.retriever.model is fixed by the run" in " ".join(capsys.readouterr().err.split())

@@ -9,6 +9,7 @@ import termios
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -328,3 +329,9 @@ def _tokenizer_of(config: Path) -> object:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(load_config(config).rag_system.retriever.model)
+
+
+def test_metrics_without_a_split_are_no_error(write_config: Callable[..., Path], capsys: Any) -> None:
+    config = write_config(dataset={"test": None, "validation": None}, evaluation={"metrics": ["mrr"]})
+    assert main(["train", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["differences"] == []

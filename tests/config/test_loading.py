@@ -301,8 +301,8 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
         ("# nothing\n", "c.yaml:1: holds no settings (expected 'key: value' lines)"),
         ("- run\n- trainer\n", "c.yaml:1: holds no settings (expected 'key: value' lines)"),
         ("just words\n", "c.yaml:1: holds no settings (expected 'key: value' lines)"),
-        ("run:\n\tname: x\n", "c.yaml:2: is no YAML: found character '\\t' that cannot start any token"),
-        ("run: {name: x\ntrainer: y\n", "c.yaml:2: is no YAML: expected ',' or '}', but got ':'"),
+        ("run:\n\tname: x\n", "c.yaml:2: is no YAML: found character that cannot start any token"),
+        ("run: {name: x\ntrainer: y\n", "c.yaml:2: is no YAML: did not find expected ',' or '}'"),
         ("run:\n  name: a\n  seed: 1\n  name: b\n", "c.yaml:4: is no YAML: found duplicate key name"),
         ("run: {}\ndataset: {}\nrun: {}\n", "c.yaml:3: is no YAML: found duplicate key run"),
         ("run:\n  name: {{ jinja }}\n", "c.yaml:2: is no YAML: found unhashable key"),
@@ -352,7 +352,7 @@ trainer: {generator: {lora: {dropout: 0.6}}}
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: " + "[" * 3000 + "]" * 3000, "c.yaml:1: is no YAML: it is nested too deeply"),
+        ("a: " + "[" * 3000 + "]" * 3000, "c.yaml:11: is no YAML: exceeded maximum nesting depth"),
         ("run: {name: " + "[" * 60 + "]" * 60 + "}", "c.yaml:11: run.name" + "[0]" * 31 + ": is nested too deeply"),
         ("extends: '${oc.env:FEDRAG_TEST_NOPE}'", "the environment variable 'FEDRAG_TEST_NOPE' is not set"),
         ("extends: ${run.nope}", "c.yaml:11: extends: refers to 'run.nope', which the config does not set"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from conftest import ANIMALS, COLOURS, WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedrag_cli.config import PromptConfig
+from fedrag_cli.config import PromptConfig, load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
+from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.trainers.config import LoRAConfig
@@ -360,3 +362,13 @@ def test_a_gguf_file_loads_answers_and_saves_as_safetensors(tmp_path: Path) -> N
     row = torch.tensor([ids])
     with torch.no_grad():
         assert torch.equal(plain(input_ids=row).logits, generator.model(input_ids=row).logits)
+
+
+def test_sampling_follows_the_runs_seed(write_config: Callable[..., Path]) -> None:
+    hot = ("rag_system.generator.temperature=2.0", "rag_system.generator.max_new_tokens=12")
+    first, second = (
+        build_rag_system(load_config(write_config(), hot)).batch_query(["what ?", "where ?"]) for _ in range(2)
+    )
+    assert [answer.text for answer in first] == [answer.text for answer in second]
+    other = build_rag_system(load_config(write_config(), [*hot, "run.seed=7"])).batch_query(["what ?", "where ?"])
+    assert [answer.text for answer in other] != [answer.text for answer in first]

@@ -200,45 +200,6 @@ def test_a_store_of_other_passages_is_moved_over_only_where_that_is_asked_for(
     assert main(["index", str(tmp_path / "config.yaml"), "--replace"]) == 2
 
 
-def test_few_changes_are_added_to_the_journal_of_the_store_in_memory(
-    config_of: Callable[..., Config], tmp_path: Path
-) -> None:
-    build_index(config_of(), SilentReporter())
-    before = (tmp_path / "store" / "embeddings.safetensors").stat().st_ino
-    rows = [{**ROWS[0], "text": "the water ."}, *ROWS[2:], {"id": "new", "text": "new"}]
-    told = build_index(config_of(rows=rows), SilentReporter())
-    assert (told["encoded"], told["removed"]) == (2, 1)
-    assert (tmp_path / "store" / "embeddings.safetensors").stat().st_ino == before
-    build_index(config_of("fresh", rows=rows), SilentReporter())
-    assert_equal_stores(config_of(), config_of("fresh", rows=rows), TOLERANCE)
-
-
-def test_an_unchanged_index_writes_a_journal_out_for_a_store_that_stays_on_disk(
-    config_of: Callable[..., Config], encoded: list[int], tmp_path: Path
-) -> None:
-    rows = [*ROWS, {"id": "new", "text": "new"}]
-    build_index(config_of(), SilentReporter())
-    build_index(config_of(rows=rows), SilentReporter())
-    journal = tmp_path / "store" / "changes.jsonl"
-    # Where the store is taken into memory anyway, the journal may stay.
-    build_index(config_of(rows=rows), SilentReporter())
-    assert journal.exists()
-    expected, encoded[:] = opened(config_of(rows=rows)), []
-    mapped = config_of("store", STORES["memory mapped"], rows)
-    assert opened(mapped)._mapped is None  # type: ignore[attr-defined]
-    told = build_index(mapped, SilentReporter())
-    assert (told["passages"], told["kept"], encoded) == (25, 25, [])
-    assert not journal.exists()
-    found = opened(mapped)
-    assert found._mapped is not None  # type: ignore[attr-defined]
-    assert found.nodes == expected.nodes
-    assert torch.equal(found.embeddings, expected.embeddings)
-    assert found.corpus_fingerprint == expected.corpus_fingerprint
-    before = (tmp_path / "store" / "embeddings.safetensors").stat().st_ino
-    build_index(mapped, SilentReporter())
-    assert (tmp_path / "store" / "embeddings.safetensors").stat().st_ino == before
-
-
 def test_a_collection_of_another_name_is_taken_over(config_of: Callable[..., Config], encoded: list[int]) -> None:
     build_index(config_of("store", {"type": "qdrant", "collection": "one"}), SilentReporter())
     encoded.clear()
@@ -338,12 +299,13 @@ def test_what_is_kept_is_found_by_id_and_then_by_text() -> None:
     new = [KnowledgeNode("c", "same"), KnowledgeNode("e", "one"), KnowledgeNode("d", "y"), KnowledgeNode("b", "same")]
     changes = find_changes(old, new, reusable=True)
     assert changes.reused == {0: 2, 1: 0, 3: 1}
-    assert (changes.encoded, changes.written, changes.removed) == ([2], [1, 2], ["a"])
-    assert not changes.keeps_order
+    assert (changes.encoded, changes.removed) == ([2], 1)
+    assert not changes.only_appends
     assert find_changes(old, new, reusable=False).encoded == [0, 1, 2, 3]
     grown = find_changes(old, [*old, KnowledgeNode("e", "e")], reusable=True)
     assert grown.only_appends
-    assert (grown.written, grown.encoded) == ([4], [4])
+    assert grown.encoded == [4]
+    assert not find_changes(old, [*old, KnowledgeNode("e", "e")], reusable=False).only_appends
     assert not find_changes(old, [*old[1:], KnowledgeNode("e", "e")], reusable=True).only_appends
     assert not find_changes(old, [KnowledgeNode("a", "other"), *old[1:]], reusable=True).only_appends
 

@@ -60,11 +60,9 @@ def test_a_server_out_of_reach_is_told_before_anything_is_encoded(
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a Qdrant in memory, which stands for any server."""
     from fedrag_cli.rag.knowledge_stores import qdrant_store
-    from fedrag_cli.rag.knowledge_stores import qdrant_store as qdrant_publishing
 
     server = in_memory()
-    for module in (qdrant_store, qdrant_publishing):
-        monkeypatch.setattr(module, "connect", lambda _: server)
+    monkeypatch.setattr(qdrant_store, "connect", lambda _: server)
     return server
 
 
@@ -129,3 +127,16 @@ def test_a_server_gets_a_new_collection_only_where_something_has_changed(
     assert [node.id for node in opened(config).nodes] == ["new", *(row["id"] for row in ROWS[1:])]
     assert len(server.get_collections().collections) == 1
     assert not list((tmp_path / "runs").glob(".*"))
+
+
+def test_index_never_replaces_a_folder_of_other_files(write_config: Callable[..., Path], capsys: Any) -> None:
+    config = write_config()
+    folder = config.parent / "documents"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    assert main(["index", str(config), f"rag_system.knowledge_store.path={folder}"]) == 2
+    assert "holds something other than a knowledge store" in capsys.readouterr().err
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+    store = config.parent / "store"
+    for _ in range(2):
+        assert main(["index", str(config), f"rag_system.knowledge_store.path={store}"]) == 0

@@ -22,9 +22,9 @@ from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config
 from fedrag_cli.errors import FedRAGError, KnowledgeStoreError, RunInterruptedError
 from fedrag_cli.rag import index_build as indexing
-from fedrag_cli.rag import index_resume as partial_index_module
+from fedrag_cli.rag import index_resume
 from fedrag_cli.rag.index_build import build_index
-from fedrag_cli.rag.index_resume import partial_file
+from fedrag_cli.rag.index_resume import partial_index
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 from fedrag_cli.runs.reporter import SilentReporter
 
@@ -123,31 +123,55 @@ def test_an_update_that_was_stopped_goes_on_and_the_old_store_stays_until_then(
     assert_equal_stores(config, config_of("undisturbed", store, rows), 0)
 
 
-def test_a_torn_end_is_dropped_and_the_rest_is_kept(
+def test_what_cannot_be_read_is_encoded_again_and_the_rest_is_kept(
     config_of: Callable[..., Config], stop: Callable[..., int], tmp_path: Path
 ) -> None:
     build_index(config_of("undisturbed"), SilentReporter())
-    config, file = config_of(), tmp_path / ".store.partial"
+    config, folder = config_of(), tmp_path / ".store.partial"
     stop()
-    content = file.read_bytes()
-    chunk = 12 + 4 * (16 + 32 * 4) + 16
+    first, second = sorted(folder.glob("*.safetensors"))
+    content, whole = {path: path.read_bytes() for path in (first, second)}, second.read_bytes()
     for damaged, left in (
-        (content, 8),
-        (content[:-5], 4),
-        (content[:-chunk], 4),
-        (content + b"partial", 8),
-        (content + content[-chunk:-1], 8),
-        (content[: -chunk // 2] + b"?" + content[-chunk // 2 + 1 :], 4),
-        (content[: 12 - 2 * chunk] + b"?" + content[13 - 2 * chunk :], 0),
-        (content[:20], 0),
-        (b"\xff\n" + content, 0),
-        (b"", 0),
+        ({}, 8),
+        ({second: whole[:-5]}, 4),
+        ({first: b""}, 4),
+        ({second: b"\xff" * len(whole)}, 4),
+        ({second: whole.replace(b"fedrag-partial-index-2", b"fedrag-partial-index-1")}, 4),
+        ({first: b"?", second: b"?"}, 0),
+        ({folder / "0.safetensors": b"of another", folder / "x.safetensors.tmp": whole}, 8),
     ):
-        file.write_bytes(damaged)
+        folder.mkdir(exist_ok=True)
+        for path, changed in {**content, **damaged}.items():
+            path.write_bytes(changed)
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
         told = build_index(config, SilentReporter())
         assert (told["resumed"], told["encoded"]) == (left, 24 - left)
         assert_equal_stores(config, config_of("undisturbed"), 0)
+        assert not folder.exists()
+
+
+def test_a_batch_after_a_damaged_one_does_not_replace_another(
+    config_of: Callable[..., Config], stop: Callable[..., int], tmp_path: Path
+) -> None:
+    config_of()
+    stop()
+    folder = tmp_path / ".store.partial"
+    sorted(folder.glob("*.safetensors"))[0].write_bytes(b"?")
+    # Two more batches, of which the first is that which was damaged or another.
+    assert stop() == 130
+    with partial_index(folder, tmp_path / "store", SilentReporter()) as partial:
+        assert len(partial) == 12
+
+
+def test_what_an_earlier_version_has_encoded_is_discarded_with_a_note(
+    config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    config, reporter = config_of(), Notes()
+    (tmp_path / ".store.partial").write_bytes(b'{"format": "fedrag-partial-index-1"}\npart')
+    told = build_index(config, reporter)
+    assert (told["resumed"], told["encoded"]) == (0, 24)
+    assert any("earlier version" in note and "discarded" in note for note in reporter.notes)
+    assert not (tmp_path / ".store.partial").exists()
 
 
 def test_what_another_encoder_has_encoded_is_discarded(
@@ -214,8 +238,8 @@ def test_a_rebuild_that_has_encoded_nothing_is_forgotten(
     config = config_of()
     build_index(config, SilentReporter())
     assert stop("--rebuild") == 130
-    file = tmp_path / ".store.partial"
-    file.write_bytes(file.read_bytes().partition(b"\n")[0] + b"\n")
+    for file in (tmp_path / ".store.partial").glob("*.safetensors"):
+        file.unlink()
     encoded.clear()
     assert (build_index(config, SilentReporter())["kept"], encoded) == (24, [])
 
@@ -224,16 +248,16 @@ def test_a_full_disk_loses_nothing(
     config_of: Callable[..., Config], encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_index(config_of(rows=ROWS[:4]), SilentReporter())
-    config, write_all, chunks = config_of(rows=ROWS), partial_index_module._write_all, []
+    config, save_file, batches = config_of(rows=ROWS), index_resume.save_file, []
 
-    def full_in_the_fourth(file: Any, content: bytes) -> None:
-        chunks.append(content)
-        if len(chunks) == 4:
-            write_all(file, content[: len(content) // 2])
+    def full_in_the_third(tensors: Any, path: Path, about: Any) -> None:
+        batches.append(tensors)
+        save_file(tensors, path, about)
+        if len(batches) == 3:
+            path.write_bytes(path.read_bytes()[:-9])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_all(file, content)
 
-    monkeypatch.setattr(partial_index_module, "_write_all", full_in_the_fourth)
+    monkeypatch.setattr(index_resume, "save_file", full_in_the_third)
     with pytest.raises(FedRAGError, match=r"store: the disk is full") as caught:
         build_index(config, SilentReporter())
     assert caught.value.hint
@@ -246,7 +270,7 @@ def test_a_full_disk_loses_nothing(
 def test_a_disk_that_is_full_when_the_store_is_written_loses_no_embedding(
     config_of: Callable[..., Config], encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedrag_cli.rag.knowledge_stores import memory
+    from fedrag_cli.rag.knowledge_stores import base
 
     config = config_of()
 
@@ -254,7 +278,7 @@ def test_a_disk_that_is_full_when_the_store_is_written_loses_no_embedding(
         raise RuntimeError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(memory, "write_embeddings", full)
+        patched.setattr(base, "write_embeddings", full)
         with pytest.raises(FedRAGError, match="the disk is full"):
             build_index(config, SilentReporter())
     encoded.clear()
@@ -281,21 +305,25 @@ def test_two_builds_of_one_place_do_not_mix(config_of: Callable[..., Config], tm
 def test_a_build_whose_file_another_has_removed_meanwhile_locks_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    path, flock, calls = tmp_path / ".store.partial", fcntl.flock, []
+    folder, place, flock, calls = tmp_path / ".store.partial", tmp_path / "store", fcntl.flock, []
 
     def with_another_that_ends(file: Any, how: int) -> None:
         calls.append(how)
         if len(calls) == 1 and when == "opened":
-            path.unlink()
+            shutil.rmtree(folder)
         flock(file, how)
         if len(calls) == 1 and when == "locked":
-            path.unlink()
-            path.touch()
+            shutil.rmtree(folder)
+            folder.mkdir()
+            (folder / index_resume.LOCK_FILE).touch()
 
     monkeypatch.setattr(fcntl, "flock", with_another_that_ends)
-    with partial_file(path, "store"):
+    with partial_index(folder, place, SilentReporter()):
         assert len(calls) == 2
-        with pytest.raises(KnowledgeStoreError, match="Another process is building"), partial_file(path, "store"):
+        with (
+            pytest.raises(KnowledgeStoreError, match="Another process is building"),
+            partial_index(folder, place, SilentReporter()),
+        ):
             pass
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
-from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, TruncationCount, token_limit
+from fedrag_cli.rag.generators.base import EncodedPrompt
+from fedrag_cli.rag.lengths import TruncationCount
+from fedrag_cli.rag.prompts import PromptEncoder, token_limit
 
 PLAIN = PromptConfig(template="{context} ? {query} :")
 CHAT_WITH_BOS = (
@@ -374,8 +376,8 @@ def test_a_long_question_is_shortened_in_the_message_only(models: dict[str, Path
 def test_truncation_is_counted() -> None:
     count = TruncationCount()
     for dropped in (0, 5, 0, 7):
-        count.add(EncodedPrompt([1], dropped))
-    assert count.to_dict() == {"prompts": 4, "truncated": 2, "dropped_tokens": 12}
+        count.add(EncodedPrompt([1], dropped).tokens, dropped)
+    assert count.to_dict() == {"prompts": 4, "truncated": 2, "dropped_tokens": 12, "tokens": 16}
 
 
 # Passages

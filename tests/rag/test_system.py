@@ -16,7 +16,7 @@ from fedrag_cli.rag.build import build_knowledge_store
 from fedrag_cli.rag.config import CausalLMConfig, SentenceTransformerConfig
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
-from fedrag_cli.rag.system import RAGAnswer, RAGSystem, count_truncation, refresh_store
+from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.runs.reporter import SilentReporter
 
 QUERIES = ["what is the colour of the cat ?", "where ?", "where is the owl , the fox and the hen ?"]
@@ -169,10 +169,6 @@ def test_cut_context_is_told_and_counted(models: dict[str, Path], system: RAGSys
     answers = system.batch_query([QUERIES[0], QUERIES[1]], top_k=3)
     assert all(answer.dropped_tokens > 0 for answer in answers)
     assert len(answers[0].sources) == 3
-    assert count_truncation([*answers, RAGAnswer("q", "a", [])]).to_dict() == {
-        "prompts": 3,
-        "truncated": 2,
-        "dropped_tokens": answers[0].dropped_tokens + answers[1].dropped_tokens,
-    }
+    assert all(answer.prompt_tokens > answer.dropped_tokens for answer in answers)
     with pytest.raises(DataError, match="context window has"):
         system.query(QUERIES[2] * 5)

@@ -395,3 +395,23 @@ def test_early_stopping_and_the_best_checkpoint(write_config: Callable[..., Path
     assert result.metrics["validation"]["loss"] == min(losses)
     assert HuggingFaceTrainer.validate is not None
     assert validate()["loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_mixed_precision_scores_passages_in_float32(rag_system: RAGSystem) -> None:
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=LSRConfig(top_k=8, validation=NEVER))
+    features = rag_system.retriever.features([trainer.train_examples[0].query], queries=True)
+    seen: list[torch.Tensor] = []
+    loss = trainer._loss
+    trainer._loss = lambda scores, lm: (seen.append(scores), loss(scores, lm))[1]  # type: ignore[method-assign]
+    with torch.autocast("cpu", torch.bfloat16):
+        trainer.losses(features, [0])
+    assert seen[0].dtype == torch.float32
+    assert not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
+def test_tied_weights_of_an_encoder_are_saved(rag_system: RAGSystem, tmp_path: Path) -> None:
+    rag_system.retriever.separate_encoders()
+    encoder = rag_system.retriever.query_encoder
+    encoder.register_parameter("tied", next(encoder.parameters()))
+    trainer = HuggingFaceTrainerForLSR(rag_system, config=LSRConfig(**QUICK))
+    assert trainer.train(checkpoints=tmp_path / "checkpoints").steps == 4

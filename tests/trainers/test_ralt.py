@@ -199,3 +199,13 @@ def test_a_loss_that_is_not_finite_is_named(rag_system: RAGSystem) -> None:
         rag_system.require_generator().model.get_output_embeddings().weight[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="not finite at step 1"):
         trainer.train()
+
+
+def test_mixed_precision_ends_with_training(rag_system: RAGSystem) -> None:
+    generator = rag_system.require_generator()
+    settings = RALTConfig(lora=None, precision="bfloat16", learning_rate=1e-3, batch_size=4, validation=NEVER)
+    HuggingFaceTrainerForRALT(rag_system, config=settings).train()
+    score = generator.target_log_probs(["the cat is"], [" red"])
+    fresh = type(generator)(generator.model, generator.tokenizer, generator.config)
+    vars(fresh.model).pop("forward", None)
+    assert torch.equal(fresh.target_log_probs(["the cat is"], [" red"]), score)

@@ -16,6 +16,7 @@ from fedrag_cli.trainers import huggingface
 from fedrag_cli.trainers.config import (
     ContrastiveConfig,
     LOOPConfig,
+    LSRConfig,
     PDistConfig,
     RAFTConfig,
     RALTConfig,
@@ -63,3 +64,27 @@ def test_a_resumed_training_ends_with_the_same_weights(
     resumed, resumed_steps = train(interrupted)
     assert resumed_steps == steps
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 3},
+        {"learning_rate": 5e-2, "epochs": 10, "validation": ValidationConfig(every="epoch", patience=1)},
+    ],
+)
+def test_a_run_at_its_end_is_not_trained_further(
+    write_config: Callable[..., Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = LSRConfig(**{"top_k": 4, "batch_size": 4, "learning_rate": 1e-3, **settings})
+    folder = tmp_path / "checkpoints"
+    trainer = huggingface.HuggingFaceTrainerForLSR(build_rag_system(load_config(write_config())), config=config)
+    result = trainer.train(checkpoints=folder)
+    # The folder may have moved in the meantime, too.
+    moved = tmp_path / "moved"
+    shutil.move(folder, moved)
+    again = huggingface.HuggingFaceTrainerForLSR(build_rag_system(load_config(write_config())), config=config)
+    resumed = again.train(checkpoints=moved)
+    assert (resumed.steps, resumed.loss, resumed.metrics) == (result.steps, result.loss, result.metrics)
+    weights = again.trained_weights()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in trainer.trained_weights().items())

@@ -67,6 +67,21 @@ def test_totals_and_lengths_equal_those_of_the_generator(models: dict[str, Path]
     assert (totals.dtype, lengths.dtype) == (torch.float32, torch.int64)
 
 
+def test_each_pair_is_tokenised_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, pairs, encoded = Counted(models["generator"]), pairs_of_data(), []
+    encode_pair = counted.generator.encode_pair
+
+    def encoding(query: str, *rest: Any, **options: Any) -> Any:
+        encoded.append(query)
+        return encode_pair(query, *rest, **options)
+
+    monkeypatch.setattr(counted.generator, "encode_pair", encoding)
+    scorer = LikelihoodScorer(counted.generator)
+    scorer.score(pairs)
+    scorer.score(pairs)
+    assert encoded == [example.query for example, _ in pairs]
+
+
 def test_the_second_time_nothing_is_computed(models: dict[str, Path], tmp_path: Path) -> None:
     counted, pairs = Counted(models["generator"]), pairs_of_data()
     scorer = LikelihoodScorer(counted.generator, tmp_path)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from fedrag_cli.config import load_config
-from fedrag_cli.errors import ModelError
+from fedrag_cli.errors import ModelError, TrainingError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.trainers.config import LSRConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT
@@ -150,3 +150,18 @@ def test_the_trainer_moves_its_model_to_the_device_of_its_arguments(tmp_path: Pa
     model = torch.nn.Linear(2, 2)
     TrainingLoop(model=model, args=arguments, validate=dict, on_batches=lambda batches: None)
     assert model.weight.device.type == "meta"
+
+
+def test_rare_records_change_neither_loss_nor_checks(write_config: Callable[..., Path]) -> None:
+    settings: dict[str, Any] = {"top_k": 4, "batch_size": 2, "learning_rate": 1e-3, "validation": NEVER}
+    often = HuggingFaceTrainerForLSR(
+        build_rag_system(load_config(write_config())), config=LSRConfig(**settings)
+    ).train()
+    rarely = HuggingFaceTrainerForLSR(
+        build_rag_system(load_config(write_config())), config=LSRConfig(log_every=100, **settings)
+    ).train()
+    assert rarely.loss == often.loss > 0
+    settings = {"log_every": 100, "learning_rate": 1e30, "batch_size": 4, "validation": NEVER}
+    trainer = HuggingFaceTrainerForRALT(build_rag_system(load_config(write_config())), config=RALTConfig(**settings))
+    with pytest.raises(TrainingError, match="not finite"):
+        trainer.train()

@@ -52,12 +52,7 @@ class HeldVectors:
         return self.rows[positions.to(self._buffer.device)]
 
     def extend(self, values: Tensor, expected: int = 0) -> None:
-        """Append a tensor of shape (new, dimension), in any number format.
-
-        Args:
-            values: The new ones.
-            expected: How many there will be in the end, where more are known to follow.
-        """
+        """Append a tensor of shape (new, dimension), in any format; `expected` is how many there will be at last."""
         count = self._count + len(values)
         self._reserve(max(count, expected), values.shape[1])
         self._buffer[self._count : count] = values
@@ -122,9 +117,6 @@ def search_in_order(search: Search, queries: Tensor, top_k: int, passages: int) 
         queries: Tensor of shape (queries, dimension).
         top_k: How many passages, from 1 to `passages`.
         passages: How many there are.
-
-    Returns:
-        Scores and positions, both of shape (queries, top_k).
     """
     scores = queries.new_zeros(len(queries), top_k)
     positions = torch.zeros_like(scores, dtype=torch.long)
@@ -140,15 +132,7 @@ def search_in_order(search: Search, queries: Tensor, top_k: int, passages: int) 
 
 
 def top_in_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the best scores of each row and their columns, best first, equal ones by column.
-
-    Args:
-        scores: Tensor of shape (rows, columns), without NaN.
-        top_k: How many, from 1 up; a row with fewer columns gives all of them.
-
-    Returns:
-        Scores and columns, both of shape (rows, min(top_k, columns)).
-    """
+    """Return the best scores of each row, which have no NaN, and their columns, best first, equal ones by column."""
     # One more than wanted shows whether the last place is contested.
     best, columns = scores.topk(min(top_k + 1, scores.shape[1]), dim=1)
     kept, places = best[:, :top_k], columns[:, :top_k]
@@ -197,9 +181,6 @@ def search_blocks(vectors: Vectors, queries: Tensor, top_k: int) -> tuple[Tensor
         vectors: The embeddings, in any number format.
         queries: float32 tensor of shape (queries, dimension), on the device where scores are computed.
         top_k: How many passages, from 1 to their number.
-
-    Returns:
-        Scores and positions, both of shape (queries, top_k), best first; equal scores by position.
     """
     # Entering autocast costs as much as choosing among thousands of scores.
     if torch.is_autocast_enabled(queries.device.type):
@@ -251,9 +232,8 @@ def recall(sample: Tensor, exact: Tensor, found: Tensor) -> float:
     """Return recall@10: which part of the 10 passages that are closest to a passage a search finds, from 0 to 1.
 
     Args:
-        sample: Positions of the passages that stand for queries, of shape (queries,); each is searched for among the
-            others.
-        exact: Positions that the exact search gives for each, of shape (queries, found_at_once(passages)).
+        sample: Positions of the passages that stand for queries, each searched for among the others.
+        exact: Positions that the exact search gives, of shape (queries, found_at_once(passages)).
         found: Positions that the other search gives, of the same shape.
     """
     shares = []

@@ -7,26 +7,36 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
-from fedrag_cli.rag.config import FaissStoreConfig
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, check_search
-from fedrag_cli.rag.knowledge_stores.exact_search import found_at_once, recall, sampled_positions, search_in_order
+from fedrag_cli.rag.config import INDEX_FILE, STORE_FILE, FaissStoreConfig
+from fedrag_cli.rag.knowledge_stores.base import (
+    KnowledgeStore,
+    SearchResult,
+    check_new,
+    check_search,
+    require_pairs,
+)
+from fedrag_cli.rag.knowledge_stores.exact_search import (
+    found_at_once,
+    recall,
+    rows_at_once,
+    sampled_positions,
+    search_blocks,
+    search_in_order,
+)
 from fedrag_cli.rag.knowledge_stores.store_files import (
-    INDEX_FILE,
     REBUILD,
-    STORE_FILE,
     Passages,
     damaged_store,
     file_fingerprint,
     no_store,
     read_nodes,
-    read_one_state,
     write_nodes,
 )
 from fedrag_cli.runs.files import replace_directory_atomically
@@ -42,16 +52,10 @@ except ImportError as import_error:
 NPROBE, M, EF_CONSTRUCTION, EF_SEARCH = 16, 32, 200, 128
 # Fewer passages of a cluster place its centre badly; FAISS warns below it.
 PASSAGES_PER_CLUSTER = 39
-_CHUNK = 65536
 
 
 def new_index(vectors: Tensor, config: FaissStoreConfig) -> Any:
-    """Return an index over embeddings; its scores are inner products.
-
-    Args:
-        vectors: Float tensor of shape (passages, dimension), at least one.
-        config: The kind of index and its settings.
-    """
+    """Return an index over embeddings, at least one, whose scores are inner products."""
     dimension = vectors.shape[1]
     if config.index == "ivf":
         index = faiss.IndexIVFFlat(
@@ -86,14 +90,7 @@ def add_vectors(index: Any, vectors: Tensor) -> None:
 
 
 def search_index(index: Any, config: FaissStoreConfig, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Return scores and positions of shape (queries, wanted); a query that finds too few is searched exactly.
-
-    Args:
-        index: What `new_index` gave.
-        config: The settings of the search.
-        queries: Float tensor of shape (queries, dimension).
-        wanted: How many, up to the number of passages.
-    """
+    """Return scores and positions of shape (queries, wanted); a query that finds too few is searched exactly."""
     parameters = None
     if isinstance(index, faiss.IndexHNSW):
         parameters = faiss.SearchParametersHNSW(efSearch=max(config.ef_search or EF_SEARCH, wanted))
@@ -104,22 +101,22 @@ def search_index(index: Any, config: FaissStoreConfig, queries: Tensor, wanted: 
     scores, positions = torch.from_numpy(found), torch.from_numpy(places)
     short = (positions < 0).any(dim=1)
     if short.any():
-        scores[short], positions[short] = exact_search(index, queries[short], wanted)
+        scores[short], positions[short] = search_blocks(IndexVectors(index), queries[short], wanted)
     return scores, positions
 
 
-def exact_search(index: Any, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Return scores and positions of shape (queries, wanted) by comparing each query with every passage."""
-    scores = torch.zeros(len(queries), 0)
-    positions = torch.zeros(len(queries), 0, dtype=torch.long)
-    for start in range(0, index.ntotal, _CHUNK):
-        vectors = vectors_between(index, start, min(start + _CHUNK, index.ntotal))
-        scores = torch.cat([scores, queries @ vectors.T], dim=1)
-        here = torch.arange(start, start + len(vectors)).expand(len(queries), -1)
-        positions = torch.cat([positions, here], dim=1)
-        best = scores.topk(min(wanted, scores.shape[1]), dim=1)
-        scores, positions = best.values, positions.gather(1, best.indices)
-    return scores, positions
+class IndexVectors:
+    """The embeddings in an index, to compare queries with all of them."""
+
+    def __init__(self, index: Any) -> None:
+        """Wrap an index."""
+        self._index = index
+
+    def blocks(self, rows: int) -> Iterator[Tensor]:
+        """Give all embeddings in their order, at most `rows` at once."""
+        step = min(rows, rows_at_once(self._index.d))
+        for start in range(0, self._index.ntotal, step):
+            yield vectors_between(self._index, start, min(start + step, self._index.ntotal))
 
 
 def vectors_between(index: Any, start: int, end: int) -> Tensor:
@@ -142,28 +139,13 @@ def write_index(index: Any, path: Path) -> None:
         ) from error
 
 
-def read_index(path: Path, *, memory_map: bool) -> Any:
-    """Read an index from a file, or leave its embeddings there; raises RuntimeError where the file is damaged."""
-    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
-
-
 def measured_recall(index: Any, config: FaissStoreConfig) -> float:
-    """Return recall@10: which part of the 10 passages that are closest to a passage a search finds.
-
-    It is a mean over a sample of 200 passages, each searched for among the others, from 0 to 1.
-    """
+    """Return recall@10 of an index's search on a sample of its passages; see `exact_search.recall`."""
     sample, wanted = sampled_positions(index.ntotal, config.seed), found_at_once(index.ntotal)
     queries = vectors_at(index, sample)
-
-    def approximately(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return search_index(index, config, rows, count)
-
-    def exactly(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return exact_search(index, rows, count)
-
-    exact = search_in_order(exactly, queries, wanted, index.ntotal)[1]
-    found = search_in_order(approximately, queries, wanted, index.ntotal)[1]
-    return recall(sample, exact, found)
+    exact = search_blocks(IndexVectors(index), queries, wanted)[1]
+    found = search_in_order(lambda rows, count: search_index(index, config, rows, count), queries, wanted, index.ntotal)
+    return recall(sample, exact, found[1])
 
 
 def _rows(vectors: Tensor) -> Any:
@@ -199,18 +181,11 @@ class FaissKnowledgeStore(KnowledgeStore):
 
     def __init__(self, config: FaissStoreConfig | None = None, device: torch.device | str = "cpu") -> None:
         """Start empty."""
-        super().__init__(device)
-        self.config = config or FaissStoreConfig()
+        self.config: FaissStoreConfig
+        super().__init__(config or FaissStoreConfig(), device)
         self._index: Any = None
         self._built_of = 0
         self._is_mapped = False
-
-    @classmethod
-    def from_config(cls, config: FaissStoreConfig, *, device: torch.device | str = "cpu") -> FaissKnowledgeStore:
-        """Load the saved store, or start an empty one where none is saved yet."""
-        if config.path is not None and Path(config.path).exists():
-            return cls.load(Path(config.path), config, device=device)
-        return cls(config, device)
 
     @property
     def dimension(self) -> int:
@@ -246,12 +221,6 @@ class FaissKnowledgeStore(KnowledgeStore):
         if len(kept) < old:
             self._build(self._vectors(old)[kept])
         return old - len(kept)
-
-    def clear(self) -> None:
-        """Remove all passages, their embeddings and the fingerprints."""
-        self.encoder_fingerprint = self.corpus_fingerprint = self.rounded_to = None
-        self._passages = Passages()
-        self._build(torch.zeros(0, 0))
 
     def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
         """Find the best passages of each query; see `KnowledgeStore.search_positions`."""
@@ -296,23 +265,7 @@ class FaissKnowledgeStore(KnowledgeStore):
             (target / STORE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(
-        cls, directory: Path, config: FaissStoreConfig | None = None, *, device: torch.device | str = "cpu"
-    ) -> FaissKnowledgeStore:
-        """Read a store that `save` wrote.
-
-        Args:
-            directory: Its folder.
-            config: The settings; those that it was built with have to be the same.
-            device: Where results are put.
-
-        Raises:
-            KnowledgeStoreError: The directory holds no store, a damaged one, or one that was built otherwise.
-        """
-        return read_one_state(directory, lambda: cls._load(directory, config, device))
-
-    @classmethod
-    def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> FaissKnowledgeStore:
+    def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> Self:
         store = cls(config, device)
         damaged = f"The knowledge store in '{directory}' is damaged"
         try:
@@ -323,8 +276,10 @@ class FaissKnowledgeStore(KnowledgeStore):
             if len(store):
                 if about["index_file"] != file_fingerprint(directory / INDEX_FILE):
                     raise KnowledgeStoreError(f"{damaged}: '{INDEX_FILE}' is not as it was written.", REBUILD)
-                store._index = read_index(directory / INDEX_FILE, memory_map=store.config.memory_map)
                 store._is_mapped = store.config.memory_map
+                flags = faiss.IO_FLAG_MMAP_IFC if store._is_mapped else 0
+                store._index = faiss.read_index(str(directory / INDEX_FILE), flags)
+                require_pairs(len(store), store._index.ntotal)
             built_with = dict(about["settings"])
             store.encoder_fingerprint, store.corpus_fingerprint = about["encoder"], about["corpus"]
             store.rounded_to = about.get("rounded")
@@ -333,8 +288,6 @@ class FaissKnowledgeStore(KnowledgeStore):
             raise no_store(directory, error, " of FAISS") from error
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             raise damaged_store(directory, error) from error
-        if store._index is not None and store._index.ntotal != len(store):
-            raise KnowledgeStoreError(f"{damaged}: passages and embeddings differ in number.", REBUILD)
         store._require_same_settings(directory, built_with)
         return store
 

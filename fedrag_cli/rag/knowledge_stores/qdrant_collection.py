@@ -17,11 +17,10 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, KnowledgeStoreError
-from fedrag_cli.rag.config import QdrantStoreConfig
+from fedrag_cli.rag.config import QDRANT_LOCK_FILE, STORE_FILE, QdrantStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.store_files import (
     REBUILD,
-    STORE_FILE,
     damaged_store,
     file_fingerprint,
     no_store,
@@ -54,17 +53,8 @@ def in_memory() -> QdrantClient:
     return QdrantClient(":memory:")
 
 
-def new_folder(directory: Path) -> QdrantClient:
-    """Return an embedded Qdrant that writes to an empty folder."""
-    return QdrantClient(path=str(directory))
-
-
 def open_folder(directory: Path, version: str) -> QdrantClient:
-    """Return an embedded Qdrant over a folder that a store was saved in.
-
-    Args:
-        directory: The folder.
-        version: What tells this state of the folder from later ones; clients of the same state are shared.
+    """Return an embedded Qdrant over a folder that a store was saved in; clients of the same version are shared.
 
     Raises:
         KnowledgeStoreError: Another process has the folder open.
@@ -93,15 +83,7 @@ def _close_folders() -> None:
 
 @contextmanager
 def qdrant_errors(place: str) -> Iterator[None]:
-    """Turn errors of Qdrant's client into fedrag's.
-
-    Args:
-        place: Where the collection is, for the message.
-
-    Raises:
-        ConnectionFailedError: The server cannot be reached, or refuses the key.
-        KnowledgeStoreError: The server refuses or fails.
-    """
+    """Turn errors of Qdrant's client into ConnectionFailedError and KnowledgeStoreError, which name the place."""
     try:
         yield
     except ResponseHandlingException as error:
@@ -129,14 +111,11 @@ def _key_hint() -> str:
 
 
 FOLDER_FORMAT = "fedrag-qdrant-folder-1"
-LOCK_FILE = ".lock"
-META_FILE = "meta.json"
-"""What the client writes of its collections, by its own name."""
 
 
 def seal_folder(directory: Path) -> None:
     """Note what a folder holds, after the client that wrote it is closed; it is not written to again."""
-    (directory / LOCK_FILE).unlink()
+    (directory / QDRANT_LOCK_FILE).unlink()
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     about = {
         "format": FOLDER_FORMAT,
@@ -218,16 +197,7 @@ def write_points(
     places: Sequence[int],
     batch_size: int,
 ) -> None:
-    """Write passages in batches; one that is there is overwritten.
-
-    Args:
-        client: Where to write.
-        name: The collection.
-        nodes: The passages.
-        embeddings: Float tensor of shape (len(nodes), dimension).
-        places: A number for each passage; passages are read back in the order of these.
-        batch_size: How many are sent at once.
-    """
+    """Write passages in batches, each with a number in whose order they are read back; old ones are overwritten."""
     points = (
         models.PointStruct(
             id=point_id(node.id),

@@ -8,7 +8,7 @@ import mmap
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.rag.config import NODES_FILE
 from fedrag_cli.rag.knowledge_stores.exact_search import rows_at_once
 from fedrag_cli.runs.files import restore_interrupted
 
@@ -27,32 +28,17 @@ REBUILD = "Build it anew with 'fedrag index CONFIG --rebuild'."
 
 
 def no_store(directory: Path, error: Exception, kind: str = "") -> KnowledgeStoreError:
-    """Return the error of a folder that lacks files of a store.
-
-    Args:
-        directory: The folder.
-        error: What reading it has raised.
-        kind: Says whose store was looked for; it begins with a space.
-    """
+    """Return the error of a folder that lacks files of a store; `kind` says whose, after a space."""
     return KnowledgeStoreError(f"'{directory}' holds no knowledge store{kind}: {fault_of(error)}", REBUILD)
 
 
 def damaged_store(directory: Path, error: Exception) -> KnowledgeStoreError:
-    """Return the error of a folder whose files are not as they were written.
-
-    Args:
-        directory: The folder.
-        error: What reading it has raised.
-    """
+    """Return the error of a folder whose files are not as they were written."""
     return KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {fault_of(error)}", REBUILD)
 
 
 def fault_of(error: Exception) -> str:
-    """Return what an error of reading a store's files says, with a full stop.
-
-    Args:
-        error: What the system, a library or the store itself has raised.
-    """
+    """Return what an error of reading a store's files says, with a full stop."""
     if isinstance(error, OSError):
         # safetensors names the file in its text alone.
         name = Path(str(error.filename or str(error).rpartition(": ")[2])).name
@@ -81,14 +67,7 @@ def read_one_state(directory: Path, read: Callable[[], T]) -> T:
     """Read a folder so that all its files are of the same writing.
 
     Each file is opened by its path, so that one of the old folder could meet one of the new, which would pair passages
-    with the embeddings of others.
-
-    Args:
-        directory: The folder.
-        read: Reads it, and raises KnowledgeStoreError where something does not fit.
-
-    Raises:
-        KnowledgeStoreError: What `read` raises for a folder that stayed the same, or the folder never did.
+    with the embeddings of others. Where `read` raises KnowledgeStoreError, a folder that was replaced is read again.
     """
     for _ in range(_ATTEMPTS):
         before = _identity(directory)
@@ -115,20 +94,11 @@ def _identity(directory: Path) -> tuple[int, int, int] | None:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-NODES_FILE = "nodes.jsonl"
-EMBEDDINGS_FILE = "embeddings.safetensors"
-JOURNAL_FILE = "changes.jsonl"
-INDEX_FILE = "index.faiss"
-STORE_FILE = "store.json"
 _ENDS = 65536
 
 
 class Passages:
-    """Passages in the order of their positions.
-
-    Args:
-        nodes: The passages to start with, each id once.
-    """
+    """Passages in the order of their positions, each id once."""
 
     def __init__(self, nodes: Sequence[KnowledgeNode] = ()) -> None:
         """Number the passages."""
@@ -139,10 +109,7 @@ class Passages:
         return len(self.nodes)
 
     def put(self, nodes: Sequence[KnowledgeNode]) -> tuple[dict[int, int], list[int]]:
-        """Add passages, or replace those whose id is there already.
-
-        Args:
-            nodes: The passages, each id once.
+        """Add passages, each id once, or replace those whose id is there already.
 
         Returns:
             The positions of replaced passages by their rows in `nodes`, and the rows of the new ones in their order.
@@ -172,13 +139,17 @@ class Passages:
         self.positions = {node.id: position for position, node in enumerate(nodes)}
 
 
-def write_nodes(nodes: Sequence[KnowledgeNode], directory: Path) -> None:
-    """Write passages as JSON lines."""
-    # Lone surrogates, which UTF-8 cannot hold, become escapes that JSON knows.
-    with (directory / NODES_FILE).open("w", encoding="utf-8", errors="backslashreplace") as file:
+def write_nodes(nodes: Iterable[KnowledgeNode], directory: Path) -> list[int]:
+    """Write passages as JSON lines; return where each begins, in bytes, and at last where the file ends."""
+    offsets = [0]
+    with (directory / NODES_FILE).open("wb") as file:
         for node in nodes:
             row = {"id": node.id, "text": node.text, "metadata": node.metadata}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # Lone surrogates, which UTF-8 cannot hold, become escapes that JSON knows.
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+            file.write(line)
+            offsets.append(offsets[-1] + len(line))
+    return offsets
 
 
 def read_nodes(directory: Path) -> list[KnowledgeNode]:
@@ -202,7 +173,7 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-_TENSOR = "embeddings"
+_EMBEDDINGS, _OFFSETS = "embeddings", "offsets"
 _FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _FORMATS.items()}
 _LENGTH = 8
@@ -218,7 +189,8 @@ class EmbeddingsFile:
         rows: How many embeddings it holds.
         dimension: How many numbers each has.
         dtype: Their number format.
-        offset: Where they begin, in bytes.
+        start: Where they begin, in bytes.
+        offsets_start: Where the offsets of the passages begin; None where an earlier version wrote the file.
     """
 
     path: Path
@@ -226,7 +198,8 @@ class EmbeddingsFile:
     rows: int
     dimension: int
     dtype: torch.dtype
-    offset: int
+    start: int
+    offsets_start: int | None
 
     @classmethod
     def open(cls, path: Path) -> EmbeddingsFile:
@@ -238,23 +211,34 @@ class EmbeddingsFile:
             OSError: It cannot be read.
         """
         with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-            if names != [_TENSOR]:
-                raise ValueError(f"it holds {names} in the place of {_TENSOR}")
-            found = file.get_slice(_TENSOR)
-            shape, format = found.get_shape(), found.get_dtype()
+            names, metadata = set(file.keys()), file.metadata() or {}
+        if names not in ({_EMBEDDINGS}, {_EMBEDDINGS, _OFFSETS}):
+            raise ValueError(f"it holds {sorted(names)} in the place of {_EMBEDDINGS}")
+        with path.open("rb") as raw:
+            data_start = _LENGTH + (length := int.from_bytes(raw.read(_LENGTH), "little"))
+            header = json.loads(raw.read(length))
+        about, offsets = header[_EMBEDDINGS], header.get(_OFFSETS)
+        shape, format = about["shape"], about["dtype"]
         if len(shape) != 2 or format not in _FORMATS:
             raise ValueError(f"it holds {format} of the shape {shape}")
-        with path.open("rb") as raw:
-            offset = _LENGTH + int.from_bytes(raw.read(_LENGTH), "little")
-        return cls(path, metadata, shape[0], shape[1], _FORMATS[format], offset)
+        if offsets is not None and (offsets["dtype"], offsets["shape"]) != ("I64", [shape[0] + 1]):
+            raise ValueError(f"it holds offsets {offsets['dtype']} of the shape {offsets['shape']}")
+        return cls(
+            path,
+            metadata,
+            shape[0],
+            shape[1],
+            _FORMATS[format],
+            data_start + about["data_offsets"][0],
+            None if offsets is None else data_start + offsets["data_offsets"][0],
+        )
 
     def blocks(self) -> Iterator[Tensor]:
         """Read all embeddings in their order, a block at a time, each valid until the next is asked for."""
         step = min(rows_at_once(self.dimension), max(self.rows, 1))
         block = torch.empty((step, self.dimension), dtype=self.dtype)
         with self.path.open("rb") as file:
-            file.seek(self.offset)
+            file.seek(self.start)
             for start in range(0, self.rows, step):
                 part = block[: min(step, self.rows - start)]
                 raw = raw_bytes(part)
@@ -268,9 +252,10 @@ def write_embeddings(
     blocks: Iterable[Tensor],
     shape: tuple[int, int],
     dtype: torch.dtype,
-    metadata: Mapping[str, str],
+    metadata: dict[str, str],
+    offsets: Sequence[int],
 ) -> None:
-    """Write embeddings as safetensors.
+    """Write embeddings as safetensors, block by block, with the offsets that `write_nodes` returned.
 
     Args:
         path: The file.
@@ -278,14 +263,20 @@ def write_embeddings(
         shape: How many there are, and how many numbers each has.
         dtype: Their number format.
         metadata: Texts to keep with them.
+        offsets: Where the passages lie in their file.
     """
-    size = shape[0] * shape[1] * dtype.itemsize
-    about = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (0, size)}
-    header = json.dumps({"__metadata__": dict(metadata), _TENSOR: about}).encode()
+    places = np.asarray(offsets, dtype="<i8")
+    end = places.nbytes + shape[0] * shape[1] * dtype.itemsize
+    header = {
+        "__metadata__": metadata,
+        _OFFSETS: {"dtype": "I64", "shape": places.shape, "data_offsets": (0, places.nbytes)},
+        _EMBEDDINGS: {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (places.nbytes, end)},
+    }
+    text = json.dumps(header).encode()
     # The format wants the numbers to begin at a multiple of eight.
-    header += b" " * (-len(header) % _LENGTH)
+    text += b" " * (-len(text) % _LENGTH)
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(_LENGTH, "little") + header)
+        file.write(len(text).to_bytes(_LENGTH, "little") + text + places.tobytes())
         for block in blocks:
             file.write(raw_bytes(block))
 
@@ -300,11 +291,7 @@ _BYTES_AT_ONCE = 2**22
 
 
 class MappedVectors:
-    """Embeddings in a file, of which only what is being looked at takes memory.
-
-    Args:
-        file: The file, with at least one embedding.
-    """
+    """Embeddings in a file, at least one, of which only what is being looked at takes memory."""
 
     def __init__(self, file: EmbeddingsFile) -> None:
         """Map the file."""
@@ -314,7 +301,7 @@ class MappedVectors:
             # Nothing writes into the tensor, and a mapping that could be written to would count as used memory.
             warnings.filterwarnings("ignore", message=".*not writable")
             numbers = torch.frombuffer(
-                self._mapping, dtype=file.dtype, count=file.rows * file.dimension, offset=file.offset
+                self._mapping, dtype=file.dtype, count=file.rows * file.dimension, offset=file.start
             )
         self.rows = numbers.view(file.rows, file.dimension)
 
@@ -332,25 +319,31 @@ class MappedVectors:
 
 
 class MappedPassages:
-    """Passages in a file of JSON lines, of which only the places of the lines take memory.
+    """Passages in a file of JSON lines, at least one, of which only what is being read takes memory.
 
     Args:
-        path: The file, with at least one passage.
+        path: The file.
+        embeddings: Theirs, with the offsets of the lines.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Map the file and find its lines; raises ValueError where the last one is cut off."""
+    def __init__(self, path: Path, embeddings: EmbeddingsFile) -> None:
+        """Map the file; raises ValueError where its last line does not end where it should."""
         self._path, self._mapping = path, _map(path)
-        ends = []
-        for start, part in self._parts():
-            ends.append(np.flatnonzero(np.frombuffer(part, dtype=np.uint8) == ord("\n")) + start + 1)
-        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), *ends])
-        if self._starts[-1] != len(self._mapping):
-            raise ValueError(f"'{path.name}' ends early")
+        if embeddings.offsets_start is None:
+            ends = [
+                np.flatnonzero(np.frombuffer(part, dtype=np.uint8) == ord("\n")) + start + 1
+                for start, part in self._parts()
+            ]
+            self._offsets = np.concatenate([np.zeros(1, dtype=np.int64), *ends])
+        else:
+            mapped = _map(embeddings.path)
+            self._offsets = np.frombuffer(mapped, "<i8", embeddings.rows + 1, embeddings.offsets_start)
+        if self._offsets[-1] != len(self._mapping) or self._mapping[-1:] != b"\n":
+            raise ValueError(f"'{path.name}' is not as long as it was written")
 
     def __len__(self) -> int:
         """Return the number of passages."""
-        return len(self._starts) - 1
+        return len(self._offsets) - 1
 
     def at(self, positions: Sequence[int]) -> list[KnowledgeNode]:
         """Read the passages at some positions.
@@ -360,7 +353,8 @@ class MappedPassages:
         """
         try:
             rows: list[Any] = [
-                json.loads(self._mapping[self._starts[position] : self._starts[position + 1]]) for position in positions
+                json.loads(self._mapping[self._offsets[position] : self._offsets[position + 1]])
+                for position in positions
             ]
             found = [KnowledgeNode(**row) for row in rows]
         except (ValueError, TypeError) as error:
@@ -368,11 +362,12 @@ class MappedPassages:
         _drop(self._mapping)
         return found
 
-    def write(self, path: Path) -> None:
-        """Copy the passages into another file."""
-        with path.open("wb") as file:
+    def write(self, directory: Path) -> list[int]:
+        """Copy the passages into a directory; return their offsets."""
+        with (directory / NODES_FILE).open("wb") as file:
             for _, part in self._parts():
                 file.write(part)
+        return self._offsets.tolist()
 
     def _parts(self) -> Iterator[tuple[int, bytes]]:
         for start in range(0, len(self._mapping), _BYTES_AT_ONCE):
@@ -382,12 +377,7 @@ class MappedPassages:
 
 @dataclass(frozen=True)
 class MappedStore:
-    """What a folder holds, left there.
-
-    Args:
-        vectors: The embeddings.
-        passages: The passages, in the same order.
-    """
+    """What a folder holds, left there, in the same order."""
 
     vectors: MappedVectors
     passages: MappedPassages
@@ -395,7 +385,7 @@ class MappedStore:
     @classmethod
     def open(cls, directory: Path, file: EmbeddingsFile) -> MappedStore:
         """Map a folder's files, which hold at least one passage; raises ValueError or OSError where that fails."""
-        return cls(MappedVectors(file), MappedPassages(directory / NODES_FILE))
+        return cls(MappedVectors(file), MappedPassages(directory / NODES_FILE, file))
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -21,9 +21,9 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import distinct_ids, first_ids, not_negatives
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.generators.base import TrainableGenerator
 from fedrag_cli.rag.generators.likelihood import accepted_arguments, padded
-from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.rag.lengths import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import GeneratorTrainingConfig, LoRAConfig, RAFTConfig, RALTConfig
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
@@ -182,7 +182,7 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
     def __init__(self, rag_system: RAGSystem, *args: Any, **kwargs: Any) -> None:
         """Put the adapters on the model."""
         super().__init__(rag_system, *args, **kwargs)
-        generator = rag_system.require_generator()
+        generator = self._generator
         if self.config.lora is not None:
             generator.model = add_adapter(generator.model, self.config.lora, self.seed)
         self._truncation = TruncationCount()
@@ -190,8 +190,8 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         self._total = 0
 
     @property
-    def _generator(self) -> CausalLMGenerator:
-        return self.rag_system.require_generator()
+    def _generator(self) -> TrainableGenerator:
+        return self.rag_system.require_trainable_generator()
 
     @property
     def model(self) -> nn.Module:
@@ -227,9 +227,9 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
 
     def _instance(self, context: Context, truncation: TruncationCount | None) -> AnswerInstance:
         example = context.example
-        prompt = self._generator.prompts.encode_pair(example.query, context.nodes, example.response)
+        prompt = self._generator.encode_pair(example.query, context.nodes, example.response)
         if truncation is not None:
-            truncation.add(prompt)
+            truncation.add(prompt.tokens, prompt.dropped_tokens)
         return AnswerInstance(prompt.ids, prompt.answer, context.weight)
 
     def _prepare(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[AnswerInstance]:
@@ -282,9 +282,8 @@ class HuggingFaceTrainerForGenerator(HuggingFaceTrainer):
         return answer_loss
 
     def _counts(self) -> dict[str, Any]:
-        tokens = self._total - self._supervised + self._truncation.dropped_tokens
         return {
-            "prompts": {**self._truncation.to_dict(), "tokens": tokens},
+            "prompts": self._truncation.to_dict(),
             "supervised_tokens": self._supervised,
             "total_tokens": self._total,
         }

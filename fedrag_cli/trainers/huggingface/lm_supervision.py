@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.losses import emdr2_loss, loop_loss, lsr_loss
-from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.rag.lengths import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.trainers.config import EMDR2Config, LMSupervisedConfig, LOOPConfig, LSRConfig, PDistConfig
 from fedrag_cli.trainers.huggingface.checks import require_peaked_targets
@@ -39,7 +40,6 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         super().__init__(rag_system, *args, **kwargs)
         self._scorer: LikelihoodScorer | None = None
         self._truncation = TruncationCount()
-        self._prompt_tokens = 0
 
     @property
     @abstractmethod
@@ -120,7 +120,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
         positions = store.search_positions(embeddings, self.config.top_k)[1]
         scores = self._lm_scores(self.train_examples, positions, show=True)
-        self._truncation, self._prompt_tokens = self._scoring().truncation, self._scoring().prompt_tokens
+        self._truncation = dataclasses.replace(self._scoring().truncation)
         require_peaked_targets(self._log_targets(scores).exp(), getattr(self.config, "lm_temperature", None))
         self._restore_index(resuming)
         return range(len(self.train_examples))
@@ -168,8 +168,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
             save_file({"embeddings": self.rag_system.knowledge_store.embeddings.contiguous()}, directory / INDEX_FILE)
 
     def _counts(self) -> dict[str, Any]:
-        scoring = {**self._truncation.to_dict(), "tokens": self._prompt_tokens}
-        return {"scoring": scoring, "scored_pairs": len(self._scoring().cache)}
+        return {"scoring": self._truncation.to_dict(), "scored_pairs": len(self._scoring().cache)}
 
 
 def _entropy(log_probabilities: Tensor) -> float:

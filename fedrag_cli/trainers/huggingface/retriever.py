@@ -16,7 +16,7 @@ from fedrag_cli.data.examples import Example
 from fedrag_cli.data.relevance import distinct_ids, first_ids, not_negatives
 from fedrag_cli.errors import DataError
 from fedrag_cli.losses import contrastive_loss
-from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.rag.retrievers.base import TrainableRetriever
 from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
 from fedrag_cli.trainers.config import ContrastiveConfig, RetrieverTrainingConfig
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
@@ -40,7 +40,7 @@ class EncoderModel(nn.Module):
         super().__init__()
         # Kept out of the module tree: the language model in there is frozen and must not be saved or moved with it.
         self._trainer = [trainer]
-        retriever = trainer.rag_system.retriever
+        retriever = trainer.rag_system.require_trainable_retriever()
         self.query_encoder = retriever.query_encoder
         if trainer.config.train == "both" and not retriever.is_shared:
             self.passage_encoder = retriever.passage_encoder
@@ -110,7 +110,7 @@ class HuggingFaceTrainerForRetriever(HuggingFaceTrainer):
             rag_system.require_generator()
         rag_system.require_matching_store()
         if self.config.train == "query":
-            rag_system.retriever.separate_encoders()
+            self._retriever.separate_encoders()
         self._model = EncoderModel(self)
 
     @property
@@ -119,8 +119,8 @@ class HuggingFaceTrainerForRetriever(HuggingFaceTrainer):
         return self._model
 
     @property
-    def _retriever(self) -> SentenceTransformerRetriever:
-        return self.rag_system.retriever
+    def _retriever(self) -> TrainableRetriever:
+        return self.rag_system.require_trainable_retriever()
 
     @abstractmethod
     def losses(self, features: dict[str, Any], examples: Sequence[int], **shared: Tensor) -> Tensor:

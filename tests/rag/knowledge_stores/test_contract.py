@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from plugin_store import PlainStore
 from stores import nodes, numbered, vectors
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
+from fedrag_cli.rag.config import EMBEDDINGS_FILE, NODES_FILE, FaissStoreConfig, MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, NODES_FILE
 
 MakeStore = Callable[[], KnowledgeStore]
 LoadStore = Callable[[Path], KnowledgeStore]
@@ -49,6 +49,7 @@ STORES: dict[str, tuple[MakeStore, LoadStore]] = {
     "faiss hnsw": faiss_store(index="hnsw", m=64, ef_search=512),
     "faiss mapped": faiss_store(path="unused", memory_map=True),
     "qdrant": (QdrantKnowledgeStore, QdrantKnowledgeStore.load),
+    "plug-in": (PlainStore, PlainStore.load),
 }
 
 
@@ -533,9 +534,3 @@ def test_a_config_opens_the_saved_store_or_an_empty_one(tmp_path: Path) -> None:
     assert len(InMemoryKnowledgeStore.from_config(MemoryStoreConfig(path=str(tmp_path / "store")))) == 3
     assert len(InMemoryKnowledgeStore.from_config(MemoryStoreConfig(path=str(tmp_path / "nowhere")))) == 0
     assert len(InMemoryKnowledgeStore.from_config(MemoryStoreConfig())) == 0
-
-
-@pytest.mark.parametrize("name", list(STORES))
-def test_a_store_says_whether_it_takes_any_change_where_it_is(name: str) -> None:
-    """`fedrag index` appends to the others, and writes them anew where anything else has changed."""
-    assert STORES[name][0]().changes_cheaply == name.startswith("memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,19 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from indexing import ROWS
+from safetensors import safe_open
+from safetensors.torch import save_file
 from stores import MEASURE, needs_proc, nodes, numbered, vectors
 
-from fedrag_cli.config import load_config
+from fedrag_cli.config import Config, load_config
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.rag.config import FaissStoreConfig, MemoryStoreConfig
+from fedrag_cli.rag.config import EMBEDDINGS_FILE, NODES_FILE, FaissStoreConfig, MemoryStoreConfig
 from fedrag_cli.rag.index_build import build_index
 from fedrag_cli.rag.index_convert import converted_store, move_index
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, NODES_FILE
 from fedrag_cli.runs.reporter import SilentReporter
 
 WriteConfig = Callable[..., Path]
@@ -88,7 +91,7 @@ def test_a_change_takes_a_mapped_store_into_memory(tmp_path: Path) -> None:
         store = mapped(tmp_path / "store")
         change(store)
         assert store._mapped is None
-        store.save_changes(tmp_path / "store2")
+        store.save(tmp_path / "store2")
         again = InMemoryKnowledgeStore.load(tmp_path / "store2")
         assert (again.nodes, again.embeddings.tolist()) == (store.nodes, store.embeddings.tolist())
     store = mapped(tmp_path / "store")
@@ -100,12 +103,54 @@ def test_a_change_takes_a_mapped_store_into_memory(tmp_path: Path) -> None:
 def test_a_damaged_passage_is_told_when_it_is_read(tmp_path: Path, damage: bytes) -> None:
     store_of(5).save(tmp_path / "store")
     lines = (tmp_path / "store" / NODES_FILE).read_bytes().splitlines(keepends=True)
-    lines[1] = damage + b"\n"
+    lines[1] = damage.ljust(len(lines[1]) - 1) + b"\n"
     (tmp_path / "store" / NODES_FILE).write_bytes(b"".join(lines))
     store = mapped(tmp_path / "store")
     assert store.nodes_at([0, 4]) == [*numbered(1), *numbered(1, 4)]
     with pytest.raises(KnowledgeStoreError, match="damaged"):
         store.nodes_at([0, 1])
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+def test_passages_that_are_found_by_offsets_or_by_a_look_at_all_of_them(tmp_path: Path, offsets: bool) -> None:
+    """Earlier versions kept no offsets."""
+    rows = [KnowledgeNode("ü", "one\ntwo\u2028\r three\ud800", {"n": [1]}), *numbered(50)]
+    store, file = InMemoryKnowledgeStore(), tmp_path / "store" / EMBEDDINGS_FILE
+    store.add(rows, vectors(51, 16))
+    store.save(tmp_path / "store")
+    with safe_open(file, framework="pt") as found:
+        metadata, lines = found.metadata(), (file.parent / NODES_FILE).read_bytes().splitlines(keepends=True)
+        assert found.get_tensor("offsets").tolist() == [0, *itertools.accumulate(map(len, lines))]
+    if not offsets:
+        save_file({"embeddings": store.embeddings.clone()}, file, metadata)
+    again = mapped(tmp_path / "store")
+    assert again.nodes_at([50, 0, 7]) == [rows[50], rows[0], rows[7]]
+    assert torch.equal(again.embeddings, store.embeddings)
+    assert torch.equal(InMemoryKnowledgeStore.load(tmp_path / "store").embeddings, store.embeddings)
+    content = (file.parent / NODES_FILE).read_bytes()
+    for damaged in (content[:-1], content + b"{}", b"\xff" * len(content)):
+        (file.parent / NODES_FILE).write_bytes(damaged)
+        with pytest.raises(KnowledgeStoreError, match="not as long as it was written"):
+            mapped(tmp_path / "store")
+
+
+def test_what_an_earlier_version_appended_is_brought_up_to_date_by_the_next_index(
+    config_of: Callable[..., Config], encoded: list[int], tmp_path: Path
+) -> None:
+    """A store with changes beside it is older than its corpus: nothing searches it before `fedrag index` has run."""
+    rows = [*ROWS, {"id": "new", "text": "new"}]
+    build_index(config_of(), SilentReporter())
+    journal = tmp_path / "store" / "changes.jsonl"
+    for stays in (ROWS, rows):
+        journal.write_text('{"checksum": "0", "change": {}}\n')
+        config = config_of(rows=stays)
+        with pytest.raises(KnowledgeStoreError, match="built from other passages") as caught:
+            build_rag_system(config, with_generator=False)
+        assert "fedrag index" in caught.value.hint
+        encoded.clear()
+        assert build_index(config, SilentReporter())["kept"] == 24
+        assert (sum(encoded), journal.exists()) == (len(stays) - 24, False)
+        assert len(build_rag_system(config, with_generator=False).knowledge_store) == len(stays)
 
 
 def test_a_passage_twice_is_found_when_the_store_is_taken_into_memory(tmp_path: Path) -> None:
@@ -124,13 +169,12 @@ def test_a_mapped_store_needs_a_path(write_config: WriteConfig) -> None:
 
 
 WRITE = """
-from fedrag_cli.rag.knowledge_stores.store_files import write_embeddings
-from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, write_nodes
+from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, write_embeddings, write_nodes
 FOLDER.mkdir()
 blocks = (torch.randn(1000, DIMENSION) for _ in range(PASSAGES // 1000))
 about = {"format": "fedrag-memory-store-1"}
-write_embeddings(FOLDER / EMBEDDINGS_FILE, blocks, (PASSAGES, DIMENSION), torch.float32, about)
-write_nodes(passages(), FOLDER)
+offsets = write_nodes(passages(), FOLDER)
+write_embeddings(FOLDER / EMBEDDINGS_FILE, blocks, (PASSAGES, DIMENSION), torch.float32, about, offsets)
 """
 SEARCH = """
 InMemoryKnowledgeStore().build_report(), queries() @ queries().T

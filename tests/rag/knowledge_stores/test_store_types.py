@@ -15,21 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from stores import nodes, numbered, vectors
+from stores import nodes, numbered, publish, vectors
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import Config, load_config, load_config_with_source
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, KnowledgeStoreError
-from fedrag_cli.rag.build import build_rag_system, with_tuned_models
+from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import FaissStoreConfig, QdrantStoreConfig
+from fedrag_cli.rag.from_run import with_tuned_models
 from fedrag_cli.rag.index_build import build_index
 from fedrag_cli.rag.index_convert import move_index
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.knowledge_stores.qdrant_collection import in_memory
-from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore, publish
+from fedrag_cli.rag.knowledge_stores.qdrant_store import QdrantKnowledgeStore
 from fedrag_cli.rag.system import refresh_store
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporter import SilentReporter
@@ -197,10 +198,10 @@ def test_a_collection_of_somebody_else_is_left_alone() -> None:
 def test_changes_stay_in_the_process_and_the_server_keeps_its_passages() -> None:
     server = in_memory()
     store = publish(source_store(), QdrantStoreConfig(), server)
-    on_server = dataclasses.replace(store.config, url="http://h:1")
-    assert QdrantKnowledgeStore(on_server, client=server).is_kept_elsewhere
-    assert not store.is_kept_elsewhere
+    assert store.is_kept_elsewhere
+    assert not QdrantKnowledgeStore(client=server).is_kept_elsewhere
     store.replace_embeddings(torch.ones(10, 4))
+    assert not store.is_kept_elsewhere
     store.delete(["p0"])
     store.add(nodes("new"), torch.zeros(1, 4))
     store.clear()
