@@ -307,7 +307,8 @@ def _held(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
                         run.open_log().append("stopped")
             if is_left and interrupted:
                 raise RunInterruptedError(
-                    f"Interrupted while the models were loaded. Nothing was computed yet; '{run.path}' was removed.",
+                    "Interrupted while data and models were loaded. Nothing was computed yet; "
+                    f"'{run.path}' was removed.",
                     "Give the command again.",
                 ) from error
             hint = f"Go on with: {resume_command(run.path)}"

@@ -64,7 +64,11 @@ def load_compared(names: Sequence[str]) -> list[Evaluated]:
         ConfigError: There is nothing to compare, or a folder is no run or one that is not finished.
         DataError: Records are missing or damaged.
     """
-    compared = with_baseline(names)
+    compared = [name.rstrip("/") for name in names]
+    if len(compared) == 1:
+        if split_stage(compared[0])[1] is not None:
+            raise ConfigError(f"There is nothing to compare '{compared[0]}' with.", "Name another run.")
+        compared = [f"{compared[0]}:before", *compared]
     for name in compared:
         # Half of a run must not pass for the whole in CI.
         RunDirectory.open(split_stage(name)[0]).require_finished()
@@ -127,20 +131,6 @@ def _whole(value: Any, default: int) -> int:
 def questions_of(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the records of each question by the runs' names and the questions' ids."""
     return {item.name: {str(row["id"]): dict(row) for row in item.predictions} for item in evaluated}
-
-
-def with_baseline(names: Sequence[str]) -> list[str]:
-    """Return what is compared; a single run is compared with itself before training.
-
-    Raises:
-        ConfigError: A single evaluation is named.
-    """
-    names = [name.rstrip("/") for name in names]
-    if len(names) > 1:
-        return names
-    if split_stage(names[0])[1] is not None:
-        raise ConfigError(f"There is nothing to compare '{names[0]}' with.", "Name another run.")
-    return [f"{names[0]}:before", names[0]]
 
 
 def short_name(run: RunDirectory) -> str:

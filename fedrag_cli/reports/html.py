@@ -70,12 +70,13 @@ def render_report(report: Mapping[str, Any]) -> str:
     filters: dict[str, Callable[..., str | int]] = {
         "number": lambda value: f"{value:.4f}",
         "signed": lambda value: f"{value:+.4f}",
-        "interval": _interval,
-        "signed_interval": _signed_interval,
+        "interval": lambda item: f"[{item['low']:.4f}, {item['high']:.4f}]",
+        "signed_interval": lambda item: f"[{item['low']:+.4f}, {item['high']:+.4f}]",
         "percent": lambda share: f"{100 * share:g} %",
         "score": lambda value: f"{value:.3f}",
-        "data_uri": _data_uri,
-        "width": _width,
+        "data_uri": lambda picture: "data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
+        # So that the texts in all pictures have the size of the page's; a PNG's first chunk begins with its width.
+        "width": lambda picture: round(int.from_bytes(picture[16:20], "big") * 0.55),
         "verdict_mark": VERDICT_MARKS.__getitem__,
         "verdict_class": VERDICT_CLASSES.__getitem__,
         "explained": explain_metric,
@@ -116,24 +117,6 @@ def require_replaceable(path: Path, *, force: bool) -> None:
             f"'{path}' is there already and is no report of fedrag.",
             "Name another file with --output, or overwrite it with --force.",
         )
-
-
-def _interval(item: Mapping[str, float]) -> str:
-    return f"[{item['low']:.4f}, {item['high']:.4f}]"
-
-
-def _signed_interval(item: Mapping[str, float]) -> str:
-    return f"[{item['low']:+.4f}, {item['high']:+.4f}]"
-
-
-def _data_uri(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
-
-
-def _width(picture: bytes) -> int:
-    """Return how wide a PNG is shown, so that the texts in all pictures have the size of the page's."""
-    # The first chunk of a PNG begins with the width in pixels.
-    return round(int.from_bytes(picture[16:20], "big") * 0.55)
 
 
 def write_report(names: Sequence[str], path: Path, confidence: float | None, examples: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import machine, write_section
+from common import machine, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("0", "1", "2", "3")

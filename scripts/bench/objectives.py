@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import prepare_data
-from results import machine, write_section
+from common import machine, prepare_data, write_section
 
 from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config

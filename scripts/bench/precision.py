@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CONFIGS, prepare_data
-from results import machine, write_section
+from common import CONFIGS, machine, prepare_data, write_section
 from torch import Tensor
 from torch.nn import functional
 

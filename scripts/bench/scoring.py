@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from results import machine, write_section
+from common import machine, write_section
 from torch import Tensor
 
 from fedrag_cli.commands.run_data import load_run_data

@@ -95,7 +95,7 @@ def test_a_federation_that_is_interrupted_while_loading_leaves_nothing(
     assert main([command, str(config), *address]) == 130
     shown = capsys.readouterr().err
     run = shown.partition("Run directory: ")[2].splitlines()[0]
-    assert f"Interrupted while the models were loaded. Nothing was computed yet; '{run}' was removed." in shown
+    assert f"Interrupted while data and models were loaded. Nothing was computed yet; '{run}' was removed." in shown
     assert "What to do: Give the command again." in shown
     assert not (config.parent / "runs").exists()
 
