@@ -28,7 +28,7 @@ from fedrag_cli.errors import (
     OtherProcessError,
     RunInterruptedError,
 )
-from fedrag_cli.runs.launch import local_rank, process_count, rank
+from fedrag_cli.runs.processes import local_rank, process_count, rank
 from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:

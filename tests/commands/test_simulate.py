@@ -89,13 +89,13 @@ def test_a_federation_that_is_interrupted_while_loading_leaves_nothing(
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    for module in ("serve", "job"):
+    for module in ("serve", "run_data"):
         monkeypatch.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
     address = [] if command == "simulate" else ["--address", "127.0.0.1:0"]
     assert main([command, str(config), *address]) == 130
     shown = capsys.readouterr().err
     run = shown.partition("Run directory: ")[2].splitlines()[0]
-    assert f"Interrupted while the models were loaded. Nothing was computed yet; '{run}' was removed." in shown
+    assert f"Interrupted while data and models were loaded. Nothing was computed yet; '{run}' was removed." in shown
     assert "What to do: Give the command again." in shown
     assert not (config.parent / "runs").exists()
 
@@ -112,7 +112,7 @@ def test_a_resume_that_was_killed_and_is_interrupted_while_loading_is_told_as_in
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("fedrag_cli.commands.job.build_rag_system", terminated)
+    monkeypatch.setattr("fedrag_cli.commands.run_data.build_rag_system", terminated)
     assert main(["resume", str(run)]) == 130
     assert "Interrupted before the run went on; it is as it was." in capsys.readouterr().err
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
