@@ -36,29 +36,6 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 
-def trainer_around(
-    trainer: HuggingFaceTrainer, model: nn.Module | None, train_dataset: Any, validation_dataset: Any
-) -> HuggingFaceTrainer:
-    """Return a trainer with the same settings around another model (its own where that is None) and other data.
-
-    Raises:
-        ModelError: The model is of another kind than the trainer's.
-        DataError: The trainer measures what needs relevant ids, and no validation example has any.
-    """
-    rag_system = trainer.rag_system if model is None else _with_model(trainer, model)
-    own = type(trainer)(
-        rag_system,
-        train_dataset=[] if train_dataset is None else train_dataset,
-        validation_dataset=[] if validation_dataset is None else validation_dataset,
-        config=trainer.config,
-        seed=trainer.seed,
-        reporter=trainer.reporter,
-    )
-    if trainer.extra_validation is not None and own.validation_examples:
-        own.extra_validation = trainer.extra_validation.around(own)
-    return own
-
-
 def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     rag_system = trainer.rag_system
     if trainer.side == "generator":
@@ -236,8 +213,23 @@ class FLTask:
                 task's own where it is None.
             train_dataset: A `datasets.Dataset` with `query` and `response`, or a list of examples.
             val_dataset: The same for validation.
+
+        Raises:
+            ModelError: The model is of another kind than the trainer's.
+            DataError: The trainer measures what needs relevant ids, and no validation example has any.
         """
-        return FLTask(trainer_around(self.trainer, model, train_dataset, val_dataset), self.settings)
+        trainer = self.trainer
+        own = type(trainer)(
+            trainer.rag_system if model is None else _with_model(trainer, model),
+            train_dataset=[] if train_dataset is None else train_dataset,
+            validation_dataset=[] if val_dataset is None else val_dataset,
+            config=trainer.config,
+            seed=trainer.seed,
+            reporter=trainer.reporter,
+        )
+        if trainer.extra_validation is not None and own.validation_examples:
+            own.extra_validation = trainer.extra_validation.around(own)
+        return FLTask(own, self.settings)
 
     def server(self, model: nn.Module, strategy: ClassicStrategy | None = None) -> Server:
         """Return a server of Flower's classic API, for `flwr.server.start_server`.
