@@ -308,6 +308,16 @@ def test_flowers_own_apis_bound_what_is_far_off() -> None:
     assert [note.partition(" is an")[2] for note in server.told.notes] == [reason.removeprefix("is an")] * 2
 
 
+def test_the_classic_api_sums_in_one_order_whoever_answers_first() -> None:
+    sizes = {"a": (1e4, 3), "b": (1e-3, 1), "c": (-1e4, 7), "d": (0.3, 11)}
+
+    def summed(order: str) -> list[float]:
+        server = Server(max_norm_ratio=None)
+        return server.trained({name: ([sizes[name][0]] * 3, sizes[name][1], LOSS) for name in order})[1]
+
+    assert {tuple(summed(order)) for order in ("abcd", "dcba", "bdac", "cadb")} == {tuple(summed("abcd"))}
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
