@@ -23,7 +23,7 @@ def command(
     """Measure a RAG system on the test (or validation) split; `fedrag resume` goes on with what was stopped."""
     from fedrag_cli.config.fields import is_folder
     from fedrag_cli.config.validation import require_evaluation_split
-    from fedrag_cli.rag.build import load_config_or_run
+    from fedrag_cli.rag.from_run import load_config_or_run
     from fedrag_cli.runs.files import require_writable, write_bytes_atomically
 
     given = sort_arguments(arguments)

@@ -32,7 +32,7 @@ def command(
     """Answer a question; without one, answer each line of the input."""
     path, question, overrides = _sort(arguments)
     from fedrag_cli.config.validation import require_generator
-    from fedrag_cli.rag.build import load_config_or_run
+    from fedrag_cli.rag.from_run import load_config_or_run
 
     config, _ = load_config_or_run(path, overrides)
     require_generator(config, "answering")

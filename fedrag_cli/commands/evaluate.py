@@ -15,7 +15,8 @@ from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.evaluation.result import Evaluation
-from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages, with_tuned_models
+from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
+from fedrag_cli.rag.from_run import with_tuned_models
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.reports.interval_plots import plot_evaluation
 from fedrag_cli.runs.directory import RunDirectory

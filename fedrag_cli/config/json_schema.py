@@ -31,7 +31,8 @@ def setting_help(config_class: type) -> dict[str, str]:
     help: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(base):
-            help |= _field_docstrings(base)
+            fields = {field.name for field in dataclasses.fields(base)}
+            help |= {name: text for name, text in _field_docstrings(base).items() if name in fields}
     return help
 
 

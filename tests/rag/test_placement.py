@@ -17,8 +17,9 @@ from fedrag_cli.commands.train import train
 from fedrag_cli.config import PromptConfig, load_config, load_config_with_source
 from fedrag_cli.errors import ConfigError, ModelError
 from fedrag_cli.evaluation.evaluator import evaluate
-from fedrag_cli.rag.build import build_rag_system, load_config_or_run
+from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import CausalLMConfig
+from fedrag_cli.rag.from_run import load_config_or_run
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.models import (
     ModelLocation,

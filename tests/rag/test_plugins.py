@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import data_rows
-from test_registry import install
+from plugins import install
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.registry import registry
@@ -119,7 +119,9 @@ def register(registry):
 
 @pytest.fixture(autouse=True)
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(install(tmp_path / "packages", "fedrag-words", PLUGIN))
+    folder = install(tmp_path / "packages", "fedrag-words", "fedrag_words:register")
+    (folder / "fedrag_words.py").write_text(PLUGIN, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
     registry.cache_clear()
     yield
     registry.cache_clear()

@@ -22,8 +22,9 @@ from fedrag_cli.config import Config, load_config, load_config_with_source
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, ConnectionFailedError, KnowledgeStoreError
-from fedrag_cli.rag.build import build_rag_system, with_tuned_models
+from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.config import FaissStoreConfig, QdrantStoreConfig
+from fedrag_cli.rag.from_run import with_tuned_models
 from fedrag_cli.rag.index_build import build_index
 from fedrag_cli.rag.index_convert import move_index
 from fedrag_cli.rag.knowledge_stores.faiss_store import FaissKnowledgeStore
