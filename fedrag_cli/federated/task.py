@@ -21,6 +21,7 @@ from fedrag_cli.federated.lora import freeze_a
 from fedrag_cli.federated.messages import NO_SERVER, PROXIMAL_MU, round_number
 from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.weights import Weights, weights_digest
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.text import printable
@@ -56,14 +57,18 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     own = dataclasses.replace(rag_system, retriever=retriever.with_query_encoder(model, shared=shared))
     if both:
         # The passages' embeddings follow this model's weights, so they cannot be those of the other store.
-        store = rag_system.knowledge_store
-        own.knowledge_store = InMemoryKnowledgeStore(device=retriever.device)
-        own.knowledge_store.add(store.nodes, store.embeddings)
-        own.knowledge_store.corpus_fingerprint = store.corpus_fingerprint
-        if len(store):
+        own.knowledge_store = _copy_of(rag_system.knowledge_store, retriever.device)
+        if len(own.knowledge_store):
             refresh_store(own)
         own.knowledge_store.encoder_fingerprint = own.retriever.fingerprint()
     return own
+
+
+def _copy_of(store: KnowledgeStore, device: torch.device) -> InMemoryKnowledgeStore:
+    copy = InMemoryKnowledgeStore(device=device)
+    copy.add(store.nodes, store.embeddings)
+    copy.corpus_fingerprint = store.corpus_fingerprint
+    return copy
 
 
 @dataclass(frozen=True)
