@@ -36,6 +36,7 @@ from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.messages import ACTION, AGREEMENT, FINAL, NAME, STOP
+from fedrag_cli.federated.privacy import epsilon_of_ledger
 from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
@@ -118,6 +119,11 @@ def asking(content: RecordDict, kind: str = "train", node: int = 2) -> Message:
     """Return a message of a server, outside of any federation."""
     identify()
     return Message(content, node, kind)
+
+
+def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
+    """Return the epsilon that rounds of clipped updates with the same noise have spent."""
+    return epsilon_of_ledger([{"noise_multiplier": noise_multiplier}] * rounds, delta)
 
 
 def common(size: int = 3) -> Agreement:

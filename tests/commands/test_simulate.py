@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import SIMULATED_TRAINER
 from federation import assert_same_weights, events, tuned_weights
+from toy_federation import spent_epsilon
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.federated.privacy import spent_epsilon
 
 
 def test_owners_are_the_clients_and_the_same_seed_gives_the_same_weights(simulate: Callable[..., Any]) -> None:
