@@ -285,8 +285,7 @@ def refusing(content: bytes, code: int = 401) -> Callable[[http.server.BaseHTTPR
     "content",
     [
         b"[" * 60_000,
-        b'{"detail": "clock", "seconds": 1' + b"0" * 400 + b"}",
-        b'{"detail": "clock", "seconds": true}',
+        b'{"detail": ["challenged"], "challenge": 1' + b"0" * 400 + b"}",
         b'{"detail": {"key": []}}',
         b'["ab", 1]',
         b"\xff",

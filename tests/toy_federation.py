@@ -150,7 +150,12 @@ class Raw:
     def connect(self, server: FleetServer) -> None:
         """Introduce itself."""
         self._base = f"http://127.0.0.1:{server.address[1]}"
-        self.node_id = self.post(ACTIVATE, public_key=self.signer.public_key, heartbeat_interval=1800).node_id
+        hello = {"public_key": self.signer.public_key, "heartbeat_interval": 1800}
+        try:
+            self.node_id = self.post(ACTIVATE, **hello).node_id
+        except httpx.HTTPStatusError as error:
+            self.signer.begin(error.response.json()["challenge"])
+            self.node_id = self.post(ACTIVATE, **hello).node_id
 
     def post(self, path: str, **fields: Any) -> Any:
         """Send a signed request."""

@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import make_message
-from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.message_pb2 import Message as MessageProto
@@ -31,9 +31,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedrag_cli.federated.arrays import FileArray, ScratchFile
 
-KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = (
-    name.lower() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
-)
+KEY_HEADER, SIGNATURE_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower(), FLEET_HTTP_SIGNATURE_HEADER.lower()
 ROUTES = ("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "pull-object")
 ACTIVATE, DEACTIVATE, HEARTBEAT, PULL_MESSAGES, PUSH_MESSAGES, PULL_OBJECT = (f"/v1/fleet/{name}" for name in ROUTES)
 PUSH_OBJECT = "/v1/fleet/push-object"

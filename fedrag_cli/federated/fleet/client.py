@@ -28,7 +28,7 @@ from flwr.app import Message
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
 from fedrag_cli.federated.endpoint import ServerAddress, distrust, parse_address, trusting
 from fedrag_cli.federated.fleet import _flower as flower
-from fedrag_cli.federated.fleet.auth import CLOCK, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
+from fedrag_cli.federated.fleet.auth import CHALLENGED, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
 from fedrag_cli.federated.fleet.http import POLL_SECONDS
 from fedrag_cli.federated.fleet.state import head_bytes
 from fedrag_cli.federated.grid import CLIENT_FAILED, quiet_flower
@@ -141,18 +141,18 @@ class FleetNode:
             self._ended.clear()
             beats = threading.Thread(target=self._beat, daemon=True)
             try:
-                self._introduce(self._call)
-                self._was_connected, self._has_noted = True, False
-                self._reporter.note(f"Connected to {self._where}")
-                beats.start()
                 while not handler.ended:
                     try:
+                        self._introduce(self._call)
+                        if not self._was_connected:
+                            self._was_connected, self._has_noted = True, False
+                            self._reporter.note(f"Connected to {self._where}")
+                            beats.start()
                         self._serve(handler)
                     except ForgottenError:
                         self._note("does not know this client any more (it may have been started again)")
                         # Two servers behind one address each forget the other's clients.
                         self._ended.wait(FIRST_PAUSE)
-                        self._introduce(self._call)
             finally:
                 self._ended.set()
                 if self._was_connected:
@@ -171,7 +171,7 @@ class FleetNode:
             for _ in range(2):
                 try:
                     self._introduce(self._post)
-                except UnreachableError:
+                except (UnreachableError, ForgottenError):
                     continue
                 self._leave()
                 return True
@@ -269,13 +269,15 @@ class FleetNode:
             detail = dict(json.loads(content))
         except (ValueError, TypeError, RecursionError):
             detail = {}
-        reason, seconds = detail.get("detail"), detail.get("seconds")
+        reason, challenge = detail.get("detail"), str(detail.get("challenge"))
         if reason == SUPERSEDED:
             return ConnectionFailedError(
                 "Another process has joined with this client's key.",
                 "Run one process a key, and make a key for each client with 'fedrag keys node'.",
             )
-        if reason == UNKNOWN_CLIENT:
+        if reason == CHALLENGED and re.fullmatch("[0-9a-f-]{1,64}", challenge):
+            self._signer.begin(challenge)
+        if reason in (CHALLENGED, UNKNOWN_CLIENT):
             return ForgottenError()
         if reason == UNKNOWN_KEY and not self._is_doubted:
             # A bit that was flipped on the way makes another key; it takes two answers to be sure.
@@ -286,13 +288,6 @@ class FleetNode:
                 f"The server at {self._where} does not know this client's key (fingerprint "
                 f"{fingerprint(self._signer.public_key)}).",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
-            )
-        if reason == CLOCK and isinstance(seconds, float):
-            words = f"the clocks of this machine and the server's differ by {abs(seconds):.0f} s"
-            if self._was_connected:
-                return AnsweredError(words)
-            return ConnectionFailedError(
-                f"The server at {self._where} does not let this client in: {words}.", "Set both clocks, such as by NTP."
             )
         meaning = MEANINGS.get(code, "it sends clients elsewhere, which is not followed" if code // 100 == 3 else "")
         return AnsweredError(f"it answered {code}" + (f": {meaning}" if meaning else ""))
@@ -332,7 +327,12 @@ class FleetNode:
     # What is asked and answered.
 
     def _introduce(self, send: Callable[..., Any]) -> None:
-        send(flower.ACTIVATE, public_key=self._signer.public_key, heartbeat_interval=HEARTBEAT_SECONDS)
+        introduction = {"public_key": self._signer.public_key, "heartbeat_interval": HEARTBEAT_SECONDS}
+        try:
+            send(flower.ACTIVATE, **introduction)
+        except ForgottenError:
+            # The server has named the session that it wants to be signed.
+            send(flower.ACTIVATE, **introduction)
 
     def _beat(self) -> None:
         """Tell the server now and then that this client lives."""

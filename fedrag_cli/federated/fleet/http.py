@@ -27,6 +27,7 @@ from fedrag_cli.federated.fleet.auth import (
     Refusals,
     RefusedError,
     Scope,
+    address_of,
 )
 from fedrag_cli.federated.fleet.state import Client, FleetState, head_bytes
 
@@ -53,7 +54,7 @@ class _Connection(socket.socket):
     door: Door
     address = "an unknown address"
     peer: tuple[Any, ...] = ()
-    owner: bytes | None = None
+    owner: Client | None = None
     deadline = float("inf")
     is_new = True
 
@@ -131,13 +132,13 @@ class Door(socket.socket):
             connection.deadline = time.monotonic() + seconds
         return connection
 
-    def let_in(self, connection: _Connection | None, public_key: bytes) -> None:
+    def let_in(self, connection: _Connection | None, client: Client) -> None:
         """Note that a connection is a known client's, which may have a few; the oldest goes where there are more."""
         if connection is None or connection.owner is not None:
             return
         self._strangers.pop(connection, None)
-        connection.owner = public_key
-        own = [other for other in self._all.values() if other.owner == public_key]
+        connection.owner = client
+        own = [other for other in self._all.values() if other.owner is client]
         for other in own[:-MOST_OF_A_CLIENT]:
             other.end()
 
@@ -148,10 +149,13 @@ class Door(socket.socket):
             del self._all[connection.peer]
 
     async def sweep(self) -> None:
-        """End the connections whose time is up."""
+        """End the connections whose time is up, and those of clients that others have taken the places of."""
         now = time.monotonic()
-        for connection in [connection for connection in self._all.values() if connection.deadline < now]:
-            if connection.owner is None:
+        for connection in list(self._all.values()):
+            owner = connection.owner
+            if connection.deadline >= now and not (owner is not None and owner.is_forgotten):
+                continue
+            if owner is None:
                 who = connection.address
                 line = f"A connection from {who} asked nothing for {SILENT_SECONDS:.0f} s"
                 self._refusals.tell(who, "silent", line)
@@ -239,7 +243,7 @@ class FleetApp:
         try:
             code, content = 200, (await self._answer(scope, receive, connection)).SerializeToString()
         except RefusedError as refusal:
-            code, content = refusal.code, json.dumps({"detail": refusal.reason, "seconds": refusal.seconds}).encode()
+            code, content = refusal.code, json.dumps({"detail": refusal.reason, "challenge": refusal.challenge}).encode()
         except Exception as error:  # noqa: BLE001  (whatever fails here, the server goes on, and its owner is told)
             self._refusals.tell("", type(error).__name__, f"A request failed within the server: {error!r}")
             code, content = 500, b"{}"
@@ -272,13 +276,12 @@ class FleetApp:
         claim = await self._admission.admit(scope)
         asked, answered = flower.TYPES[path]
         if path == flower.ACTIVATE:
-            self._admission.check_clock(scope, claim)
             await _body(receive, claim, _announced(scope, MOST_BYTES))
-            client = self._state.activate(claim)
-            self._door.let_in(connection, claim.public_key)
+            client = self._state.activate(claim, address_of(scope))
+            self._door.let_in(connection, client)
             return answered(node_id=client.member.node_id)
         client, size = self._state.speaker(claim), _announced(scope, self._most.get(path, MOST_BYTES))
-        self._door.let_in(connection, claim.public_key)
+        self._door.let_in(connection, client)
         async with self._room(client, size):
             try:
                 request = asked.FromString(await _body(receive, claim, size))
