@@ -429,14 +429,14 @@ def test_new_keys_of_strangers_lock_nobody_out() -> None:
         state = server.state
         state.most_clients = 100
         for number in range(500):
-            state.activate(Claim(f"key {number}".encode(), f"{state._start}-0-x", 1, ""), "127.0.0.1")
+            state.activate(Claim(f"key {number}".encode(), f"{state._start}-0-x", 1, "", "127.0.0.1"))
         known = ToyClient("known", [1.0, 2.0, 3.0])
         (thread,) = start({node(server): known})
         eventually(lambda: len(state.members()) == 100)
 
         def flood() -> None:
             while thread.is_alive():
-                state.activate(Claim(os.urandom(8), f"{state._start}-0-x", 1, ""), "127.0.0.1")
+                state.activate(Claim(os.urandom(8), f"{state._start}-0-x", 1, "", "127.0.0.1"))
                 time.sleep(0.02)
 
         threading.Thread(target=flood, daemon=True).start()

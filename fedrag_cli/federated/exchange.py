@@ -28,7 +28,8 @@ class _Outstanding:
     activation: int
     sent: float
     ttl: float
-    gone_since: float | None = None
+    gone: float = 0.0
+    gone_at: float | None = None
 
 
 class Exchange:
@@ -76,12 +77,12 @@ class Exchange:
                     self._look_after(name, on_failure)
                 self._grid.wait(POLL_SECONDS)
 
-    def _send(self, participant: Participant, message: Message) -> None:
+    def _send(self, participant: Participant, message: Message, gone: float = 0.0) -> None:
         kind, content, ttl = message.metadata.message_type, message.content, message.metadata.ttl
         sent, participant.has_worked = time.monotonic(), True
         (message_id,) = self._grid.push_messages([message])
         self._outstanding[participant.name] = _Outstanding(
-            content, kind, message_id, participant.node_id, participant.activation, sent, ttl
+            content, kind, message_id, participant.node_id, participant.activation, sent, ttl, gone
         )
 
     def _collect(self, on_reply: OnReply, on_failure: OnFailure) -> bool:
@@ -100,22 +101,24 @@ class Exchange:
         return bool(replies)
 
     def _look_after(self, name: str, on_failure: OnFailure) -> None:
-        participant, item = self._roster.find(name), self._outstanding[name]
+        participant, item, now = self._roster.find(name), self._outstanding[name], time.monotonic()
         if participant is None:
             self._give_up(name, "it has joined again under another name", on_failure)
         elif participant.status == "refused":
             self._give_up(name, participant.reason, on_failure)
         elif participant.status in ("offline", "given up"):
-            item.gone_since = item.gone_since or time.monotonic()
-            if time.monotonic() - item.gone_since > self._rejoin_timeout:
+            # One that comes back only to leave again has the time once.
+            item.gone, item.gone_at = item.gone + now - (item.gone_at or now), now
+            patience = self._roster.patience(name, self._rejoin_timeout)
+            if item.gone > patience:
                 self._roster.give_up(name)
-                self._give_up(name, f"it went away and did not come back within {self._rejoin_timeout:g} s", on_failure)
+                self._give_up(name, f"it went away and did not come back within {patience:g} s", on_failure)
         else:
-            item.gone_since = None
+            item.gone_at = None
             if self._was_restarted(participant, item):
                 self._grid.forget([item.message_id])
                 again = Message(item.content, participant.node_id, item.message_type, ttl=item.ttl)
-                self._send(participant, again)
+                self._send(participant, again, item.gone)
 
     def _was_restarted(self, participant: Participant, item: _Outstanding) -> bool:
         return (participant.node_id, participant.activation) != (item.node_id, item.activation)

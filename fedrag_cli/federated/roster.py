@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from fedrag_cli.runs.reporting import Reporter
 Status = Literal["ready", "refused", "offline", "given up", "dismissed"]
 LONGEST_NAME = 64
 MOST_STRANGERS = 100
+# So many events a client that has worked makes, and all others together.
+MOST_TOLD = 1000
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Roster:
         self._participants: dict[str, Participant] = {}
         self._pending: dict[str, Member] = {}
         self._greeted: dict[int, int] = {}
+        self._given_up: Counter[int] = Counter()
+        self._told: Counter[int | None] = Counter()
 
     def refresh(self) -> None:
         """Look who is there, greet the new ones, and take the handshakes that came back."""
@@ -109,6 +114,14 @@ class Roster:
         participant = self._participants.get(name)
         if participant is not None and participant.status == "offline":
             participant.status = "given up"
+            self._given_up[participant.node_id] += 1
+
+    def patience(self, name: str, seconds: float) -> float:
+        """Return how much of a time to wait for a client that is gone: half as much each time that it was given up.
+
+        So one that comes and leaves in each round holds up all of them together no longer than two such times.
+        """
+        return seconds * float(0.5 ** self._given_up[self._participants[name].node_id])
 
     def dismiss(self, name: str) -> None:
         """Note that a client has all that it came for, so that its leaving is no news."""
@@ -139,6 +152,7 @@ class Roster:
         known = {participant.node_id for participant in self._participants.values()} | set(members)
         # Who comes back later is greeted again.
         self._greeted = {node_id: number for node_id, number in self._greeted.items() if node_id in known}
+        self._given_up = Counter({node_id: times for node_id, times in self._given_up.items() if node_id in known})
         lost = [message_id for message_id, member in self._pending.items() if member.node_id not in known]
         self._grid.forget(lost)
         for message_id in lost:
@@ -175,8 +189,10 @@ class Roster:
             # The same key under another name is still the same client.
             del self._participants[other.name]
         status: Status = "refused" if reason else "ready"
+        claimed = "" if member.name else claimed
+        has_worked = before is not None and before.has_worked
         self._participants[name] = Participant(
-            name, member.node_id, member.activation, status, reason, "" if member.name else claimed
+            name, member.node_id, member.activation, status, reason, claimed, has_worked
         )
         if before is None or (before.name, before.status, before.reason) != (name, status, reason):
             self._tell(self._participants[name])
@@ -203,4 +219,13 @@ class Roster:
         return f"{name}-{member.key}"
 
     def _tell(self, participant: Participant) -> None:
-        self._reporter.event("client", client=participant.name, status=participant.status, reason=participant.reason)
+        """Record how a client stands, but not for ever where it comes and goes: strangers must not fill the disk."""
+        teller = participant.node_id if participant.has_worked else None
+        self._told[teller] += 1
+        if self._told[teller] <= MOST_TOLD:
+            self._reporter.event(
+                "client", client=participant.name, status=participant.status, reason=participant.reason
+            )
+        elif self._told[teller] == MOST_TOLD + 1:
+            who = "clients that have not worked yet" if teller is None else f"client {participant.name}"
+            self._reporter.note(f"{MOST_TOLD} comings and goings of {who} are recorded; further ones are not")

@@ -144,7 +144,8 @@ class Incoming:
             OSError: There is no room for a file.
         """
         self.message = message_from_proto(head)
-        arrays = [array for record in self._records() for array in record.values()]
+        records = self.message.content.array_records.values() if self.message.has_content() else ()
+        arrays = [array for record in records for array in record.values()]
         if any(len(array.data) != _SIZE_BYTES for array in arrays):
             raise UnusableError("it does not say how large its tensors are")
         self._size = sum(int.from_bytes(array.data, "big") for array in arrays)
@@ -173,10 +174,6 @@ class Incoming:
         """The names of the pieces that have not come yet, in their order."""
         return [object_id for object_id in self._places if object_id in self._missing]
 
-    def has(self, object_id: str) -> bool:
-        """Return whether there is a piece of this name."""
-        return object_id in self._places
-
     def put(self, object_id: str, content: bytes) -> bool:
         """Keep a piece, and return whether it is what was announced; raises OSError where there is no room for it."""
         places = self._places.get(object_id, [])
@@ -201,9 +198,6 @@ class Incoming:
             return FileArray(array.dtype, array.shape, array.stype, self._file, start, size)
 
         return _with_arrays(self.message.content, lying_in_file)
-
-    def _records(self) -> list[ArrayRecord]:
-        return list(self.message.content.array_records.values()) if self.message.has_content() else []
 
 
 def _with_arrays(content: RecordDict, change: Callable[[Array], Array]) -> RecordDict:

@@ -15,7 +15,6 @@ import threading
 import time
 import uuid
 from base64 import b64decode, b64encode
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +88,7 @@ class Claim:
     session: str
     count: int
     digest: str
+    address: str
     signature: bytes = b""
     statement: bytes = b""
 
@@ -228,7 +228,8 @@ def _signed(scope: Scope) -> Claim | None:
     try:
         session, count, digest = parts = [headers[name] for name in _SIGNED]
         key, signature = (b64decode(headers[name], validate=True) for name in (KEY_HEADER, SIGNATURE_HEADER))
-        return Claim(key, session[:128], int(count[:15]), digest, signature, _statement(scope["path"], *parts))
+        statement = _statement(scope["path"], *parts)
+        return Claim(key, session[:128], int(count[:15]), digest, address_of(scope), signature, statement)
     except (KeyError, ValueError):
         return None
 
@@ -252,7 +253,7 @@ class Refusals:
         """Start with nothing told."""
         self._note = note
         self._now = now
-        self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._told: dict[tuple[str, str], None] = {}
         self._minutes: dict[str, tuple[float, int]] = {}
         self._lock = threading.Lock()
 
@@ -266,7 +267,6 @@ class Refusals:
         """
         with self._lock:
             if (who, reason) in self._told:
-                self._told.move_to_end((who, reason))
                 return
             now = self._now()
             since, told = self._minutes.get(reason, (now, 0))
@@ -280,5 +280,5 @@ class Refusals:
             else:
                 self._told[who, reason] = None
                 if len(self._told) > self.MOST_REMEMBERED:
-                    self._told.popitem(last=False)
+                    del self._told[next(iter(self._told))]
         self._note(line)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -119,7 +119,7 @@ class FleetNode:
         self._http: httpx.Client
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._was_connected = self._has_noted = self._is_doubted = False
+        self._was_connected = self._is_doubted = False
         self._silent_since: float | None = None
         self._noted = float("-inf")
 
@@ -145,7 +145,7 @@ class FleetNode:
                     try:
                         self._introduce(self._call)
                         if not self._was_connected:
-                            self._was_connected, self._has_noted = True, False
+                            self._was_connected = True
                             self._reporter.note(f"Connected to {self._where}")
                             beats.start()
                         self._serve(handler)
@@ -235,8 +235,8 @@ class FleetNode:
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 with self._lock:
-                    self._silent_since, self._noted, self._is_doubted = None, float("-inf"), False
-                    has_noted, self._has_noted = self._has_noted, False
+                    has_noted, self._noted = self._noted > float("-inf"), float("-inf")
+                    self._silent_since, self._is_doubted = None, False
                 if has_noted and self._was_connected:
                     self._reporter.note("Connected again")
                 return found
@@ -260,7 +260,7 @@ class FleetNode:
             now = time.monotonic()
             if now - self._noted < SECONDS_BETWEEN_NOTES:
                 return
-            self._noted, self._has_noted = now, True
+            self._noted = now
         self._reporter.note(f"The server at {self._where} {what}; trying again")
 
     def _refusal(self, code: int, content: bytes) -> Exception:
@@ -294,7 +294,8 @@ class FleetNode:
 
     def _raise_if_hopeless(self, error: httpx.TransportError) -> None:
         """Raise ConnectionFailedError where trying again cannot help: no trust, or no TLS."""
-        if refusal := _verification(error):
+        refusal = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLCertVerificationError)), None)
+        if refusal is not None:
             reason = distrust(parse_address(self._server.address), refusal)
             raise ConnectionFailedError(
                 f"The certificate of the server at {self._where} is not trusted: {reason}.",
@@ -313,15 +314,13 @@ class FleetNode:
         broke = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.LocalProtocolError)
         if broke and not self._was_connected and not self._server.tls:
             return "it does not answer plain requests: it may use TLS, or not be up yet"
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in _causes(error):
             if isinstance(cause, socket.gaierror):
                 return "no such host" if cause.errno == socket.EAI_NONAME else "its name cannot be looked up"
             if isinstance(cause, TimeoutError | httpx.TimeoutException):
                 return "timed out"
             if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, ssl.SSLError):
                 return cause.strerror.lower()
-            cause = cause.__cause__ or cause.__context__
         return "the connection broke"
 
     # What is asked and answered.
@@ -364,7 +363,6 @@ class FleetNode:
         Raises:
             ConnectionFailedError: It is none, or not as large as agreed.
         """
-        withdrawn = threading.Event()
         with os_errors(self._directory):
             try:
                 head, tree = answer.messages_list[0], answer.message_object_trees[0]
@@ -376,15 +374,13 @@ class FleetNode:
                 ours = isinstance(error, flower.UnusableError)
                 raise self._nonsense(str(error) if ours else "it is no message") from error
 
-            def pull(object_id: str) -> None:
+            def pull(object_id: str) -> bool:
                 found = self._call(flower.PULL_OBJECT, object_id=object_id)
-                if not found.object_found:
-                    withdrawn.set()
-                elif not incoming.put(object_id, found.object_content):
+                if found.object_found and not incoming.put(object_id, found.object_content):
                     raise self._nonsense("its tensors are not those that were announced")
+                return bool(found.object_found)
 
-            self._each(pull, incoming.missing, withdrawn)
-        return incoming.message if not withdrawn.is_set() else None
+            return incoming.message if self._each(pull, incoming.missing) else None
 
     def _nonsense(self, reason: str) -> ConnectionFailedError:
         return ConnectionFailedError(
@@ -406,43 +402,34 @@ class FleetNode:
 
     def _send(self, reply: Message) -> None:
         outgoing = self._packer.pack(reply, uuid.uuid4().hex)
-        lost = threading.Event()
 
-        def push(object_id: str) -> None:
+        def push(object_id: str) -> bool:
             content = outgoing.piece(object_id)
             if content is None:
                 raise self._nonsense("it asks for tensors that this client never had")
-            if not self._call(flower.PUSH_OBJECT, object_id=object_id, object_content=content).stored:
-                lost.set()
+            return bool(self._call(flower.PUSH_OBJECT, object_id=object_id, object_content=content).stored)
 
         for _ in range(3):
-            lost.clear()
             answer = self._call(
                 flower.PUSH_MESSAGES, messages_list=[outgoing.head], message_object_trees=[outgoing.tree]
             )
             if any(answer.results.values()):
                 break
-            self._each(push, list(answer.objects_to_push), lost)
-            if not lost.is_set():
+            if self._each(push, answer.objects_to_push):
                 return
         if outgoing.tree.children:
             self._reporter.note("The server did not take this update")
 
-    def _each(self, work: Callable[[str], None], object_ids: Sequence[str], stop: threading.Event) -> None:
-        """Do something for several pieces, a few at once, until one of them says to stop or fails."""
-
-        def unless_stopped(object_id: str) -> None:
-            if not stop.is_set():
-                work(object_id)
-
+    def _each(self, work: Callable[[str], bool], object_ids: Iterable[str]) -> bool:
+        """Do something for several pieces, a few at once, and return whether it was done for all; a failure ends it."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
-                list(pool.map(unless_stopped, object_ids))
-            except BaseException as error:
-                stop.set()
-                if not isinstance(error, ForgottenError):
-                    # Also those threads that wait for a silent server end now.
-                    self._ended.set()
+                return all(pool.map(work, object_ids))
+            except ForgottenError:
+                raise
+            except BaseException:
+                # Also those threads that wait for a silent server end now.
+                self._ended.set()
                 raise
 
 
@@ -460,8 +447,8 @@ def _bounded(response: httpx.Response, most_bytes: int, seconds: float) -> bytes
     return bytes(content)
 
 
-def _verification(error: BaseException) -> ssl.SSLCertVerificationError | None:
+def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+    while cause is not None:
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return cause

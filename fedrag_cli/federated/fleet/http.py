@@ -21,13 +21,11 @@ from fedrag_cli.federated.fleet.auth import (
     BUSY,
     DAMAGED,
     DIGEST_HEADER,
-    SUPERSEDED,
     Admission,
     Claim,
     Refusals,
     RefusedError,
     Scope,
-    address_of,
 )
 from fedrag_cli.federated.fleet.state import Client, FleetState, head_bytes
 
@@ -214,12 +212,9 @@ class FleetApp:
         admission: Decides who may speak.
         door: Where connections come in.
         refusals: Told of errors within.
-        most_bytes: Largest sum of the bytes of a reply's tensors.
     """
 
-    def __init__(
-        self, state: FleetState, admission: Admission, door: Door, refusals: Refusals, most_bytes: int
-    ) -> None:
+    def __init__(self, state: FleetState, admission: Admission, door: Door, refusals: Refusals) -> None:
         """Begin with no request."""
         self._state, self._admission, self._door, self._refusals = state, admission, door, refusals
         self._places = asyncio.Semaphore(MOST_BODIES)
@@ -234,7 +229,7 @@ class FleetApp:
             flower.PULL_OBJECT: self._pull_object,
             flower.PUSH_OBJECT: self._push_object,
         }
-        self._most = {flower.PUSH_MESSAGES: head_bytes(most_bytes), flower.PUSH_OBJECT: flower.PIECE_BYTES + 1024}
+        self._most = {flower.PUSH_MESSAGES: head_bytes(state.most_bytes), flower.PUSH_OBJECT: flower.PIECE_BYTES + 1024}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -243,7 +238,8 @@ class FleetApp:
         try:
             code, content = 200, (await self._answer(scope, receive, connection)).SerializeToString()
         except RefusedError as refusal:
-            code, content = refusal.code, json.dumps({"detail": refusal.reason, "challenge": refusal.challenge}).encode()
+            code, detail = refusal.code, {"detail": refusal.reason, "challenge": refusal.challenge}
+            content = json.dumps(detail).encode()
         except Exception as error:  # noqa: BLE001  (whatever fails here, the server goes on, and its owner is told)
             self._refusals.tell("", type(error).__name__, f"A request failed within the server: {error!r}")
             code, content = 500, b"{}"
@@ -277,7 +273,7 @@ class FleetApp:
         asked, answered = flower.TYPES[path]
         if path == flower.ACTIVATE:
             await _body(receive, claim, _announced(scope, MOST_BYTES))
-            client = self._state.activate(claim, address_of(scope))
+            client = self._state.activate(claim)
             self._door.let_in(connection, client)
             return answered(node_id=client.member.node_id)
         client, size = self._state.speaker(claim), _announced(scope, self._most.get(path, MOST_BYTES))
@@ -316,15 +312,12 @@ class FleetApp:
         return {"success": True}
 
     async def _pull_messages(self, client: Client, request: Any) -> dict[str, Any]:
-        session, client.polls = client.session, client.polls + 1
-        poll = client.polls
+        client.polls = poll = client.polls + 1
         # The newest waits alone; of older ones nobody may know any more, and their connections end only after them.
         client.arrived.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_SECONDS):
                 while not self._is_closing and client.polls == poll:
-                    if client.session != session:
-                        raise RefusedError(409, SUPERSEDED)
                     if (found := self._state.next_message(client)) is not None:
                         return {"messages_list": [found.head], "message_object_trees": [found.tree]}
                     client.arrived.clear()

@@ -27,7 +27,6 @@ from fedrag_cli.federated.grid import FederationGrid, quiet_flower
 from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.reporting import Reporter, SilentReporter
 
-START_SECONDS = 30.0
 MOST_DESCRIPTORS = 16384
 FEWEST_DESCRIPTORS = 256
 
@@ -64,7 +63,6 @@ class FleetServer:
         self._host, self._port = host, port
         self._context = certificate.context() if certificate is not None else None
         self._reporter = reporter or SilentReporter()
-        self._most_bytes = max_message_bytes
         self._pieces = pieces if pieces is not None else Path(tempfile.gettempdir())
         self._refusals = Refusals(self._note)
         self.state = FleetState(self._pieces, max_message_bytes)
@@ -85,7 +83,7 @@ class FleetServer:
         listener = listen(self._host, self._port)
         self.address = listener.getsockname()[:2]
         door = Door(fileno=listener.detach()).open(self._refusals, most)
-        self._app = FleetApp(self.state, self._admission, door, self._refusals, self._most_bytes)
+        self._app = FleetApp(self.state, self._admission, door, self._refusals)
         context = door.watch(self._context) if self._context is not None else None
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
@@ -111,9 +109,8 @@ class FleetServer:
         )
         self._thread = threading.Thread(target=self._serve, args=(door,), daemon=True)
         self._thread.start()
-        end = time.monotonic() + START_SECONDS
         while not self._uvicorn.started:
-            if not self._thread.is_alive() or time.monotonic() > end:
+            if not self._thread.is_alive():
                 raise ConnectionFailedError(
                     f"The server could not start on {self._host}:{self._port}.",
                     "Choose another --address.",

@@ -106,7 +106,7 @@ class FleetState(FederationGrid):
         # Of this start alone, so that nothing signed for another one is taken.
         self._start = secrets.token_hex(8)
         self._directory = directory
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._names: dict[bytes, str] = {}
         self._clients: dict[bytes, Client] = {}
         self._by_id: dict[int, Client] = {}
@@ -124,7 +124,7 @@ class FleetState(FederationGrid):
         with self._lock:
             self._names[public_key] = name
 
-    def activate(self, claim: Claim, address: str) -> Client:
+    def activate(self, claim: Claim) -> Client:
         """Connect a client, whether it is new, comes back, or only asks again.
 
         Raises:
@@ -136,15 +136,13 @@ class FleetState(FederationGrid):
                 challenge = f"{self._start}-{client.member.activation if client is not None else 0}"
                 if claim.session.rpartition("-")[0] != challenge:
                     raise RefusedError(401, CHALLENGED, challenge)
-                client = client or self._add(claim.public_key, address)
+                client = client or self._add(claim.public_key, claim.address)
                 client.session, client.counts = claim.session, Counts(claim.count)
             elif not client.counts.take(claim.count):
                 raise RefusedError(401, USED)
             name, activation = self._names.get(claim.public_key, ""), client.member.activation + 1
             client.member = replace(client.member, name=name, activation=activation)
             client.seen = time.monotonic()
-        # A process that was superseded may be waiting for a message.
-        self.wake(client)
         self._changed.set()
         return client
 
@@ -184,10 +182,8 @@ class FleetState(FederationGrid):
         """Return a piece of a message to a client."""
         with self._lock:
             questions = list(client.questions.values())
-        for question in questions:
-            if (content := question.outgoing.piece(object_id)) is not None:
-                return content
-        return None
+        found = (question.outgoing.piece(object_id) for question in questions)
+        return next((content for content in found if content is not None), None)
 
     def announce(self, client: Client, head: flower.MessageProto, tree: flower.ObjectTree) -> list[str] | None:
         """Take a reply's bare message, and return the names of the pieces that are missing; None where nobody waits.
@@ -201,7 +197,7 @@ class FleetState(FederationGrid):
             if question.reply is None or question.reply.pieces != {child.object_id for child in tree.children}:
                 try:
                     # Only training is answered with tensors; strangers that shake hands get no room for any.
-                    most = self._most_bytes if question.asked.metadata.message_type == MessageType.TRAIN else 0
+                    most = self.most_bytes if question.asked.metadata.message_type == MessageType.TRAIN else 0
                     question.reply = flower.Incoming(head, tree, self._directory, most)
                 except OSError as error:
                     self.fail(error)
@@ -219,13 +215,12 @@ class FleetState(FederationGrid):
         """Keep a piece of a client's reply, and return whether it is one that was announced."""
         with self._lock:
             replies = [question.reply for question in client.questions.values() if question.reply is not None]
-        reply = next((reply for reply in replies if reply.has(object_id)), None)
         try:
-            stored = reply is not None and reply.put(object_id, content)
+            stored = any(reply.put(object_id, content) for reply in replies)
         except OSError as error:
             self.fail(error)
             raise
-        if reply is not None and reply.is_complete:
+        if any(reply.is_complete for reply in replies):
             self._changed.set()
         return stored
 
@@ -243,9 +238,7 @@ class FleetState(FederationGrid):
         Without allowed keys anybody can make new ones, which would take all places otherwise.
         """
         spare = {
-            key: client
-            for key, client in self._clients.items()
-            if client.standing < HAS_WORKED or not client.is_online
+            key: client for key, client in self._clients.items() if client.standing < HAS_WORKED or not client.is_online
         }
         if not spare:
             raise RefusedError(503, "full")
