@@ -143,9 +143,9 @@ def node(server: FleetServer, key: PrivateKey | None = None, **options: Any) -> 
 class Raw:
     """A client that is written by hand, and may do what ours never does."""
 
-    def __init__(self, signer: Signer) -> None:
+    def __init__(self, signer: Signer, source: str = "127.0.0.1") -> None:
         self.signer, self.node_id = signer, 0
-        self._base = ""
+        self._base, self._source = "", source
 
     def connect(self, server: FleetServer) -> None:
         """Introduce itself."""
@@ -161,7 +161,8 @@ class Raw:
         """Send a signed request."""
         asked, answered = TYPES[path]
         body = asked(**fields).SerializeToString()
-        response = httpx.post(self._base + path, content=body, headers=self.signer.headers(path, body), timeout=30)
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=self._source), timeout=30) as line:
+            response = line.post(self._base + path, content=body, headers=self.signer.headers(path, body))
         response.raise_for_status()
         return answered.FromString(response.content)
 
