@@ -326,13 +326,13 @@ def test_connections_that_ask_nothing_are_ended(
         silent, half, second, unread = dial(server.address[1], 4, tls=tls)
         half.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n")
         # A whole request, and then a half one on the same connection.
-        signer, body = Signer(new_key()), b""
-        if not tls:
-            Raw(signer).connect(server)
-        second.sendall(request_bytes(signer, ACTIVATE, body) + b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n")
-        unread.sendall(request_bytes(signer, HEARTBEAT, body)[:-4])
+        end, body = node(server, **known), b""
+        assert end.check()
+        whole = request_bytes(end._signer, ACTIVATE, body)
+        second.sendall(whole + b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n")
+        unread.sendall(request_bytes(end._signer, HEARTBEAT, body)[:-4])
         assert [ended(connection) for connection in (silent, half, second, unread)] == [True] * 4
-        assert node(server, **known).check()
+        assert end.check()
     # One line for all, because they come from one address.
     assert notes.lines == ["A connection from 127.0.0.1 asked nothing for 1 s"]
 
