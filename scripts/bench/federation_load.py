@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ NUMBERS = 1000
 WAITING_SECONDS = 30.0
 TENSORS = 24
 SLOW_NUMBERS, SLOW_RATE = 6_000_000, 150_000
+NEW_CLIENTS = 3000
 
 
 def main() -> None:
@@ -59,9 +60,12 @@ def main() -> None:
     lines.append(slow_line())
     print(lines[-1], flush=True)
     for count in (1, 200):
-        grown = memory_of_half_sent_bodies(count)
+        grown = growth(lambda port, count=count: half_sent(port, count))
         lines.append(f"| MB that the server grows by with {count} bodies that never end, of one client | {grown:.0f} |")
         print(lines[-1], flush=True)
+    grown = growth(lambda port: new_clients(port, NEW_CLIENTS))
+    lines.append(f"| MB that the server grows by with {NEW_CLIENTS} clients with new keys | {grown:.0f} |")
+    print(lines[-1], flush=True)
     if not options.no_write:
         write_section("Federation, load and lines", "\n".join([(__doc__ or "").strip(), "", *lines, "", machine()]))
 
@@ -220,15 +224,15 @@ def cut_once(line: Any, passed: int) -> None:
     line.cut()
 
 
-def memory_of_half_sent_bodies(count: int) -> float:
-    """Return how many MB a server process grows by while bodies of one client are sent by half."""
+def growth(disturb: Callable[[int], list[socket.socket]]) -> float:
+    """Return how many MB a server process grows by while somebody disturbs it at its port."""
     command = [sys.executable, "-W", "ignore", __file__, "server"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
     assert process.stdout is not None
     port = int(process.stdout.readline())
     try:
         before = resident(process.pid)
-        connections = half_sent(port, count)
+        connections = disturb(port)
         time.sleep(5.0)
         after = resident(process.pid)
         for connection in connections:
@@ -237,6 +241,19 @@ def memory_of_half_sent_bodies(count: int) -> float:
         process.kill()
         process.wait()
     return (after - before) / 1e6
+
+
+def new_clients(port: int, count: int) -> list[socket.socket]:
+    """Introduce so many clients with new keys."""
+    from types import SimpleNamespace
+
+    from toy_federation import Raw, new_key
+
+    from fedrag_cli.federated.fleet.auth import Signer
+
+    for _ in range(count):
+        Raw(Signer(new_key())).connect(SimpleNamespace(address=("127.0.0.1", port)))
+    return []
 
 
 def half_sent(port: int, count: int) -> list[socket.socket]:
