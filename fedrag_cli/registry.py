@@ -4,6 +4,25 @@ A component is a config dataclass, a builder and one line of help. Builders are 
 imported when something is built, so that listing and validating components loads no model library. Packages of
 third parties join through the entry-point group `fedrag.components`: an entry point is a function that takes the
 registry and registers what the package offers.
+
+Components answer for themselves: nothing else asks for a type by its name. Configs are made with
+`config.fields.config_class`, and what each kind offers is told by the classes below:
+
+- `retriever`: `builder(config, device=)` returns a `rag.retrievers.base.Retriever`.
+- `generator`: `builder(config, prompt=, device=, seed=)` returns a `rag.generators.base.Generator`.
+- `knowledge_store`: the config is a `rag.config.KnowledgeStoreConfig`, and `builder(config, device=)` returns a
+  `rag.knowledge_stores.base.KnowledgeStore`.
+- `corpus`: `builder(config)` returns a list of `data.nodes.KnowledgeNode`.
+- `examples`: `builder(config)` returns a list of `data.examples.Example`; where the config has
+  `may_lack_responses = True`, `builder(config, needs_responses=False)` takes rows without answers.
+- `retriever_trainer` and `generator_trainer`, the objectives: the config is a `RetrieverTrainingConfig` or
+  `GeneratorTrainingConfig` of `trainers.config`, and `builder(config, rag_system, **options)` returns a
+  `trainers.huggingface.base.HuggingFaceTrainer`.
+- `strategy`: the config is a `federated.config.StrategyConfig`, and `builder(config, min_clients=, learning_rate=)`
+  returns a `flwr.serverapp.strategy.Strategy`.
+
+Any config may have `check(config, path)`, which takes the whole config and the key path of the component, and yields
+(key path, message) for all that is wrong between settings that are each right by themselves.
 """
 
 from __future__ import annotations
@@ -27,16 +46,18 @@ BUILT_IN_MODULES = {
     "fedrag_cli.federated.config": ("strategy",),
 }
 """Modules that register components, and of which kinds; each is imported when somebody asks for what it may hold."""
-KINDS = (
-    "retriever",
-    "generator",
-    "knowledge_store",
-    "corpus",
-    "examples",
-    "retriever_trainer",
-    "generator_trainer",
-    "strategy",
-)
+BASES = {
+    "retriever": None,
+    "generator": None,
+    "knowledge_store": None,
+    "corpus": None,
+    "examples": None,
+    "retriever_trainer": "fedrag_cli.trainers.config.RetrieverTrainingConfig",
+    "generator_trainer": "fedrag_cli.trainers.config.GeneratorTrainingConfig",
+    "strategy": "fedrag_cli.federated.config.StrategyConfig",
+}
+"""The kinds, and what their configs derive from."""
+KINDS = tuple(BASES)
 
 
 @dataclass(frozen=True)
@@ -46,7 +67,7 @@ class Component:
     Args:
         kind: The slot that it fits, one of `KINDS`.
         name: The `type:` that names it.
-        config_class: The dataclass of its settings; it has a field `type: Literal[name] = name`.
+        config_class: The dataclass of its settings.
         builder: `module:attribute` of the callable that builds it from its config.
         help: One line for `fedrag components`.
         origin: The distribution that registered it.
@@ -60,11 +81,7 @@ class Component:
     origin: str = "fedrag-cli"
 
     def load_builder(self) -> Callable[..., Any]:
-        """Import and return the builder.
-
-        Raises:
-            ConfigError: The builder cannot be imported.
-        """
+        """Import and return the builder; raises ConfigError where it cannot be imported."""
         module_name, _, attribute = self.builder.partition(":")
         try:
             builder: Any = importlib.import_module(module_name)
@@ -94,12 +111,13 @@ class Registry:
         Args:
             kind: The slot that it fits, one of `KINDS`.
             name: The `type:` that names it.
-            config_class: The dataclass of its settings, with a field `type: Literal[name] = name`.
+            config_class: The dataclass of its settings, with a field `type: Literal[name] = name`, derived from the
+                kind's base where it has one.
             builder: `module:attribute` of the callable that builds it.
             help: One line for `fedrag components`.
 
         Raises:
-            ConfigError: The kind is unknown, the name is taken, or the dataclass has no fitting `type` field.
+            ConfigError: The kind is unknown, the name is taken, or the dataclass does not fit.
         """
         if kind not in self._components:
             raise ConfigError(f"'{self._origin}' registers the unknown kind '{kind}'.", f"Kinds: {', '.join(KINDS)}.")
@@ -109,9 +127,17 @@ class Registry:
                 f"'{self._origin}' registers the {kind} '{name}', which '{taken.origin}' has registered already.",
                 f"Uninstall one of '{self._origin}' and '{taken.origin}'.",
             )
-        if not _has_type(config_class, name):
+        # The default alone, because resolving the annotations of all config classes would slow every command's start.
+        fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
+        if not any(field.name == "type" and field.default == name for field in fields):
             raise ConfigError(
                 f'The config class of the {kind} \'{name}\' needs a field `type: Literal["{name}"] = "{name}"`.'
+            )
+        base = BASES[kind]
+        if base is not None and base not in (f"{each.__module__}.{each.__qualname__}" for each in config_class.__mro__):
+            raise ConfigError(
+                f"The config class of the {kind} '{name}' of '{self._origin}' does not derive from {base}.",
+                f"Repair or uninstall '{self._origin}'.",
             )
         self._components[kind][name] = Component(kind, name, config_class, builder, help, self._origin)
 
@@ -176,19 +202,5 @@ def registry() -> Registry:
 
 
 def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build the component that `config.type` names.
-
-    Args:
-        kind: The slot, one of `KINDS`.
-        config: The component's validated config dataclass; it is the builder's first argument.
-        args: Further positional arguments of the builder.
-        kwargs: Further keyword arguments of the builder.
-    """
+    """Build the component that `config.type` names; the config is the builder's first argument."""
     return registry().get(kind, config.type).load_builder()(config, *args, **kwargs)
-
-
-def _has_type(config_class: type, name: str) -> bool:
-    """Look at the default alone: resolving the annotations of all config classes would slow every command's start."""
-    if not dataclasses.is_dataclass(config_class):
-        return False
-    return any(field.name == "type" and field.default == name for field in dataclasses.fields(config_class))

@@ -292,3 +292,28 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("north", "south"):
         write_node_key(folder, name)
     return folder
+
+
+SIMULATED_TRAINER = {
+    "mode": "retriever",
+    "retriever": {"top_k": 4, "batch_size": 4, "learning_rate": 1e-3, "epochs": 1, "validation": {"every": "never"}},
+    "generator": {"top_k": 2, "batch_size": 4, "learning_rate": 1e-2, "max_steps": 2, "validation": {"every": "never"}},
+}
+
+
+@pytest.fixture
+def simulate(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Return a function that simulates, and returns the run directory and the summary."""
+
+    def run(*arguments: str, folder: str = "a", code: int = 0, **sections: Any) -> tuple[Path, dict[str, Any]]:
+        config = write_config(folder, trainer=SIMULATED_TRAINER, federated={"rounds": 2}, **sections)
+        capsys.readouterr()
+        from fedrag_cli.cli.main import main
+
+        assert main(["simulate", str(config), *arguments, "--json", "--quiet"]) == code
+        document = json.loads(capsys.readouterr().out)
+        return Path(document.get("run_dir", "")), document
+
+    return run

@@ -10,9 +10,9 @@ import torch
 from conftest import data_rows
 
 from fedrag_cli.config import Config
+from fedrag_cli.rag.index_convert import open_store
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
-from fedrag_cli.rag.opening import open_store
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 WriteConfig = Callable[..., Path]
 Rows = list[dict[str, Any]]

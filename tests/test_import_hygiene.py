@@ -79,9 +79,9 @@ def test_what_is_wrong_with_a_config_is_told_before_a_model_library_is_imported(
     assert [name for name in HEAVY if name in found["modules"]] == []
 
 
-@pytest.mark.parametrize("module", ["comparing", "report"])
+@pytest.mark.parametrize("module", ["compare", "html"])
 def test_what_only_reads_runs_needs_no_model_library(module: str) -> None:
-    program = f"import sys, fedrag_cli.trainer_managers.{module}; print(*sys.modules)"
+    program = f"import sys, fedrag_cli.reports.{module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert set(HEAVY) & set(done.stdout.split()) <= {"numpy"}
 

@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -12,46 +7,6 @@ import pytest
 from fedrag_cli.config.fields import PositiveInt, config_class
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.registry import KINDS, Registry, build, registry
-
-PLUGIN = '''\
-from typing import Literal
-
-from fedrag_cli.config.fields import PathStr, PositiveInt, config_class
-
-
-@config_class
-class TriviaConfig:
-    """Made-up questions."""
-
-    type: Literal["trivia"] = "trivia"
-    """Names this source."""
-    path: PathStr
-    """Where they are."""
-    count: PositiveInt = 4
-    """How many."""
-
-
-def load(config):
-    from fedrag_cli.data.examples import Example
-
-    return [Example(str(n), f"question {n}", (config.path,)) for n in range(config.count)]
-
-
-def register(registry):
-    registry.register("examples", "trivia", TriviaConfig, "fedrag_trivia:load", "made-up questions")
-'''
-CONFIG = """\
-rag_system: {retriever: {model: org/r}, generator: {model: org/g}}
-dataset:
-  corpus: {path: c.jsonl}
-  train: {type: trivia, path: questions, count: 2}
-"""
-BUILD_TRAIN = """\
-import sys
-from fedrag_cli import load_config
-from fedrag_cli.registry import build
-print(build("examples", load_config(sys.argv[1]).dataset.train)[1].response)
-"""
 
 
 @config_class
@@ -66,111 +21,6 @@ class MineConfig:
 
 def build_mine(config: MineConfig, extra: int) -> int:
     return config.size + extra
-
-
-def install(folder: Path, name: str, source: str, *, entry_point: str = "register") -> Path:
-    """Put a package with an entry point into a folder, as pip does."""
-    module = name.replace("-", "_")
-    information = folder / f"{module}-1.0.dist-info"
-    information.mkdir(parents=True)
-    (folder / f"{module}.py").write_text(source, encoding="utf-8")
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
-    entry = f"[fedrag.components]\n{name} = {module}:{entry_point}\n"
-    (information / "entry_points.txt").write_text(entry, encoding="utf-8")
-    return folder
-
-
-def python(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process that sees the packages in a folder."""
-    command = [sys.executable, "-c", program, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
-def fedrag(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run fedrag in a process that sees the packages in a folder."""
-    return python(folder, "import sys; from fedrag_cli.cli.main import main; sys.exit(main())", *arguments)
-
-
-def test_plugin_is_listed_validated_and_built(tmp_path: Path) -> None:
-    packages = install(tmp_path / "packages", "fedrag-trivia", PLUGIN)
-    done = fedrag(packages, "components", "trivia", "--json")
-    assert done.returncode == 0, done.stderr
-    [component] = json.loads(done.stdout)["components"]
-    assert component == {
-        "kind": "examples",
-        "type": "trivia",
-        "help": "made-up questions",
-        "origin": "fedrag-trivia",
-        "settings": [
-            {"name": "path", "required": True, "default": None, "help": "Where they are."},
-            {"name": "count", "required": False, "default": 4, "help": "How many."},
-        ],
-    }
-    config = tmp_path / "c.yaml"
-    config.write_text(CONFIG, encoding="utf-8")
-    for name in ("c.jsonl", "questions"):
-        (tmp_path / name).touch()
-    done = fedrag(packages, "validate", str(config))
-    assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == f"{config} is valid (mode: retriever).\n"
-    built = python(packages, BUILD_TRAIN, str(config))
-    assert built.stdout == f"{tmp_path / 'questions'}\n"
-
-
-def test_plugin_errors_are_reported_like_those_of_built_in_components(tmp_path: Path) -> None:
-    packages = install(tmp_path / "packages", "fedrag-trivia", PLUGIN)
-    config = tmp_path / "c.yaml"
-    wrong = "  train:\n    type: trivia\n    cuont: 2\n  test: {type: trivai}\n"
-    config.write_text(CONFIG.replace("  train: {type: trivia, path: questions, count: 2}\n", wrong), encoding="utf-8")
-    done = fedrag(packages, "validate", str(config), "--json")
-    assert done.returncode == 2
-    assert [(p["line"], p["path"], p["message"]) for p in json.loads(done.stdout)["error"]["problems"]] == [
-        (4, "dataset.train.path", "is required"),
-        (6, "dataset.train.cuont", "is no setting here (did you mean 'count'?)"),
-        (7, "dataset.test.type", "there is no type 'trivai' (did you mean 'trivia'?)"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("raise ImportError('no such library')\n", "ImportError: no such library"),
-        ("def register(registry)\n", "SyntaxError: "),
-        ("x = 1\n", "AttributeError: "),
-        ("def register():\n    pass\n", "TypeError: "),
-        ("def register(registry):\n    raise RuntimeError('on fire')\n", "RuntimeError: on fire"),
-    ],
-)
-def test_broken_plugin(tmp_path: Path, source: str, reason: str) -> None:
-    packages = install(tmp_path, "fedrag-broken", source)
-    done = fedrag(packages, "components")
-    assert done.returncode == 2
-    message = f"Error: The plug-in 'fedrag-broken' of 'fedrag-broken' cannot be loaded: {reason}"
-    assert done.stderr.startswith(message)
-    assert done.stderr.endswith("What to do: Repair or uninstall 'fedrag-broken'.\n")
-    assert "Traceback" not in done.stderr
-
-
-def test_plugin_whose_builder_is_missing_is_named_when_it_is_built(tmp_path: Path) -> None:
-    packages = install(tmp_path, "fedrag-trivia", PLUGIN.replace("fedrag_trivia:load", "fedrag_trivia:nothing"))
-    assert fedrag(packages, "components").returncode == 0
-    config = tmp_path / "c.yaml"
-    config.write_text(CONFIG, encoding="utf-8")
-    assert fedrag(packages, "validate", str(config)).returncode == 0
-    done = python(packages, BUILD_TRAIN, str(config))
-    assert done.returncode == 1
-    assert "ConfigError: The builder 'fedrag_trivia:nothing' of the examples 'trivia' cannot be imported" in done.stderr
-    assert "Check the installation of 'fedrag-trivia'" in done.stderr
-
-
-def test_two_plugins_that_register_the_same_name(tmp_path: Path) -> None:
-    install(tmp_path, "fedrag-trivia", PLUGIN)
-    install(tmp_path, "fedrag-xtrivia", PLUGIN)
-    done = fedrag(tmp_path, "components")
-    assert done.returncode == 2
-    assert "registers the examples 'trivia', which 'fedrag-" in done.stderr
-    assert "What to do: Uninstall one of 'fedrag-" in done.stderr
 
 
 def test_register_and_build() -> None:
@@ -227,7 +77,7 @@ def test_unknown_component() -> None:
 
 
 def test_every_built_in_component_can_be_imported_and_has_help_for_every_setting() -> None:
-    from fedrag_cli.config.listing import component_settings
+    from fedrag_cli.config.json_schema import component_settings
 
     for component in registry().all():
         assert callable(component.load_builder())

@@ -161,7 +161,7 @@ def test_json_on_a_terminal_holds_no_codes_and_reads_back_the_same(capsys: pytes
 def test_a_report_holds_no_codes() -> None:
     from jinja2 import Environment
 
-    from fedrag_cli.runs import report
+    from fedrag_cli.reports import html as report
 
     assert "finalize" in inspect.getsource(report.render_report)
     page = Environment(autoescape=True, finalize=report.shown).from_string("{{ text }}{{ mine|safe }}{{ number }}")

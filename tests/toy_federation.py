@@ -6,8 +6,10 @@ Run as a program it is one stress run: `python toy_federation.py ROUNDS CLIENTS`
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +17,11 @@ from typing import Any
 import httpx
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedrag_cli.config.schema import FederatedConfig, TransportDtype
-from fedrag_cli.federated.agreement import Agreement
-from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
+from fedrag_cli.federated.checkpoint import RoundState
 from fedrag_cli.federated.config import FedAvgConfig
 from fedrag_cli.federated.endpoint import ServerAddress
-from fedrag_cli.federated.federation import Federation
 from fedrag_cli.federated.fleet._flower import (
     ACTIVATE,
     PULL_MESSAGES,
@@ -31,15 +30,18 @@ from fedrag_cli.federated.fleet._flower import (
     PUSH_OBJECT,
     TYPES,
     Outgoing,
+    identify,
 )
 from fedrag_cli.federated.fleet.auth import Signer
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.fleet.server import FleetServer
+from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.keys import PrivateKey
-from fedrag_cli.federated.rounds import RoundState
+from fedrag_cli.federated.messages import ACTION, AGREEMENT, FINAL, NAME, STOP
+from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 
 SHAPE = [3]
 
@@ -114,10 +116,10 @@ class ToyClient:
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-def asking(content: RecordDict, kind: str = "train") -> Message:
+def asking(content: RecordDict, kind: str = "train", node: int = 2) -> Message:
     """Return a message of a server, outside of any federation."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    return Message(content, 2, kind)
+    identify()
+    return Message(content, node, kind)
 
 
 def common(size: int = 3) -> Agreement:
@@ -138,6 +140,46 @@ def node(server: FleetServer, key: PrivateKey | None = None, **options: Any) -> 
         options.pop("address", f"127.0.0.1:{server.address[1]}"), options.pop("tls", False), options.pop("ca", None)
     )
     return FleetNode(address, key or new_key(), SilentReporter(), **{"connect_timeout": 20.0, **options})
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def request_bytes(signer: Signer, path: str, body: bytes) -> bytes:
+    """Return a signed request."""
+    headers = {"Host": "x", "Content-Length": str(len(body)), **signer.headers(path, body)}
+    return (
+        f"POST {path} HTTP/1.1\r\n".encode()
+        + "".join(f"{k}: {v}\r\n" for k, v in headers.items()).encode()
+        + b"\r\n"
+        + body
+    )
+
+
+def answered(connection: socket.socket) -> bool:
+    """Return whether a request on a connection is taken; the end of an answer before may come first."""
+    found = b""
+    while b"HTTP/1.1 200" not in found and (data := connection.recv(4096)):
+        found += data
+    return b"HTTP/1.1 200" in found
+
+
+def ended(connection: socket.socket) -> bool:
+    """Return whether the server has ended a connection, after what it had to say."""
+    connection.settimeout(20.0)
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
 
 
 class Raw:

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from fedrag_cli.cli.options import ConfidenceOption, JsonOption, QuietOption, VerboseOption
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.options import ConfidenceOption
+from fedrag_cli.cli.session import Session, in_session
 from fedrag_cli.errors import EXIT_FAILED, ConfigError
 
 
+@in_session()
 def command(
+    current: Session,
     runs: Annotated[
         list[str],
         typer.Argument(
@@ -42,33 +44,29 @@ def command(
         bool, typer.Option("--fail-if-worse", help="End with exit code 1 where a metric is shown to be worse.")
     ] = False,
     confidence: ConfidenceOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
 ) -> None:
     """Say what runs have over each other: differences with intervals, questions won and lost, a verdict in words."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        thresholds = dict(_threshold(text) for text in fail_under or ())
-        from fedrag_cli.runs.comparison_plot import plot_comparisons, require_plot_file
-        from fedrag_cli.trainer_managers.comparing import compare_runs, interval_settings, load_compared, questions_of
+    thresholds = dict(_threshold(text) for text in fail_under or ())
+    from fedrag_cli.reports.compare import compare_runs, interval_settings, load_compared, questions_of
+    from fedrag_cli.reports.interval_plots import plot_comparisons, require_plot_file
 
-        if plot is not None:
-            require_plot_file(plot, force=force)
-        evaluated = load_compared(runs)
-        settings = interval_settings(evaluated[0].name, confidence)
-        found = compare_runs(evaluated, settings, thresholds, fail_if_worse=fail_if_worse)
-        if plot is not None:
-            plot_comparisons(found["comparisons"], plot)
-            found["plot"] = str(plot)
-        current.result(found, lambda renderer: renderer.comparison(found))
-        if plot is not None and not quiet:
-            current.renderer.line(f"Wrote {plot}")
-        if examples and not json and not quiet:
-            current.renderer.won_and_lost(found, questions_of(evaluated), examples)
-        for failure in found["failures"]:
-            current.renderer.line(f"Failed: {failure}")
-        if found["failures"]:
-            raise typer.Exit(EXIT_FAILED)
+    if plot is not None:
+        require_plot_file(plot, force=force)
+    evaluated = load_compared(runs)
+    settings = interval_settings(evaluated[0].name, confidence)
+    found = compare_runs(evaluated, settings, thresholds, fail_if_worse=fail_if_worse)
+    if plot is not None:
+        plot_comparisons(found["comparisons"], plot)
+        found["plot"] = str(plot)
+    current.result(found, lambda renderer: renderer.comparison(found))
+    if plot is not None and not current.quiet:
+        current.renderer.line(f"Wrote {plot}")
+    if examples and not current.json_output and not current.quiet:
+        current.renderer.won_and_lost(found, questions_of(evaluated), examples)
+    for failure in found["failures"]:
+        current.renderer.line(f"Failed: {failure}")
+    if found["failures"]:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _threshold(text: str) -> tuple[str, float]:

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fedrag_cli.runs.reporting import epsilon_text
+from fedrag_cli.runs.reporter import epsilon_text
 from fedrag_cli.text import LONGEST_NOTE, printable, readable
 
 if TYPE_CHECKING:
-    from fedrag_cli.runs.reporting import Advance
+    from fedrag_cli.runs.reporter import Advance
 
 STATUS_STYLES = {"training": "cyan", "done": "green", "refused": "bold red", "failed": "red", "offline": "yellow"}
 MOST_ROUNDS_SHOWN = 8

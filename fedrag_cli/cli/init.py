@@ -7,28 +7,25 @@ from typing import Annotated
 
 import typer
 
-from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.session import Session, in_session
 
 # What comes next where it is not training on one machine.
 NEXT = {"federated": "fedrag simulate --clients 3"}
 
 
+@in_session()
 def command(
+    current: Session,
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder to write to; it is made where it is missing.")
     ],
     template: Annotated[str, typer.Option("--template", "-t", help="Which config to start from.")] = "quickstart",
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
 ) -> None:
     """Write fedrag.yaml, its schema and its data into a folder; nothing is overwritten."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.config.templates import write_template
+    from fedrag_cli.config.templates import write_template
 
-        written = write_template(template, directory)
-        document = {"template": template, "files": [str(path) for path in written]}
-        current.result(
-            document, lambda renderer: renderer.initialised(directory, written, NEXT.get(template, "fedrag train"))
-        )
+    written = write_template(template, directory)
+    document = {"template": template, "files": [str(path) for path in written]}
+    current.result(
+        document, lambda renderer: renderer.initialised(directory, written, NEXT.get(template, "fedrag train"))
+    )

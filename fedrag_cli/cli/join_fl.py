@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from fedrag_cli.cli.options import (
-    AddressOption,
-    ConfigArguments,
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    sort_arguments,
-)
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.options import AddressOption, ConfigArguments, load_source
+from fedrag_cli.cli.session import Session, in_session
 
 
+@in_session()
 def command(
+    current: Session,
     arguments: ConfigArguments = None,
     address: AddressOption = "127.0.0.1:8080",
     insecure: Annotated[bool, typer.Option("--insecure", help="Do without TLS, to any address.")] = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
 ) -> None:
     """Take part in a federation: train on this machine's data, send tuned weights only, keep the final model."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.config import load_config_with_source
+    source = load_source(arguments)
+    from fedrag_cli.commands.join import join
 
-        given = sort_arguments(arguments)
-        source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.trainer_managers.joining import start_joining
-
-        summary = start_joining(
-            source, address, insecure=insecure, command=["fedrag", *sys.argv[1:]], reporter=current.reporter()
-        )
-        current.result(summary, lambda renderer: renderer.federation_summary(summary))
+    summary = join(source, current.reporter(), command=current.command_line, address=address, insecure=insecure)
+    current.run_result(summary)

@@ -8,11 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedrag_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedrag_cli.config import ConfigSource
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
@@ -25,6 +28,13 @@ ConfigArguments = Annotated[
     ),
 ]
 
+ConfigOrRunArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG_OR_RUN] [KEY=VALUE]...",
+        help="YAML file (fedrag.yaml by default) or run directory, and settings that win over it.",
+    ),
+]
 ConfidenceOption = Annotated[
     float | None,
     typer.Option(
@@ -79,6 +89,14 @@ def sort_arguments(arguments: Sequence[str] | None, *, most_rest: int = 0) -> Ar
             "Write settings as key.path=value, without spaces.",
         )
     return Arguments(Path(others[0]) if others else None, overrides, others[1:])
+
+
+def load_source(arguments: Sequence[str] | None) -> ConfigSource:
+    """Load the config that positional arguments name, with the overrides among them."""
+    from fedrag_cli.config import load_config_with_source
+
+    given = sort_arguments(arguments)
+    return load_config_with_source(given.path, given.overrides)
 
 
 def _is_setting(argument: str) -> bool:

@@ -5,17 +5,71 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import ProgressColumn, Task
+from rich.table import Column
+from rich.text import Text
 
 from fedrag_cli.text import LONGEST_NOTE, printable, readable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from fedrag_cli.runs.reporting import Advance
+    from fedrag_cli.runs.reporter import Advance
+
+
+def rate_of(task: Task) -> float | None:
+    """Return the units a second: the newest estimate, and that over the whole task where units are too slow for one."""
+    return task.speed or task.fields["rate"]
+
+
+class _Line(ProgressColumn):
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+
+
+class CountColumn(_Line):
+    """Units done of all, such as 26/52 steps."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of a task."""
+        return Text(f"{int(task.completed)}/{int(task.total or 0)} {task.fields['unit']}s", style="progress.download")
+
+
+class RateColumn(_Line):
+    """Units a second; nothing before there is an estimate."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of a task."""
+        rate = rate_of(task)
+        return Text(rate_text(rate, task.fields["unit"]) if rate else "", style="progress.data.speed")
+
+
+class ElapsedColumn(_Line):
+    """The time that a task has taken so far."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of a task."""
+        return Text(f"{_clock(task.elapsed or 0)} elapsed", style="progress.elapsed")
+
+
+class LeftColumn(_Line):
+    """The time that a task will still take; nothing before there is an estimate."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of a task."""
+        rate = rate_of(task)
+        left = f"{_clock((task.remaining or 0) / rate)} left" if rate and task.remaining is not None else ""
+        return Text(left, style="progress.remaining")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
 
 SECONDS_BETWEEN_LINES = 10.0
 WIDTH_OF_NUMBERS = 85
@@ -61,8 +115,6 @@ class TerminalReporter:
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
         """Show a bar; a task inside another one is shown below it."""
         from rich.progress import BarColumn, Progress, TextColumn
-
-        from fedrag_cli.cli.progress_columns import CountColumn, ElapsedColumn, LeftColumn, RateColumn
 
         name = escape(printable(description))
         if self._live is not None:

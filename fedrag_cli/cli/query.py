@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption, sort_arguments
-from fedrag_cli.cli.session import Session, session
+from fedrag_cli.cli.options import sort_arguments
+from fedrag_cli.cli.session import Session, in_session
 from fedrag_cli.errors import DataError
 
 if TYPE_CHECKING:
     from fedrag_cli.rag.system import RAGSystem
 
 
+@in_session()
 def command(
+    current: Session,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -25,26 +28,27 @@ def command(
             help="YAML file (fedrag.yaml by default) or run directory, the question, and settings that win.",
         ),
     ] = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
 ) -> None:
     """Answer a question; without one, answer each line of the input."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        path, question, overrides = _sort(arguments)
-        from fedrag_cli.config.checks import require_generator
-        from fedrag_cli.rag.from_run import load_config_or_run
+    path, question, overrides = _sort(arguments)
+    from fedrag_cli.config.validation import require_generator
+    from fedrag_cli.rag.from_run import load_config_or_run
 
-        config, _ = load_config_or_run(path, overrides)
-        require_generator(config, "answering")
-        from fedrag_cli.rag.build import build_rag_system
+    config, _ = load_config_or_run(path, overrides)
+    require_generator(config, "answering")
+    from fedrag_cli.rag.build import build_rag_system
 
-        rag_system = build_rag_system(config, reporter=current.reporter())
-        if question is not None:
-            answer = _answer(rag_system, question)
-            _show(current, answer)
-        else:
-            _answer_lines(current, rag_system)
+    rag_system = build_rag_system(config, reporter=current.reporter())
+    if question is not None:
+        _show(current, _answer(rag_system, question))
+        return
+    answers = []
+    for line in _lines(current):
+        answers.append(_answer(rag_system, line))
+        if not current.json_output:
+            _show(current, answers[-1])
+    if current.json_output:
+        current.result({"answers": answers})
 
 
 def _sort(arguments: list[str] | None) -> tuple[Path | None, str | None, list[str]]:
@@ -69,11 +73,7 @@ def _sort(arguments: list[str] | None) -> tuple[Path | None, str | None, list[st
 
 
 def _readable(question: str, name: str) -> str:
-    """Return a question without the mark that some editors begin a text with.
-
-    Raises:
-        DataError: It was not UTF-8.
-    """
+    """Return a question without the mark that some editors begin a text with; refuse what is not UTF-8."""
     try:
         # Where the locale knows ASCII alone, Python has kept the other bytes as lone surrogates.
         question = question.encode("utf-8", "surrogateescape").decode()
@@ -99,18 +99,6 @@ def _answer(rag_system: RAGSystem, question: str) -> dict[str, Any]:
     }
 
 
-def _answer_lines(current: Session, rag_system: RAGSystem) -> None:
-    """Answer line after line: at a prompt on a terminal, and all lines of a pipe."""
-    answers = []
-    for question in _questions(current):
-        answer = _answer(rag_system, question)
-        answers.append(answer)
-        if not current.json_output:
-            _show(current, answer)
-    if current.json_output:
-        current.result({"answers": answers})
-
-
 def _show(current: Session, answer: dict[str, Any]) -> None:
     """Give an answer; with --quiet without its sources, because the answer itself is what was asked for."""
     if current.json_output:
@@ -119,17 +107,17 @@ def _show(current: Session, answer: dict[str, Any]) -> None:
         current.renderer.answer(answer, sources=not current.quiet)
 
 
-def _questions(current: Session) -> Iterator[str]:
+def _lines(current: Session) -> Iterator[str]:
+    """Yield the questions of the input, a line each: at a prompt on a terminal, and all of a pipe."""
     if sys.stdin is None:
         return
     interactive = sys.stdin.isatty()
-    number = 0
     if interactive:
         current.renderer.line("Ask a question; an empty line ends.")
-    while True:
+    for number in itertools.count(1):
         if interactive:
             current.renderer.console.print("[bold]>[/bold] ", end="")
-        line, number = sys.stdin.readline(), number + 1
+        line = sys.stdin.readline()
         if not line or (interactive and not line.strip()):
             return
         if question := _readable(line, f"Line {number} of the input").strip():

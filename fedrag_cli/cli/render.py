@@ -11,11 +11,11 @@ from rich.text import Text
 
 from fedrag_cli.cli.progress import PlainReporter, TerminalReporter, duration
 from fedrag_cli.errors import FedRAGError
-from fedrag_cli.runs.reporting import epsilon_text
+from fedrag_cli.runs.reporter import epsilon_text
 from fedrag_cli.text import printable, readable
 
 if TYPE_CHECKING:
-    from fedrag_cli.runs.reporting import Reporter
+    from fedrag_cli.runs.reporter import Reporter
 
 NO_ROOM = (
     "The context window has no room for any of the passages: raise rag_system.generator.context_window, or lower "

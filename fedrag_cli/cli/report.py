@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedrag_cli.cli.options import ConfidenceOption, JsonOption, QuietOption, VerboseOption
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.options import ConfidenceOption
+from fedrag_cli.cli.session import Session, in_session
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
 
 
+@in_session()
 def command(
+    current: Session,
     runs: Annotated[
         list[str],
         typer.Argument(
@@ -29,21 +31,16 @@ def command(
     ] = 10,
     confidence: ConfidenceOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is no report of fedrag.")] = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
 ) -> None:
     """Write a report of runs as one HTML file: verdicts, metrics, settings, curves, questions won and lost."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.runs.report import require_replaceable
-        from fedrag_cli.trainer_managers.report import write_report
+    from fedrag_cli.reports.html import require_replaceable, write_report
 
-        require_replaceable(output, force=force)
-        written = write_report(runs, output, confidence, examples)
+    require_replaceable(output, force=force)
+    written = write_report(runs, output, confidence, examples)
 
-        def show(renderer: Renderer) -> None:
-            for item in written["verdicts"]:
-                renderer.line(item["verdict"])
-            renderer.written([output], "Open it in a browser: all of it is in this one file.")
+    def show(renderer: Renderer) -> None:
+        for item in written["verdicts"]:
+            renderer.line(item["verdict"])
+        renderer.written([output], "Open it in a browser: all of it is in this one file.")
 
-        current.result(written, show)
+    current.result(written, show)

@@ -7,25 +7,22 @@ from typing import Annotated
 
 import typer
 
-from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.session import Session, in_session
 
 
+@in_session(in_processes=True)
 def command(
+    current: Session,
     run_dir: Annotated[Path, typer.Argument(help="The run directory, such as runs/NAME/TIME-ID.")],
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
 ) -> None:
     """Go on with an interrupted run; it ends with the numbers that it would have had undisturbed."""
-    with session(json_output=json, quiet=quiet, verbose=verbose, in_processes=True) as current:
-        from fedrag_cli.config import load_config_with_source
-        from fedrag_cli.runs.directory import RunDirectory
+    from fedrag_cli.config import load_config_with_source
+    from fedrag_cli.runs.directory import RunDirectory
 
-        run = RunDirectory.open(run_dir)
-        source = load_config_with_source(run.config_file)
-        with current.federation_reporter(live=run.federation_role() in ("server", "simulation")) as reporter:
-            from fedrag_cli.trainer_managers.resuming import resume_run
+    run = RunDirectory.open(run_dir)
+    source = load_config_with_source(run.config_file)
+    with current.federation_reporter(live=run.federation_role() in ("server", "simulation")) as reporter:
+        from fedrag_cli.commands.resume import resume_run
 
-            summary = resume_run(run, source, reporter)
-        current.result(summary, lambda renderer: renderer.run_summary(summary))
+        summary = resume_run(run, source, reporter)
+    current.run_result(summary)

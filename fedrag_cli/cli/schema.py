@@ -24,6 +24,6 @@ def command(
         if output is None:
             write_json(config_json_schema())
         else:
-            from fedrag_cli.runs.atomic import write_json_atomically
+            from fedrag_cli.runs.files import write_json_atomically
 
             write_json_atomically(output, config_json_schema())

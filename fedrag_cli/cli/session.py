@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import inspect
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fedrag_cli.cli.options import JsonOption, QuietOption, VerboseOption
 from fedrag_cli.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -26,12 +28,12 @@ from fedrag_cli.errors import (
     OtherProcessError,
     RunInterruptedError,
 )
-from fedrag_cli.runs.launch import local_process_number, process_count, process_number
+from fedrag_cli.runs.launch import local_rank, process_count, rank
 from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
     from fedrag_cli.cli.render import Renderer
-    from fedrag_cli.runs.reporting import Reporter
+    from fedrag_cli.runs.reporter import Reporter
 
 SCHEMA_VERSION = 1
 _OF_PATHS = (
@@ -43,19 +45,16 @@ NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 @dataclass(frozen=True)
 class Session:
-    """One run of a command.
-
-    Args:
-        json_output: Whether the result goes to stdout as JSON.
-        quiet: Whether to print errors only.
-        verbose: Whether to print tracebacks and the libraries' warnings.
-        renderer: Writes for people, to stderr.
-    """
+    """One run of a command: its result goes to stdout as JSON, or for people to stderr unless it is quiet."""
 
     json_output: bool
     quiet: bool
-    verbose: bool
     renderer: Renderer
+
+    @property
+    def command_line(self) -> list[str]:
+        """What runs record as their command."""
+        return ["fedrag", *sys.argv[1:]]
 
     def result(self, document: Mapping[str, Any], show: Callable[[Renderer], None] | None = None) -> None:
         """Give the command's result: as JSON on stdout, or for people."""
@@ -64,10 +63,14 @@ class Session:
         elif show is not None and not self.quiet:
             show(self.renderer)
 
+    def run_result(self, summary: Mapping[str, Any]) -> None:
+        """Give what a run of any kind ended with."""
+        self.result(summary, lambda renderer: renderer.run_summary(summary))
+
     def reporter(self) -> Reporter:
         """Return what long work reports to, which begins now."""
         gc.enable()
-        from fedrag_cli.runs.reporting import SilentReporter
+        from fedrag_cli.runs.reporter import SilentReporter
 
         return SilentReporter() if self.quiet else self.renderer.reporter()
 
@@ -86,21 +89,41 @@ class Session:
             yield reporter
 
 
+def in_session(*, in_processes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a session as its first argument, and the options that choose it: --json, --quiet, --verbose.
+
+    Args:
+        in_processes: Whether the command can run in several processes.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(*, json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+            with session(json_output=json, quiet=quiet, verbose=verbose, in_processes=in_processes) as current:
+                command(current, **arguments)
+
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        options = {"json": JsonOption, "quiet": QuietOption, "verbose": VerboseOption}
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
+            for name, option in options.items()
+        ]
+        run.__doc__ = command.__doc__
+        # Typer makes the command's options of it.
+        vars(run)["__signature__"] = inspect.Signature([*own, *shared])
+        return run
+
+    return decorate
+
+
 @contextmanager
 def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool = False) -> Iterator[Session]:
     """Run a command's body: errors become a message (or JSON) and the documented exit code.
 
     Of several processes that a launcher has started, the main one alone prints.
-
-    Args:
-        json_output: Whether the result goes to stdout as JSON.
-        quiet: Whether to print errors only.
-        verbose: Whether to print tracebacks and the libraries' warnings.
-        in_processes: Whether the command can run in several processes.
     """
     from fedrag_cli.cli.render import Renderer
 
-    if process_number() > 0:
+    if rank() > 0:
         json_output, quiet = False, True
     renderer = Renderer()
     if quiet:
@@ -114,7 +137,7 @@ def session(*, json_output: bool, quiet: bool, verbose: bool, in_processes: bool
                 f"This command runs in one process, but {process_count()} were started.",
                 "Start it without accelerate launch or torchrun; 'fedrag train' is for several.",
             )
-        yield Session(json_output, quiet, verbose, renderer)
+        yield Session(json_output, quiet, renderer)
     except (typer.Exit, SystemExit):
         raise
     except KeyboardInterrupt:
@@ -154,10 +177,10 @@ def abandon_stdout() -> None:
 
 
 def _fail(renderer: Renderer, error: FedRAGError, code: int, json_output: bool) -> None:
-    if process_number() > 0:
+    if rank() > 0:
         if not _is_own(error):
             raise typer.Exit(code)
-        error.message = f"Process {process_number()}: {error.message}"
+        error.message = f"Process {rank()}: {error.message}"
     if json_output:
         details: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
         problems = getattr(error, "problems", None)
@@ -178,7 +201,7 @@ def _is_own(error: FedRAGError) -> bool:
 
     if isinstance(error, ConfigError | DataError) and not have_joined():
         # All processes of a machine read the same files, and the main one tells what is wrong with them.
-        return local_process_number() == 0
+        return local_rank() == 0
     return not isinstance(error, OtherProcessError | RunInterruptedError)
 
 
@@ -202,14 +225,6 @@ def _unexpected(error: Exception) -> FedRAGError:
 
 def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
-    for name in (
-        "transformers",
-        "sentence_transformers",
-        "datasets",
-        "peft",
-        "accelerate",
-        "torch",
-        "flwr",
-        "bitsandbytes",
-    ):
+    names = "transformers sentence_transformers datasets peft accelerate torch flwr bitsandbytes"
+    for name in names.split():
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.options import ConfigArguments, load_source
+from fedrag_cli.cli.session import Session, in_session
 
 
+@in_session()
 def command(
+    current: Session,
     arguments: ConfigArguments = None,
     clients: Annotated[
         int | None,
@@ -23,19 +24,12 @@ def command(
             "--compare", help="Train on the pooled data and on each site's alone too, and compare all of them."
         ),
     ] = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
 ) -> None:
     """Run a federation in one process; federated.sites says how the data is split over the clients."""
-    with session(json_output=json, quiet=quiet, verbose=verbose) as current:
-        from fedrag_cli.config import load_config_with_source
+    source = load_source(arguments)
+    with current.federation_reporter() as reporter:
+        from fedrag_cli.commands.simulate import simulate
 
-        given = sort_arguments(arguments)
-        source = load_config_with_source(given.path, given.overrides)
-        with current.federation_reporter() as reporter:
-            from fedrag_cli.trainer_managers.simulation import start_simulation
-
-            command_line = ["fedrag", *sys.argv[1:]]
-            summary = start_simulation(source, clients, command=command_line, reporter=reporter, with_baselines=compare)
-        current.result(summary, lambda renderer: renderer.federation_summary(summary))
+        command_line = current.command_line
+        summary = simulate(source, reporter, command=command_line, clients=clients, with_baselines=compare)
+    current.run_result(summary)

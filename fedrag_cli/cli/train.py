@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
-from fedrag_cli.cli.options import ConfigArguments, JsonOption, QuietOption, VerboseOption, sort_arguments
-from fedrag_cli.cli.session import session
+from fedrag_cli.cli.options import ConfigArguments, load_source
+from fedrag_cli.cli.session import Session, in_session
 
 
-def command(
-    arguments: ConfigArguments = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
+@in_session(in_processes=True)
+def command(current: Session, arguments: ConfigArguments = None) -> None:
     """Tune retriever, generator or both, and measure what it changed."""
-    with session(json_output=json, quiet=quiet, verbose=verbose, in_processes=True) as current:
-        from fedrag_cli.config import load_config_with_source
+    source = load_source(arguments)
+    from fedrag_cli.commands.train import train
 
-        given = sort_arguments(arguments)
-        source = load_config_with_source(given.path, given.overrides)
-        from fedrag_cli.trainer_managers.training_run import start_training
-
-        summary = start_training(source, ["fedrag", *sys.argv[1:]], current.reporter())
-        current.result(summary, lambda renderer: renderer.training_summary(summary))
+    summary = train(source, current.reporter(), command=current.command_line)
+    current.run_result(summary)

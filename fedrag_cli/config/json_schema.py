@@ -1,15 +1,63 @@
-"""The config's JSON Schema, for editors that complete and check YAML."""
+"""The config's JSON Schema for editors, and its settings for people."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
+from pathlib import Path
 from typing import Any
 
-from fedrag_cli.config.fields import slots_of
-from fedrag_cli.config.listing import setting_help
+from fedrag_cli.config.fields import adapter_of, slots_of
 from fedrag_cli.config.schema import Config
-from fedrag_cli.config.validation import config_adapter
 from fedrag_cli.registry import registry
+
+
+def component_settings(config_class: type) -> list[dict[str, Any]]:
+    """Return name, default and help of each setting of a config dataclass."""
+    schema = adapter_of(config_class).json_schema()
+    required, help = set(schema.get("required", ())), setting_help(config_class)
+    return [
+        {"name": name, "required": name in required, "default": field.get("default"), "help": help.get(name, "")}
+        for name, field in schema["properties"].items()
+        if name != "type"
+    ]
+
+
+def setting_help(config_class: type) -> dict[str, str]:
+    """Return the help of each setting: the docstring below its field, inherited ones included."""
+    help: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(base):
+            fields = {field.name for field in dataclasses.fields(base)}
+            help |= {name: text for name, text in _field_docstrings(base).items() if name in fields}
+    return help
+
+
+@functools.cache
+def _field_docstrings(owner: type) -> dict[str, str]:
+    try:
+        body = _class_bodies(inspect.getsourcefile(owner) or "").get(owner.__qualname__, [])
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+@functools.cache
+def _class_bodies(file: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}
@@ -21,7 +69,7 @@ def config_json_schema() -> dict[str, Any]:
     Every setting may also be an interpolation (`${...}`), and nothing is required at the top, because a file may
     extend another one.
     """
-    schema = config_adapter().json_schema()
+    schema = adapter_of(Config).json_schema()
     definitions = schema.pop("$defs")
     helps = {owner.__name__: setting_help(owner) for owner in _config_classes()}
     for name, definition in definitions.items():

@@ -1,4 +1,4 @@
-"""Loading a config: read, resolve, validate, check, and make its paths absolute."""
+"""Loading a config: read, resolve, validate, check, and make its paths absolute; what it names that is not there."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedrag_cli.config.checks import check_config
-from fedrag_cli.config.fields import SecretMarker, markers_of, whole_path
-from fedrag_cli.config.paths import absolute_paths
-from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, format_path, in_order
+from fedrag_cli.config.fields import Marker, is_folder, is_there, locate_model, markers_of, whole_path
+from fedrag_cli.config.problems import ConfigProblem, Finding, InvalidConfigError, KeyPath, format_path, in_order
 from fedrag_cli.config.references import (
     escape,
     expression,
@@ -27,8 +25,10 @@ from fedrag_cli.config.references import (
 )
 from fedrag_cli.config.schema import Config
 from fedrag_cli.config.source import DEFAULT_CONFIG, ConfigTree, read_tree
-from fedrag_cli.config.validation import validate_values
+from fedrag_cli.config.validation import check_config, validate_values
+from fedrag_cli.errors import ModelError
 
+T = TypeVar("T")
 _MOST_LEVELS = 32
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*\w+\s*\}")
 
@@ -46,8 +46,12 @@ class ConfigSource:
         Keeping references keeps secrets out of the file: a value that came from the environment is read from there
         again when the file is loaded.
         """
-        values = self._with_references(self.config, ())
-        return OmegaConf.to_yaml(OmegaConf.create(values), resolve=False, sort_keys=False)
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()), resolve=False, sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `to_yaml` writes."""
+        values: dict[str, Any] = self._written(self.config, (), {})
+        return values
 
     def outside_values(self) -> dict[str, tuple[str, Any]]:
         """Return the settings that come from outside of the config, such as the environment.
@@ -55,33 +59,23 @@ class ConfigSource:
         Returns:
             By key path, the reference as `to_yaml` writes it, and the value that it has now as JSON can hold it.
         """
-        return dict(self._outside_values(self.config, ()))
+        outside: dict[str, tuple[str, Any]] = {}
+        self._written(self.config, (), outside)
+        return outside
 
-    def _outside_values(self, value: Any, path: KeyPath) -> Iterator[tuple[str, tuple[str, Any]]]:
-        reference = self._reference(value, path)
-        if reference is not None:
-            plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-            yield format_path(path), (reference, plain)
-        elif dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                yield from self._outside_values(getattr(value, field.name), (*path, field.name))
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                yield from self._outside_values(item, (*path, index))
-
-    def _reference(self, value: Any, path: KeyPath) -> str | None:
+    def _written(self, value: Any, path: KeyPath, outside: dict[str, tuple[str, Any]]) -> Any:
+        """Return a value as it is written down, and note what comes from outside."""
         reference = expression(self.tree.tree, path) if path else None
-        return None if reference is None else self._folder_of_reference(value, path) + reference
-
-    def _with_references(self, value: Any, path: KeyPath) -> Any:
-        reference = self._reference(value, path)
         if reference is not None:
+            reference = self._folder_of_reference(value, path) + reference
+            plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            outside[format_path(path)] = reference, plain
             return reference
         if dataclasses.is_dataclass(value):
             names = [field.name for field in dataclasses.fields(value)]
-            return {name: self._with_references(getattr(value, name), (*path, name)) for name in names}
+            return {name: self._written(getattr(value, name), (*path, name), outside) for name in names}
         if isinstance(value, list | tuple):
-            return [self._with_references(item, (*path, index)) for index, item in enumerate(value)]
+            return [self._written(item, (*path, index), outside) for index, item in enumerate(value)]
         return escape(value) if isinstance(value, str) else value
 
     def _folder_of_reference(self, value: Any, path: KeyPath) -> str:
@@ -115,18 +109,96 @@ def load_config_with_source(path: str | Path | None = None, overrides: Sequence[
     tree = read_tree(Path(path) if path is not None else Path(DEFAULT_CONFIG), overrides)
     values, unresolved = _resolve(tree)
     config, problems = validate_values(values, tree)
-    problems += _missing_data(values, tree)
     broken = {problem.path for problem in unresolved}
-    problems = in_order(unresolved + [problem for problem in problems if problem.path not in broken])
+    problems = [problem for problem in problems + _missing_data(values, tree) if problem.path not in broken]
+    problems = in_order(unresolved + problems)
     if config is not None and not problems:
         config = absolute_paths(config, tree)
-        problems = [
-            ConfigProblem(tree.position(path), format_path(path), message) for path, message in check_config(config)
-        ]
-        problems += _written_secrets(config, tree)
+        problems = in_order(tree.problems([*check_config(config), *_written_secrets(config, tree)]))
     if problems or config is None:
         raise InvalidConfigError([_with_dropped_settings(problem, tree) for problem in problems])
     return ConfigSource(config, tree)
+
+
+def absolute_paths(config: T, tree: ConfigTree, path: KeyPath = ()) -> T:
+    """Return a copy of a config dataclass, which stands at a path of the whole config, with absolute paths.
+
+    A relative one counts from the folder of the file that names it, and from the current folder where the command line
+    does; output folders always count from the current folder.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, inner = getattr(config, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = absolute_paths(value, tree, inner)
+        elif isinstance(value, str):
+            changes[field.name] = _absolute(value, markers_of(type(config), field.name), tree.folder(inner) or Path())
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _absolute(value: str, markers: Sequence[Any], folder: Path) -> str:
+    if Marker.OUTPUT_PATH in markers:
+        return str(whole_path(Path(value).expanduser()))
+    is_model = Marker.MODEL in markers and "://" not in value
+    if not is_model and Marker.PATH not in markers:
+        return value
+    path = whole_path(folder / Path(value).expanduser())
+    # What is neither written as a path nor exists is a hub id.
+    written_as_path = value.startswith((".", "/", "~")) or value.endswith(".gguf")
+    return value if is_model and not written_as_path and not is_there(path) else str(path)
+
+
+def config_warnings(config: Config, tree: ConfigTree) -> list[ConfigProblem]:
+    """Return what a loaded config names and is not there, and what training would miss.
+
+    These are no errors: the files may be made, and the package be installed, on the machine that runs the config.
+    """
+    found = [
+        (path, message)
+        for path, value, markers in _texts(config)
+        if (message := _missing(path[0], value, markers)) is not None
+    ]
+    if config.dataset.train is None and config.federated is None:
+        found.append((("dataset", "train"), "is not set; all commands but those that train can do without"))
+    return tree.problems(found)
+
+
+def _missing(section: str | int, value: str, markers: Sequence[Any]) -> str | None:
+    """Return what is wrong with the file, folder or model that a text of a section names."""
+    if section == "rag_system" and Marker.MODEL in markers:
+        try:
+            locate_model(value)
+        except ModelError as error:
+            return error.message.rstrip(".")
+    if section == "rag_system" and Marker.FOLDER in markers and not is_folder(value):
+        return f"there is no folder '{value}'"
+    # A hub id is no path; absolute_paths has made paths absolute.
+    if section != "dataset" or not {Marker.PATH, Marker.MODEL} & set(markers) or not Path(value).is_absolute():
+        return None
+    if not is_there(value):
+        return f"'{value}' does not exist"
+    if Marker.FILE in markers and is_folder(value):
+        return f"'{value}' is a folder, but a file is expected"
+    if Marker.FOLDER in markers and not is_folder(value):
+        return f"'{value}' is a file, but a folder is expected"
+    return None
+
+
+def _written_secrets(config: Config, tree: ConfigTree) -> Iterator[Finding]:
+    """Yield the secrets that stand in a file or on the command line, from where they would get into runs."""
+    for path, _, markers in _texts(config):
+        if Marker.SECRET in markers and not _FROM_ENVIRONMENT.fullmatch(expression(tree.tree, path) or ""):
+            yield path, "must not be written down; put it into the environment and write ${oc.env:NAME}"
+
+
+def _texts(section: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str, list[Any]]]:
+    """Yield key path, value and markers of each text of a section."""
+    for field in dataclasses.fields(section):
+        value, inner = getattr(section, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _texts(value, inner)
+        elif isinstance(value, str):
+            yield inner, value, markers_of(type(section), field.name)
 
 
 def _with_dropped_settings(problem: ConfigProblem, tree: ConfigTree) -> ConfigProblem:
@@ -144,20 +216,6 @@ def _with_dropped_settings(problem: ConfigProblem, tree: ConfigTree) -> ConfigPr
     return dataclasses.replace(problem, message=message)
 
 
-def _written_secrets(value: Any, tree: ConfigTree, path: KeyPath = ()) -> list[ConfigProblem]:
-    """Return the secrets that stand in a file or on the command line, from where they would get into runs."""
-    problems: list[ConfigProblem] = []
-    for field in dataclasses.fields(value):
-        inner, held = (*path, field.name), getattr(value, field.name)
-        if dataclasses.is_dataclass(held):
-            problems += _written_secrets(held, tree, inner)
-        is_secret = any(isinstance(marker, SecretMarker) for marker in markers_of(type(value), field.name))
-        if is_secret and held is not None and not _FROM_ENVIRONMENT.fullmatch(expression(tree.tree, inner) or ""):
-            message = "must not be written down; put it into the environment and write ${oc.env:NAME}"
-            problems.append(ConfigProblem(tree.position(inner), format_path(inner), message))
-    return problems
-
-
 def _missing_data(values: dict[str, Any], tree: ConfigTree) -> list[ConfigProblem]:
     """Return what is missing of the data.
 
@@ -170,22 +228,21 @@ def _missing_data(values: dict[str, Any], tree: ConfigTree) -> list[ConfigProble
     without_context = isinstance(evaluation, dict) and evaluation.get("context") == "none"
     if dataset is not None and (without_context or dataset.get("corpus") is not None):
         return []
-    return [ConfigProblem(tree.position(path), format_path(path), "is required")]
+    return tree.problems([(path, "is required")])
 
 
 def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:
     """Resolve every interpolation by itself, so that all that fail are reported at once."""
-    problems: list[ConfigProblem] = []
+    problems: list[Finding] = []
 
     def resolve(node: DictConfig | ListConfig, key: Any, path: KeyPath) -> Any:
         if len(path) > _MOST_LEVELS:
-            problems.append(ConfigProblem(tree.position(path), format_path(path), "is nested too deeply"))
+            problems.append((path, "is nested too deeply"))
             return None
         try:
             value = node[key]
         except (OmegaConfBaseException, ValueError, KeyError) as error:
-            message = without_values(failure(error), outside_reference(tree.tree, path) or "")
-            problems.append(ConfigProblem(tree.position(path), format_path(path), message))
+            problems.append((path, without_values(failure(error), outside_reference(tree.tree, path) or "")))
             return None
         if isinstance(value, DictConfig):
             return {str(inner): resolve(value, inner, (*path, str(inner))) for inner in value}
@@ -194,4 +251,4 @@ def _resolve(tree: ConfigTree) -> tuple[dict[str, Any], list[ConfigProblem]]:
         return value
 
     values = {str(key): resolve(tree.tree, key, (str(key),)) for key in tree.tree}
-    return values, problems
+    return values, tree.problems(problems)

@@ -10,6 +10,8 @@ from typing import Any
 from fedrag_cli.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+Finding = tuple[KeyPath, str]
+"""The key path from the config's top, and what is wrong there."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,7 @@ class ConfigProblem:
 
 
 class InvalidConfigError(ConfigError):
-    """A config with one or more problems.
-
-    Args:
-        problems: All that is wrong, in the order of the file.
-    """
+    """A config with one or more problems, in the order of the file."""
 
     def __init__(self, problems: Sequence[ConfigProblem]) -> None:
         """Join the problems, a line each."""

@@ -37,12 +37,7 @@ def origin(tree: DictConfig, path: KeyPath) -> KeyPath:
 def expression(tree: DictConfig, path: KeyPath) -> str | None:
     """Return the text behind a value that a resolver such as `oc.env` gives, references to other settings written out.
 
-    Args:
-        tree: The unresolved config.
-        path: A value, or a section.
-
-    Returns:
-        The text; None where the value depends on no resolver, or is a part of what one gives.
+    None where the value depends on no resolver, or is a part of what one gives.
     """
     path = origin(tree, path)
     length, text = _first_reference(tree, path)
@@ -57,12 +52,7 @@ def expression(tree: DictConfig, path: KeyPath) -> str | None:
 
 
 def referenced(text: str, path: KeyPath) -> Iterator[KeyPath]:
-    """Yield the settings that a text names, as in `${run.name}`.
-
-    Args:
-        text: A value as it is written.
-        path: Where it stands.
-    """
+    """Yield the settings that a text at a path names, as in `${run.name}`."""
     yield from (_target(match, path) for match in _SETTING.finditer(text))
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from fedrag_cli.config.fields import ComponentSlot, dataclass_at, slots_of, whole_path
-from fedrag_cli.config.problems import ConfigProblem, InvalidConfigError, KeyPath, Position, format_path
+from fedrag_cli.config.problems import ConfigProblem, Finding, InvalidConfigError, KeyPath, Position, format_path
 from fedrag_cli.config.references import failure, origin, referenced
 from fedrag_cli.config.schema import Config
 from fedrag_cli.errors import ConfigError
@@ -42,6 +43,10 @@ class ConfigTree:
                 return found
         return Position(str(self.main_file), 1)
 
+    def problems(self, findings: Iterable[Finding]) -> list[ConfigProblem]:
+        """Return findings with their places."""
+        return [ConfigProblem(self.position(path), format_path(path), message) for path, message in findings]
+
     def folder(self, path: KeyPath) -> Path | None:
         """Return the folder of the file that names a value; None for defaults and the command line.
 
@@ -56,15 +61,7 @@ class ConfigTree:
 
 
 def read_tree(path: Path, overrides: Sequence[str]) -> ConfigTree:
-    """Read a config file with all that it extends, and put the overrides on top.
-
-    Args:
-        path: The YAML file.
-        overrides: `key.path=value` texts, their values in YAML.
-
-    Raises:
-        ConfigError: A file is missing, is no YAML, or an override is malformed.
-    """
+    """Read a YAML file with all that it extends, and put the overrides (`key.path=value`, values in YAML) on top."""
     dropped: Dropped = {}
     tree, positions = _read_with_bases(path, (), dropped)
     for override in overrides:
@@ -82,11 +79,11 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...], dropped: Dropped) -> t
     try:
         base_name = tree.pop("extends", None)
     except (OmegaConfBaseException, ValueError, KeyError) as error:
-        raise InvalidConfigError([ConfigProblem(place, "extends", failure(error))]) from error
+        raise _invalid(place, failure(error), "extends") from error
     if base_name is None:
         return tree, positions
     if not isinstance(base_name, str) or "\0" in base_name:
-        raise InvalidConfigError([ConfigProblem(place, "extends", "must be the path of one YAML file")])
+        raise _invalid(place, "must be the path of one YAML file", "extends")
     base, base_positions = _read_with_bases(path.parent / base_name, (*chain, here), dropped)
     _drop_replaced_components(base, tree, base_positions, dropped)
     return _merge(base, tree), base_positions | positions
@@ -109,36 +106,30 @@ def _read_file(path: Path) -> tuple[DictConfig, Positions]:
         raise ConfigError(
             f"The config file '{path}' cannot be read: {error}", "Give the path of a YAML file."
         ) from error
+    positions: Positions = {}
     try:
-        node = yaml.compose(text)
-        tree = OmegaConf.create(text) if node is not None else OmegaConf.create()
+        # The loader of OmegaConf's own `create`, step by step: the nodes know on which lines they stand.
+        loader = get_yaml_loader()(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise _invalid(Position(str(path), 1), "holds no settings (expected 'key: value' lines)")
+        values = loader.construct_document(node)
+        _collect_positions(node, (), str(path), positions)
+        return OmegaConf.create(values), positions
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InvalidConfigError(
-            [ConfigProblem(Position(str(path), line), "", f"is no YAML: {error.problem}")]
-        ) from error
+        raise _invalid(Position(str(path), line), f"is no YAML: {error.problem}") from error
     except GrammarParseError as error:
-        raise InvalidConfigError([_bad_reference(error, node, str(path))]) from error
+        key = str(getattr(error, "full_key", ""))
+        known = {format_path(inner): position for inner, position in positions.items()}
+        message = "is a broken reference (write ${oc.env:NAME} or ${section.key}, and \\${ for the characters)"
+        raise _invalid(known.get(key, Position(str(path), 1)), message, key) from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        reason = _first_line(error)
-        raise InvalidConfigError([ConfigProblem(Position(str(path), 1), "", f"is no YAML: {reason}")]) from error
-    if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
-        raise InvalidConfigError(
-            [ConfigProblem(Position(str(path), 1), "", "holds no settings (expected 'key: value' lines)")]
-        )
-    positions: Positions = {}
-    _collect_positions(node, (), str(path), positions)
-    return tree, positions
+        raise _invalid(Position(str(path), 1), f"is no YAML: {_first_line(error)}") from error
 
 
-def _bad_reference(error: GrammarParseError, node: yaml.Node | None, file: str) -> ConfigProblem:
-    positions: Positions = {}
-    if node is not None:
-        _collect_positions(node, (), file, positions)
-    key = str(getattr(error, "full_key", ""))
-    place = next((place for path, place in positions.items() if format_path(path) == key), Position(file, 1))
-    message = "is a broken reference (write ${oc.env:NAME} or ${section.key}, and \\${ for the characters)"
-    return ConfigProblem(place, key, message)
+def _invalid(position: Position, message: str, key: str = "") -> InvalidConfigError:
+    return InvalidConfigError([ConfigProblem(position, key, message)])
 
 
 def _collect_positions(node: yaml.Node, path: KeyPath, file: str, positions: Positions) -> None:

@@ -26,18 +26,7 @@ def template_names() -> list[str]:
 
 
 def write_template(name: str, directory: Path) -> list[Path]:
-    """Copy a shipped config as `fedrag.yaml`, with the schema and the data that it names.
-
-    Args:
-        name: One of `template_names()`.
-        directory: Where to; it is made where it is missing.
-
-    Returns:
-        The files that were written.
-
-    Raises:
-        ConfigError: There is no such config, or a file is there already.
-    """
+    """Copy a shipped config as `fedrag.yaml`, with its schema and data, and return the files; none is overwritten."""
     if name not in template_names():
         raise ConfigError(f"There is no template '{name}'{suggestion(name, template_names())}.")
     folder = template_folder()

@@ -1,21 +1,33 @@
-"""Checking values against the schema: every error at once, in words, with a suggestion for a misspelt key."""
+"""Checking values against the schema, over several settings at once, and what each command needs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import importlib.util
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fedrag_cli.config.fields import dataclass_at, is_optional
-from fedrag_cli.config.problems import ConfigProblem, KeyPath, format_path, in_order, suggestion
+from fedrag_cli.config.fields import (
+    MOST_BYTES_OF_NAME,
+    ComponentSlot,
+    adapter_of,
+    dataclass_at,
+    generator_metrics_of,
+    is_optional,
+    ranking_metrics_of,
+    slots_of,
+)
+from fedrag_cli.config.problems import ConfigProblem, Finding, KeyPath, suggestion
 from fedrag_cli.config.references import outside_reference, without_values
-from fedrag_cli.config.schema import Config
+from fedrag_cli.config.schema import Config, FederatedConfig
 from fedrag_cli.config.source import ConfigTree
+from fedrag_cli.errors import ConfigError
+from fedrag_cli.registry import registry
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -31,46 +43,25 @@ EXPECTED = {
 _MOST_SHOWN = 300
 
 
-@functools.cache
-def config_adapter() -> TypeAdapter[Config]:
-    """Return pydantic's adapter of the whole config, registered components included."""
-    return TypeAdapter(Config)
-
-
 def validate_values(values: dict[str, Any], tree: ConfigTree) -> tuple[Config | None, list[ConfigProblem]]:
-    """Validate resolved values.
-
-    Args:
-        values: The config as plain dicts, lists and scalars.
-        tree: Where the values came from.
-
-    Returns:
-        The config, or None with all that is wrong.
-    """
+    """Return the config of resolved values (plain dicts, lists and scalars), or None and all that is wrong."""
     try:
-        return config_adapter().validate_python(values), []
+        return adapter_of(Config).validate_python(values), []
     except ValidationError as error:
-        problems = [_problem(details, values, tree) for details in error.errors(include_url=False)]
-    return None, in_order(_one_for_each_path(problems))
+        details = error.errors(include_url=False)
+    messages: dict[KeyPath, dict[str, None]] = {}
+    for detail in details:
+        path, message = _finding(detail, values, tree)
+        messages.setdefault(path, {})[message] = None
+    # The members of a union may each say something about the same value.
+    return None, tree.problems((path, "; or ".join(said)) for path, said in messages.items())
 
 
-def _one_for_each_path(problems: Sequence[ConfigProblem]) -> Iterator[ConfigProblem]:
-    """Join what the members of a union say about the same value."""
-    by_path: dict[str, list[ConfigProblem]] = {}
-    for problem in problems:
-        by_path.setdefault(problem.path, []).append(problem)
-    for path, same in by_path.items():
-        messages = dict.fromkeys(problem.message for problem in same)
-        yield ConfigProblem(same[0].position, path, "; or ".join(messages))
-
-
-def _problem(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> ConfigProblem:
+def _finding(details: ErrorDetails, values: dict[str, Any], tree: ConfigTree) -> Finding:
     path, owner = _locate(details["loc"], values)
-    if details["type"] in ("union_tag_invalid",):
+    if details["type"] == "union_tag_invalid":
         path = (*path, "type")
-    reference = outside_reference(tree.tree, path) or ""
-    message = without_values(_message(details, path, owner, tree), reference)
-    return ConfigProblem(tree.position(path), format_path(path), message)
+    return path, without_values(_message(details, path, owner, tree), outside_reference(tree.tree, path) or "")
 
 
 def _locate(location: tuple[str | int, ...], values: Any) -> tuple[KeyPath, type | None]:
@@ -159,3 +150,181 @@ def _close(given: object, options: list[str]) -> str:
         return f" (did you mean '{alike[0]}'?)"
     text = suggestion(given, alike)
     return text if "did you mean" in text else ""
+
+
+def check_config(config: Config) -> Iterator[Finding]:
+    """Yield what is wrong between settings that are each right by themselves."""
+    yield from _check_run_name(config)
+    yield from _check_device(config)
+    yield from _check_trackers(config)
+    yield from _check_inference(config)
+    yield from _check_evaluation(config)
+    yield from _check_federation(config)
+    idle = [("trainer", side) for side in ("retriever", "generator") if side not in tuned_sides(config)]
+    for kind, path, component in components_of(config):
+        if path not in idle:
+            yield from _check_component(config, kind, path, component)
+
+
+def components_of(section: Any, path: KeyPath = ()) -> Iterator[tuple[str, KeyPath, Any]]:
+    """Yield kind, key path and config of each component that a section of the config has."""
+    for field in dataclasses.fields(section):
+        inner, value = (*path, field.name), getattr(section, field.name)
+        if not dataclasses.is_dataclass(value):
+            continue
+        slots = slots_of(type(section), field.name)
+        yield from ((slot.kind, inner, value) for slot in slots if isinstance(slot, ComponentSlot))
+        yield from components_of(value, inner)
+
+
+def _check_component(config: Config, kind: str, path: KeyPath, component: Any) -> list[Finding]:
+    """Return what a component's `check` finds; plug-ins may raise or return anything."""
+    if not hasattr(component, "check"):
+        return []
+    try:
+        found = [(tuple(where), message) for where, message in component.check(config, path)]
+        if any(not isinstance(message, str) for _, message in found):
+            raise TypeError("a message is no text")
+        if any(not isinstance(key, str | int) for where, _ in found for key in where):
+            raise TypeError("a key path has something else than names and numbers")
+    except Exception as error:
+        origin = registry().get(kind, component.type).origin
+        raise ConfigError(
+            f"The check of the {kind} '{component.type}' of '{origin}' fails: {type(error).__name__}: {error}",
+            f"Repair or uninstall '{origin}'.",
+        ) from error
+    return found
+
+
+def tuned_sides(config: Config) -> tuple[str, ...]:
+    """Return which sides the mode tunes, in their order: retriever, generator, or both."""
+    return ("retriever", "generator") if config.trainer.mode == "alternating" else (config.trainer.mode,)
+
+
+def require_training(config: Config) -> None:
+    """Raise ConfigError where something is missing that `train` needs."""
+    require_generator_for_training(config)
+    if config.dataset.train is None:
+        raise ConfigError(
+            "The config has no dataset.train, which training needs.", "Add a file of questions and answers there."
+        )
+
+
+def trains_with_generator(config: Config) -> bool:
+    """Return whether an objective that is trained uses the generator; all do that do not say otherwise."""
+    return any(getattr(getattr(config.trainer, side), "needs_generator", True) for side in tuned_sides(config))
+
+
+def trains_on_relevant_ids(config: Config) -> bool:
+    """Return whether an objective that is trained needs examples with relevant ids."""
+    return any(getattr(getattr(config.trainer, side), "needs_relevant_ids", False) for side in tuned_sides(config))
+
+
+def trains_on_responses(config: Config) -> bool:
+    """Return whether an objective that is trained needs examples with answers; all do that do not say otherwise."""
+    return any(getattr(getattr(config.trainer, side), "needs_responses", True) for side in tuned_sides(config))
+
+
+def require_generator_for_training(config: Config) -> None:
+    """Raise ConfigError where the config has no generator but an objective that is trained needs one."""
+    if trains_with_generator(config):
+        require_generator(config, "training")
+
+
+def require_generator(config: Config, purpose: str) -> None:
+    """Raise ConfigError where the config has no generator but the purpose needs one."""
+    if config.rag_system.generator is None:
+        raise ConfigError(
+            f"The config has no rag_system.generator, which {purpose} needs.", "Add a generator with its 'model:'."
+        )
+
+
+def evaluation_split(config: Config) -> str | None:
+    """Return the name of the split to evaluate on, or None where the config has neither test nor validation."""
+    if config.evaluation.split != "auto":
+        return config.evaluation.split
+    if config.dataset.test is not None:
+        return "test"
+    return "validation" if config.dataset.validation is not None else None
+
+
+def require_evaluation_split(config: Config) -> str:
+    """Return the name of the split to evaluate on; raise ConfigError where there is none."""
+    split = evaluation_split(config)
+    if split is None:
+        raise ConfigError(
+            "The config has neither dataset.test nor dataset.validation to evaluate on.", "Add one of them."
+        )
+    return split
+
+
+def _check_run_name(config: Config) -> Iterator[Finding]:
+    name = config.run.name
+    if name.strip(" .") == "" or any(character in name for character in "/\\\0"):
+        yield ("run", "name"), f"{name!r} is no name of a folder (write the path into run.output_dir)"
+    elif len(os.fsencode(name)) > MOST_BYTES_OF_NAME - len("-evaluation"):
+        yield ("run", "name"), "is too long for the name of a folder"
+
+
+def _check_device(config: Config) -> Iterator[Finding]:
+    device = config.run.device
+    number = device.removeprefix("cuda:")
+    if device not in ("auto", "cpu", "mps", "cuda") and not (device.startswith("cuda:") and number.isdigit()):
+        yield ("run", "device"), f"'{device}' is no device (auto, cpu, mps, cuda, cuda:N)"
+
+
+def _check_trackers(config: Config) -> Iterator[Finding]:
+    for number, name in enumerate(config.run.report_to):
+        if importlib.util.find_spec(name) is None:
+            yield ("run", "report_to", number), f"the package of '{name}' is not installed"
+
+
+def _check_inference(config: Config) -> Iterator[Finding]:
+    settings = config.rag_system
+    if settings.inference == "concat" and settings.ensemble_temperature is not None:
+        yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
+    if settings.inference == "ensemble" and settings.generator is None:
+        yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
+
+
+def _check_evaluation(config: Config) -> Iterator[Finding]:
+    split = config.evaluation.split
+    if split != "auto" and getattr(config.dataset, split) is None:
+        yield ("evaluation", "split"), f"is '{split}', but there is no dataset.{split}"
+    if config.evaluation.metrics == ():
+        yield ("evaluation", "metrics"), "names no metric; leave it out for those of the side that is tuned"
+    metrics = config.evaluation.metrics or ()
+    answering = generator_metrics_of(metrics)
+    if config.rag_system.generator is None and answering:
+        yield ("evaluation", "metrics"), f"{answering[0]} needs a rag_system.generator"
+    if config.evaluation.choice_score != "sum" and metrics and "accuracy" not in metrics:
+        yield ("evaluation", "choice_score"), "has no effect without the metric accuracy; remove it"
+    ranked = ranking_metrics_of(metrics)
+    if ranked and config.evaluation.context != "retrieved":
+        yield ("evaluation", "metrics"), f"{ranked[0]} needs evaluation.context: retrieved"
+
+
+def _check_federation(config: Config) -> Iterator[Finding]:
+    if config.federated is None:
+        return
+    settings, path = config.federated, ("federated",)
+    if settings.privacy is not None and not settings.strategy.takes_mean:
+        known: dict[str, Any] = {name: each.config_class for name, each in registry().of_kind("strategy").items()}
+        fitting = [name for name, strategy in known.items() if strategy.takes_mean]
+        message = f"adds noise to the mean of the updates, which {settings.strategy.type} does not take (use one of "
+        yield (*path, "privacy"), message + ", ".join(fitting) + ")"
+    yield from _check_lora_aggregation(config, settings)
+    if settings.wait_for_clients is not None and settings.wait_for_clients < settings.min_clients:
+        yield (*path, "wait_for_clients"), f"must not be below min_clients ({settings.min_clients})"
+
+
+def _check_lora_aggregation(config: Config, settings: FederatedConfig) -> Iterator[Finding]:
+    chosen, path = settings.lora_aggregation, ("federated", "lora_aggregation")
+    if chosen == "average":
+        return
+    if config.trainer.mode != "generator" or config.trainer.generator.lora is None:
+        yield path, f"{chosen} is for LoRA adapters, but none is tuned (trainer.mode: generator with a lora section)"
+    if chosen == "svd" and not settings.strategy.gives_mean:
+        yield path, f"svd gives the mean itself, of which {settings.strategy.type} takes no step; use FedAvg or FedProx"
+    if chosen == "svd" and settings.privacy is not None:
+        yield path, "svd looks at single updates, which federated.privacy keeps it from; use freeze_a or average"

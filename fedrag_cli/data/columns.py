@@ -17,8 +17,8 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from fedrag_cli.data.problems import BadValueError
 from fedrag_cli.data.readers import Row, Table, kind_of
+from fedrag_cli.data.row_problems import BadValueError
 from fedrag_cli.errors import DataError
 
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -43,10 +43,6 @@ def has_value(values: Mapping[str, Any], column: str) -> bool:
 
 def get_value(values: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column.
-
-    Args:
-        values: The row.
-        column: Name of the column; a dot reaches into nested values.
 
     Raises:
         BadValueError: The row has no such column.
@@ -96,10 +92,6 @@ def column_names(rows: Iterable[Row]) -> list[str]:
 
 def text_value(values: Mapping[str, Any], column: str) -> str:
     """Return the text of a column, stripped.
-
-    Args:
-        values: The row.
-        column: Name of the column.
 
     Raises:
         BadValueError: It is missing, no text, or blank.
@@ -158,10 +150,6 @@ def ids_value(values: Mapping[str, Any], column: str, separator: str | None = No
 def id_value(values: Mapping[str, Any], column: str) -> str:
     """Return the one id of a column.
 
-    Args:
-        values: The row.
-        column: Name of the column.
-
     Raises:
         BadValueError: It is missing, blank or of a wrong type.
     """
@@ -188,10 +176,6 @@ def checked_id(value: Any, name: str) -> str:
 def checked_text(value: str, name: str) -> str:
     """Return a text, stripped.
 
-    Args:
-        value: The text.
-        name: Name of the value in messages.
-
     Raises:
         BadValueError: It is blank, or has half of a surrogate pair, which no tokenizer and no file can take.
     """
@@ -208,10 +192,6 @@ def lists_of_cells(values: Mapping[str, Any], columns: Iterable[str]) -> dict[st
 
     Lists stand there as in JSON or as Python writes them (`['six', '6 am']`), objects with a list in `text` likewise.
 
-    Args:
-        values: The row.
-        columns: The columns that may hold lists.
-
     Raises:
         BadValueError: A cell looks like a list, but cannot be read as one.
     """
@@ -220,10 +200,6 @@ def lists_of_cells(values: Mapping[str, Any], columns: Iterable[str]) -> dict[st
 
 def metadata_of(values: Mapping[str, Any], used: Iterable[str]) -> dict[str, Any]:
     """Return the values of a row that are not used otherwise and not missing, in types that JSON has.
-
-    Args:
-        values: The row.
-        used: The used columns; a dot reaches into nested values.
 
     Raises:
         BadValueError: One of them is no valid Unicode text.

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fedrag_cli.config.fields import ModelStr, NonEmptyStr, NonNegativeInt, PathStr, PositiveInt, config_class
+from fedrag_cli.config.fields import (
+    FileStr,
+    FolderStr,
+    ModelStr,
+    NonEmptyStr,
+    NonNegativeInt,
+    PathStr,
+    PositiveInt,
+    config_class,
+)
 from fedrag_cli.registry import Registry
 
 
@@ -53,7 +62,7 @@ class FileExamplesConfig:
 
     type: Literal["file"] = "file"
     """Names this source."""
-    path: PathStr
+    path: FileStr
     """The file."""
     format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
     """Format of the file; auto goes by its ending."""
@@ -95,7 +104,7 @@ class SquadExamplesConfig:
 
     type: Literal["squad"] = "squad"
     """Names this source."""
-    path: PathStr
+    path: FileStr
     """The file."""
     limit: PositiveInt | None = None
     """Read the first so many questions only."""
@@ -107,7 +116,7 @@ class BeirExamplesConfig:
 
     type: Literal["beir"] = "beir"
     """Names this source."""
-    path: PathStr
+    path: FolderStr
     """The folder with queries.jsonl and qrels/."""
     split: NonEmptyStr = "test"
     """Name of the file in qrels/, without .tsv."""
@@ -121,7 +130,7 @@ class FileCorpusConfig:
 
     type: Literal["file"] = "file"
     """Names this source."""
-    path: PathStr
+    path: FileStr
     """The file."""
     format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
     """Format of the file; auto goes by its ending."""
@@ -161,7 +170,7 @@ class SquadCorpusConfig:
 
     type: Literal["squad"] = "squad"
     """Names this source."""
-    path: PathStr
+    path: FileStr
     """The file."""
     split: SplitConfig | None = None
     """Splitting of long paragraphs; none by default."""
@@ -175,7 +184,7 @@ class BeirCorpusConfig:
 
     type: Literal["beir"] = "beir"
     """Names this source."""
-    path: PathStr
+    path: FolderStr
     """The folder with corpus.jsonl."""
     split: SplitConfig | None = None
     """Splitting of long documents; none by default."""

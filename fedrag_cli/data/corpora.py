@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import fnmatch
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from fedrag_cli import registry
-from fedrag_cli.data.beir import document_text
 from fedrag_cli.data.columns import HALF_SURROGATE, has_value, id_value, metadata_of, require_column, text_value
 from fedrag_cli.data.config import (
     BeirCorpusConfig,
@@ -18,25 +20,125 @@ from fedrag_cli.data.config import (
     SquadCorpusConfig,
     TextCorpusConfig,
 )
-from fedrag_cli.data.files import check_folder, read_text_file
-from fedrag_cli.data.huggingface import read_dataset
-from fedrag_cli.data.markdown import split_markdown
+from fedrag_cli.data.formats import document_text, read_paragraphs
+from fedrag_cli.data.hub_datasets import read_dataset
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import Place, Problems
-from fedrag_cli.data.readers import Row, Table, read_table
-from fedrag_cli.data.splitting import check_sizes, split_text
-from fedrag_cli.data.squad import read_paragraphs
-from fedrag_cli.data.text_files import find_text_files
+from fedrag_cli.data.readers import (
+    Row,
+    Table,
+    check_file,
+    check_folder,
+    reaching,
+    read_table,
+    read_text_file,
+    unreadable,
+)
+from fedrag_cli.data.row_problems import Place, Problems
+from fedrag_cli.data.splitting import check_sizes, split_markdown, split_text
 from fedrag_cli.errors import ConfigError, DataError
+from fedrag_cli.text import printable
+
+MOST_NAMED = 5
+
+
+def find_text_files(path: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """Return the files of a folder and its subfolders by their path in the folder.
+
+    Args:
+        path: The folder; or one file, which needs to fit no pattern.
+        patterns: Which files to take, in upper or lower case. Hidden files and folders are left out; linked ones are
+            taken, each folder once. What is left out is logged.
+
+    Returns:
+        The files, sorted by name; names have `/` on every system.
+
+    Raises:
+        ConfigError: A pattern is none.
+        DataError: The folder is missing or cannot be read, or no file in it fits.
+    """
+    with reaching(path):
+        if path.is_file():
+            check_file(path)
+            return {path.name: path}
+    check_folder(path)
+    wanted = [_parts_of_pattern(pattern) for pattern in patterns]
+    found: dict[str, Path] = {}
+    left_out: dict[str, list[str]] = {}
+    for file in _files_below(path, left_out):
+        name = file.relative_to(path).as_posix()
+        if not any(_fits(name.lower().split("/"), parts) for parts in wanted):
+            left_out.setdefault("that fit no pattern", []).append(name)
+        elif file.name.startswith("."):
+            left_out.setdefault("hidden", []).append(name)
+        elif not file.is_file():
+            left_out.setdefault("that are no files or lead nowhere", []).append(name)
+        else:
+            found[name] = file
+    if left_out:
+        reasons = (f"{len(names)} {reason} ({_listed(names)})" for reason, names in sorted(left_out.items()))
+        logging.getLogger(__name__).warning("Left out of %s: %s", printable(str(path)), "; ".join(reasons))
+    if not found:
+        raise DataError(
+            f"The folder {path} has no files that fit {', '.join(patterns) or 'no patterns at all'}.",
+            "Check the folder, or set `patterns` to the names of its files.",
+        )
+    return dict(sorted(found.items()))
+
+
+def _files_below(folder: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
+    """Yield the files below a folder and below the folders that links lead to, each folder once."""
+    starts = [folder]
+    # A link to a folder above would lead around in a circle.
+    seen = {str(parent) for parent in folder.resolve().parents}
+
+    def fail(error: OSError) -> None:
+        raise unreadable(Path(error.filename), error) from error
+
+    for start in starts:
+        for place, folders, files in os.walk(start, onerror=fail):
+            folders.sort()
+            target = os.path.realpath(place)
+            if target in seen:
+                left_out.setdefault("that links lead back to", []).append(Path(place).relative_to(folder).as_posix())
+                folders.clear()
+                continue
+            seen.add(target)
+            hidden = [Path(place, name).relative_to(folder).as_posix() for name in folders if name.startswith(".")]
+            if hidden:
+                left_out.setdefault("hidden", []).extend(hidden)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            starts += [path for path in (Path(place, name) for name in folders) if path.is_symlink()]
+            yield from (Path(place, name) for name in sorted(files))
+
+
+def _parts_of_pattern(pattern: str) -> list[str]:
+    parts = PurePath(pattern.lower()).parts
+    if not parts or ".." in parts or PurePath(pattern).anchor:
+        raise ConfigError(
+            f"The pattern '{pattern}' cannot be used.", "Patterns are relative to the folder, such as '*.txt'."
+        )
+    # A pattern may begin in any subfolder.
+    return ["**", *parts]
+
+
+def _fits(parts: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[count:], pattern[1:]) for count in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:MOST_NAMED]))
+    return f"{shown} and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else shown
+
 
 MARKDOWN_SUFFIXES = (".md", ".markdown")
 
 
 def load_corpus(config: Any) -> list[KnowledgeNode]:
     """Load the corpus that a config names.
-
-    Args:
-        config: The config of a registered corpus.
 
     Returns:
         The passages, at least one, with unique ids and with text.
@@ -66,43 +168,19 @@ def load_corpus(config: Any) -> list[KnowledgeNode]:
 
 
 def load_file_corpus(config: FileCorpusConfig) -> list[KnowledgeNode]:
-    """Load a corpus from a JSONL, JSON, CSV, TSV or Parquet file.
-
-    Args:
-        config: The file, its columns and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The file is missing or bad.
-    """
+    """Load a corpus from a JSONL, JSON, CSV, TSV or Parquet file."""
     table = read_table(Path(config.path), config.format, config.limit)
     return split_nodes(_nodes_of_table(table, config.columns), config.split)
 
 
 def load_huggingface_corpus(config: HuggingFaceCorpusConfig) -> list[KnowledgeNode]:
-    """Load a corpus from a data set of the `datasets` library.
-
-    Args:
-        config: The data set, its columns and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The data set is missing or bad.
-    """
+    """Load a corpus from a data set of the `datasets` library."""
     table = read_dataset(config.path, config.name, config.data_split, config.revision, config.limit)
     return split_nodes(_nodes_of_table(table, config.columns), config.split)
 
 
 def load_squad_corpus(config: SquadCorpusConfig) -> list[KnowledgeNode]:
-    """Load the paragraphs of a JSON file in SQuAD format.
-
-    Args:
-        config: The file and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The file is missing or bad.
-    """
+    """Load the paragraphs of a JSON file in SQuAD format."""
     path = Path(config.path)
     problems = Problems(path.name)
     nodes = []
@@ -117,15 +195,7 @@ def load_squad_corpus(config: SquadCorpusConfig) -> list[KnowledgeNode]:
 
 
 def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
-    """Load the corpus of a BEIR folder; title and text are joined.
-
-    Args:
-        config: The folder and the split.
-
-    Raises:
-        ConfigError: The settings of the split do not fit each other.
-        DataError: The folder or its corpus.jsonl is missing or bad.
-    """
+    """Load the corpus of a BEIR folder; title and text are joined."""
     folder = Path(config.path)
     check_folder(folder)
     return split_nodes(nodes_of_beir_table(read_table(folder / "corpus.jsonl", limit=config.limit)), config.split)
@@ -133,9 +203,6 @@ def load_beir_corpus(config: BeirCorpusConfig) -> list[KnowledgeNode]:
 
 def nodes_of_beir_table(table: Table) -> list[KnowledgeNode]:
     """Make passages of the corpus of a BEIR data set; title and text are joined.
-
-    Args:
-        table: Rows of _id, title and text.
 
     Raises:
         DataError: A column is missing, or rows are bad.
@@ -157,9 +224,6 @@ def nodes_of_beir_table(table: Table) -> list[KnowledgeNode]:
 
 def load_text_corpus(config: TextCorpusConfig) -> list[KnowledgeNode]:
     """Load a folder of text or Markdown files, or one such file, split into passages.
-
-    Args:
-        config: The folder or file, the patterns and the split.
 
     Returns:
         The passages, with `path`, `title` and `document_id` in their metadata. The title is the nearest heading above

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedrag_cli import registry
-from fedrag_cli.data.beir import read_judgements, read_queries
 from fedrag_cli.data.columns import (
     answers_value,
     checked_id,
@@ -30,10 +29,10 @@ from fedrag_cli.data.config import (
     HuggingFaceExamplesConfig,
     SquadExamplesConfig,
 )
-from fedrag_cli.data.huggingface import read_dataset, table_of_dataset
-from fedrag_cli.data.problems import BadValueError, Place, Problems
+from fedrag_cli.data.formats import UNANSWERABLE_HINT, read_judgements, read_queries, read_questions
+from fedrag_cli.data.hub_datasets import read_dataset, table_of_dataset
 from fedrag_cli.data.readers import Row, Table, read_table, table_of_mappings
-from fedrag_cli.data.squad import UNANSWERABLE_HINT, read_questions
+from fedrag_cli.data.row_problems import BadValueError, Place, Problems
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.text import printable
 
@@ -143,16 +142,7 @@ def examples_from_dataset(
 
 
 def load_file_examples(config: FileExamplesConfig, *, needs_responses: bool = True) -> list[Example]:
-    """Load examples from a JSONL, JSON, CSV, TSV or Parquet file.
-
-    Args:
-        config: The file and its columns.
-        needs_responses: Whether each row must have an answer.
-
-    Raises:
-        ConfigError: A list separator is set for a format that has lists of its own.
-        DataError: The file is missing or bad.
-    """
+    """Load examples from a JSONL, JSON, CSV, TSV or Parquet file."""
     table = read_table(Path(config.path), config.format, config.limit)
     if config.list_separator is not None and not table.only_texts:
         raise ConfigError(
@@ -163,28 +153,13 @@ def load_file_examples(config: FileExamplesConfig, *, needs_responses: bool = Tr
 
 
 def load_huggingface_examples(config: HuggingFaceExamplesConfig, *, needs_responses: bool = True) -> list[Example]:
-    """Load examples from a data set of the `datasets` library.
-
-    Args:
-        config: The data set and its columns.
-        needs_responses: Whether each row must have an answer.
-
-    Raises:
-        DataError: The data set is missing or bad.
-    """
+    """Load examples from a data set of the `datasets` library."""
     table = read_dataset(config.path, config.name, config.split, config.revision, config.limit)
     return _examples_of_table(table, config.columns, needs_responses=needs_responses)
 
 
 def load_squad_examples(config: SquadExamplesConfig) -> list[Example]:
-    """Load the questions of a JSON file in SQuAD format; the relevant id is that of the paragraph.
-
-    Args:
-        config: The file.
-
-    Raises:
-        DataError: The file is missing or bad, or has questions without answers.
-    """
+    """Load the questions of a JSON file in SQuAD format; the relevant id is that of the paragraph."""
     path = Path(config.path)
     problems = Problems(path.name)
     examples: dict[str, Example] = {}
@@ -205,14 +180,7 @@ def load_squad_examples(config: SquadExamplesConfig) -> list[Example]:
 
 
 def load_beir_examples(config: BeirExamplesConfig) -> list[Example]:
-    """Load the judged queries of a BEIR folder; they have relevant ids and no answers.
-
-    Args:
-        config: The folder and the split.
-
-    Raises:
-        DataError: The folder or a file in it is missing or bad.
-    """
+    """Load the judged queries of a BEIR folder; they have relevant ids and no answers."""
     folder = Path(config.path)
     relevant = read_judgements(folder, config.split)
     return judged_examples(read_queries(folder), relevant, f"{config.split}.tsv", "queries.jsonl")[: config.limit]
@@ -222,12 +190,6 @@ def judged_examples(
     queries: Mapping[str, str], relevant: Mapping[str, tuple[str, ...]], judgements: str, source: str
 ) -> list[Example]:
     """Make examples of the judged queries of a BEIR data set.
-
-    Args:
-        queries: The queries by id.
-        relevant: The ids of the relevant documents by query id.
-        judgements: Name of the judgements in messages.
-        source: Name of the queries in messages.
 
     Raises:
         DataError: A judged query is missing, or nothing is relevant.

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import Problems
+from fedrag_cli.data.row_problems import Problems
 from fedrag_cli.errors import DataError
 
 # Between digits a mark belongs to the number, and these signs to formulas and names such as C#.
@@ -138,10 +138,6 @@ def resolve_relevant_ids(examples: Sequence[Example], nodes: Iterable[KnowledgeN
 
     An id that names a document which was split becomes the ids of those of its passages that contain an accepted
     answer, whatever its case; of all its passages, where none does.
-
-    Args:
-        examples: The examples.
-        nodes: The passages of the corpus.
 
     Raises:
         DataError: Ids name neither a passage nor a document.

@@ -1,10 +1,4 @@
-"""Splitting texts into passages at the boundaries of sentences.
-
-Passages are slices of the text, so line breaks, lists and code keep their form. Their size counts words: what stands
-between white space, and each character of a script that is written without blanks between words, as Chinese, Japanese,
-Thai, Lao, Khmer, Burmese and Tibetan are. What is longer than any word (`LONGEST_WORD`) counts as several. A character
-is what a reader takes for one (a grapheme cluster), which is never cut.
-"""
+"""Splitting texts into passages at the boundaries of sentences, and Markdown at its headings."""
 
 from __future__ import annotations
 
@@ -237,3 +231,120 @@ def _start_of_next(pieces: list[Piece], last: int, room: int) -> int:
         room -= pieces[first - 1].words
         first -= 1
     return first
+
+
+HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(?P<title>.*)")
+FENCE = re.compile(r" {0,3}(?P<marks>`{3,}(?=[^`]*$)|~{3,})(?P<rest>.*)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a Markdown text.
+
+    Args:
+        start: Where it starts.
+        end: Where it ends, before white space and the line break.
+        title: The heading that it is; empty where it is none.
+        fence: Number of the code block that it is in, from 1; 0 outside of code.
+    """
+
+    start: int
+    end: int
+    title: str
+    fence: int
+
+
+def split_markdown(text: str, size: int, overlap: int, title: str = "") -> list[tuple[str, str]]:
+    """Split a Markdown text into passages.
+
+    A passage starts with its heading where it is the first below it. Headings with nothing below them go with the
+    heading that follows. Headings are those with `#`.
+
+    Args:
+        text: The text.
+        size: Most words of a passage.
+        overlap: Words of whole sentences that a passage repeats from the one before it, at most.
+        title: The title of passages above the first heading.
+
+    Returns:
+        The nearest heading and the text of each passage, in order.
+
+    Raises:
+        ConfigError: The overlap is not below the size.
+    """
+    passages = []
+    for heading, lines in _sections(list(_lines(text))):
+        spans = list(_spans(text, lines, size))
+        body = max((line.end for line in lines if line.title), default=0)
+        headings = sum(start < body for start, _ in spans)
+        if 0 < headings < len(spans) and count_words(text[slice(*spans[headings])]) > size:
+            # A sentence that is cut takes its headings into its first part.
+            spans[: headings + 1] = [(spans[0][0], spans[headings][1])]
+        passages += [(heading or title, passage) for passage in pack(text, spans, size, overlap)]
+    return passages
+
+
+def _lines(text: str) -> Iterator[Line]:
+    start = count = 0
+    marks = ""
+    for line in text.split("\n"):
+        end = start + len(line.rstrip())
+        match = FENCE.fullmatch(line)
+        if marks:
+            yield Line(start, end, "", count)
+            if match and match["marks"].startswith(marks) and not match["rest"].strip():
+                marks = ""
+        elif match:
+            marks = match["marks"]
+            count += 1
+            yield Line(start, end, "", count)
+        else:
+            heading = HEADING.fullmatch(line)
+            yield Line(start, end, _without_closing_marks(heading["title"]) if heading else "", 0)
+        start += len(line) + 1
+
+
+def _without_closing_marks(title: str) -> str:
+    """Return the title of `# Title #`; a pattern that matches the marks at the end takes quadratic time."""
+    title = title.strip(" \t")
+    bare = title.rstrip("#")
+    return bare.rstrip(" \t") if bare.endswith((" ", "\t")) else title
+
+
+def _sections(lines: list[Line]) -> Iterator[tuple[str, list[Line]]]:
+    title = ""
+    section: list[Line] = []
+    has_body = False
+    for line in lines:
+        if line.title:
+            if has_body:
+                yield title, section
+                section, has_body = [], False
+            title = line.title
+        else:
+            has_body = has_body or line.end > line.start
+        section.append(line)
+    yield title, section
+
+
+def _spans(text: str, lines: list[Line], size: int) -> Iterator[tuple[int, int]]:
+    for group in _groups(lines):
+        start, end = group[0].start, group[-1].end
+        if not group[0].fence:
+            yield from ((start + first, start + last) for first, last in sentence_spans(text[start:end]))
+        elif count_words(text[start:end]) <= size:
+            yield start, end
+        else:
+            yield from ((line.start, line.end) for line in group)
+
+
+def _groups(lines: list[Line]) -> Iterator[list[Line]]:
+    """Yield headings by themselves, code blocks, and the lines between them."""
+    group: list[Line] = []
+    for line in lines:
+        if group and (line.title or group[-1].title or line.fence != group[-1].fence):
+            yield group
+            group = []
+        group.append(line)
+    if group:
+        yield group

@@ -1,18 +1,14 @@
-"""Exact match and token F1 of an answer, after the normalisation of SQuAD.
-
-Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", arXiv 1606.05250, and the
-evaluation script of version 1.1 that came with it. For accepted answers in other scripts than Latin, all of Unicode's
-punctuation is removed and each character of a script without blanks (such as Chinese) is a token, after the script of
-MLQA: Lewis et al., "MLQA: Evaluating Cross-lingual Extractive Question Answering", arXiv 1910.07475.
-"""
+"""Exact match, token F1 and ROUGE of an answer."""
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import regex
 
@@ -114,3 +110,44 @@ def _require_golds(golds: Sequence[str]) -> None:
             "An answer cannot be judged: its question has no gold answer.",
             "Give every evaluated example a response.",
         )
+
+
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
+TOKEN = regex.compile(rf"(?={WITHOUT_BLANKS})\X|[[\p{{L}}\p{{N}}\p{{M}}]--{WITHOUT_BLANKS}]+", regex.V1)
+
+
+def rouge(name: str, prediction: str, golds: Sequence[str]) -> float:
+    """Return the F-measure of an answer against the accepted answer that it is closest to.
+
+    Args:
+        name: rouge1 (words), rouge2 (pairs of words) or rougeL (longest common subsequence).
+        prediction: The answer.
+        golds: The accepted answers, at least one.
+
+    Returns:
+        A value in [0, 1]; 0 where the answer or the accepted answer has no letter and no digit.
+
+    Raises:
+        DataError: There is no accepted answer.
+    """
+    if not golds:
+        raise DataError(
+            "An answer cannot be judged: its question has no gold answer.", "Give every evaluated example a response."
+        )
+    scores = _scorer(name).score_multi(list(golds), prediction)
+    return float(scores[name].fmeasure)
+
+
+@functools.cache
+def _scorer(name: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([name], tokenizer=_UnicodeTokenizer())
+
+
+class _UnicodeTokenizer:
+    """Splits a text into words, and what is written in a script without blanks into characters."""
+
+    def tokenize(self, text: str) -> list[str]:
+        tokens: list[str] = TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+        return tokens

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrag_cli.config.metrics import GEOMETRIC
+from fedrag_cli.config.fields import GEOMETRIC
 from fedrag_cli.errors import ConfigError, DataError
 
 # Bounds the memory of the resampling to a few megabytes, however many questions and resamples there are.

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.config import EvaluationConfig
-from fedrag_cli.config.metrics import ANSWER_METRICS, generator_metrics_of, ranking_metrics_of
+from fedrag_cli.config.fields import ANSWER_METRICS, generator_metrics_of, ranking_metrics_of
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.relevance import distinct_ids, first_ids
 from fedrag_cli.errors import DataError
 from fedrag_cli.evaluation.generator_metrics import answer_values, is_scored, likelihood_values
-from fedrag_cli.evaluation.memory import EvaluationMemory
 from fedrag_cli.evaluation.ranking import ranking_metrics
-from fedrag_cli.evaluation.result import Evaluation, Values
+from fedrag_cli.evaluation.result import Evaluation, EvaluationMemory, Values
 from fedrag_cli.rag.knowledge_stores.base import ScoredNode
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
 RANKING_METRICS = ("mrr", "recall@1", "recall@5", "ndcg@10")
 PLAIN_ANSWER_METRICS = ("exact_match", "f1")

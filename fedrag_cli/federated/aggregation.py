@@ -13,19 +13,20 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrag_cli.config.schema import FederatedConfig, TransportDtype
 from fedrag_cli.errors import FederationError
-from fedrag_cli.federated.arrays import joined
+from fedrag_cli.federated.config import STRATEGIES, traits_of
+from fedrag_cli.federated.fleet._flower import AppExitException
 from fedrag_cli.federated.lora import Factors, adapter_pairs, best_of_rank, norm_of_product, residual, stacked
+from fedrag_cli.federated.messages import EXAMPLES, STRATEGY_LOSS
 from fedrag_cli.federated.privacy import gaussian_noise, noise_on_mean
-from fedrag_cli.federated.screening import EXAMPLES, STRATEGY_LOSS, Update
-from fedrag_cli.federated.strategies import MEANS, STEPS_FROM_MEANS, strategy_state
-from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, move_to_wire
+from fedrag_cli.federated.strategies import strategy_state
+from fedrag_cli.federated.validate_update import Update
+from fedrag_cli.federated.weights import LARGEST_FLOAT16, Manifest, Weights, joined, to_wire
 from fedrag_cli.text import printable
 
 SAVED = "The round before is saved. Lower federated.max_update_norm, or the strategy's learning rate."
@@ -39,32 +40,20 @@ def aggregate(
     manifest: Manifest,
     settings: FederatedConfig,
 ) -> Weights:
-    """Return the next global weights.
+    """Return the next global weights, as float32 in the order of the manifest.
 
-    The order of the updates is that of the clients' names, so that sums do not depend on who came first.
-
-    Args:
-        strategy: Says how updates become weights.
-        number: The round.
-        updates: What passed the screening, by client; at least one.
-        reply: Any reply of the round; its content is replaced.
-        manifest: Names and shapes of the weights.
-        settings: Say what becomes of LoRA adapters, and whether the mean gets noise before the strategy sees it.
-
-    Returns:
-        float32 tensors in the order of the manifest.
+    The order of the updates is that of the clients' names, so that sums do not depend on who came first. They are
+    handed to the strategy, that of the settings, in place of any reply.
 
     Raises:
         FederationError: The strategy could not aggregate them, or made weights that are not finite.
     """
-    ordered = [updates[name] for name in sorted(updates)]
-    if type(strategy) in MEANS:
+    ordered, traits = [updates[name] for name in sorted(updates)], traits_of(settings.strategy)
+    if traits.gives_mean:
         weights = _mean(ordered, manifest, settings)
-    elif type(strategy) in STEPS_FROM_MEANS:
-        mean = mean_content(ordered, manifest, settings)
-        weights = _in_order(number, _by_strategy(strategy, number, [mean], reply), manifest)
     else:
-        contents = [update.content() for update in ordered]
+        means = traits.takes_mean
+        contents = [mean_content(ordered, manifest, settings)] if means else [update.content() for update in ordered]
         weights = _in_order(number, _by_strategy(strategy, number, contents, reply), manifest)
     check_weights(number, weights, settings.transport_dtype)
     # Beside finite weights, such as the squares of large steps.
@@ -75,16 +64,7 @@ def aggregate(
 
 
 def check_weights(number: int, weights: Mapping[str, Tensor], dtype: TransportDtype) -> None:
-    """Make sure that aggregated weights can be saved and sent on, before anybody does.
-
-    Args:
-        number: The round.
-        weights: float32 tensors by name.
-        dtype: The number format in which they travel.
-
-    Raises:
-        FederationError: One is not finite, or too large for the number format.
-    """
+    """Raise FederationError where aggregated weights are not finite, or too large for the number format to send."""
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise _bad_weights(number, name)
@@ -101,28 +81,23 @@ def _bad_weights(number: int, name: str) -> FederationError:
     )
 
 
-def require_mean(strategy: Strategy, settings: FederatedConfig) -> None:
-    """Raise FederationError where the settings make a mean, but the strategy looks at more than that."""
-    if settings.lora_aggregation == "svd" and (type(strategy) not in MEANS or settings.privacy is not None):
+def require_mean(strategy: object, settings: FederatedConfig) -> None:
+    """Raise FederationError where the settings make a mean, but a strategy (or its config) looks at more than that."""
+    traits, name = traits_of(strategy), getattr(strategy, "type", type(strategy).__name__)
+    if settings.lora_aggregation == "svd" and (not traits.gives_mean or settings.privacy is not None):
         raise FederationError(
-            f"federated.lora_aggregation: svd does not go with {type(strategy).__name__} or with federated.privacy.",
+            f"federated.lora_aggregation: svd does not go with {name} or with federated.privacy.",
             "Use FedAvg or FedProx without privacy, or freeze_a.",
         )
-    if settings.privacy is not None and type(strategy) not in (*MEANS, *STEPS_FROM_MEANS):
+    if settings.privacy is not None and not traits.takes_mean:
         raise FederationError(
-            f"federated.privacy adds noise to the mean of the updates, which {type(strategy).__name__} does not take.",
-            f"Use one of {', '.join(kind.__name__ for kind in (*MEANS, *STEPS_FROM_MEANS))}.",
+            f"federated.privacy adds noise to the mean of the updates, which {name} does not take.",
+            f"Use one of {', '.join(name for name, (config, _) in STRATEGIES.items() if config.takes_mean)}.",
         )
 
 
 def weighted_mean(updates: list[Update], manifest: Manifest, deviation: float = 0.0) -> Weights:
-    """Return the mean of updates by their weights: summed in float64 and rounded once to float32.
-
-    Args:
-        updates: At least one.
-        manifest: Names and shapes of the weights.
-        deviation: Standard deviation of the noise that is added to each number.
-    """
+    """Return the mean of updates by their weights, with noise: summed in float64 and rounded once to float32."""
     return {
         name: torch.from_numpy(joined(_mean_blocks(updates, name, deviation), shape))
         for name, shape in manifest.items()
@@ -139,15 +114,14 @@ def mean_content(updates: list[Update], manifest: Manifest, settings: FederatedC
     total = sum(update.weight for update in updates)
     loss = sum(update.weight * update.metrics.get("loss", 0.0) for update in updates) / total
     metrics = MetricRecord({EXAMPLES: total, STRATEGY_LOSS: loss})
-    return RecordDict({"arrays": move_to_wire(_mean(updates, manifest, settings)), "metrics": metrics})
+    return RecordDict({"arrays": to_wire(_mean(updates, manifest, settings), release=True), "metrics": metrics})
 
 
 def lora_gap(updates: Mapping[str, Update], manifest: Manifest) -> float | None:
     """Return what averaging the factors of LoRA adapters misses of the mean of their products.
 
-    Returns:
-        The L2 norm of the difference over that of the mean product, all layers together; None where no adapter with
-        both factors is tuned, or nothing was learned.
+    It is the L2 norm of the difference over that of the mean product, all layers together; None where no adapter with
+    both factors is tuned, or nothing was learned.
     """
     ordered = [updates[name] for name in sorted(updates)]
     missed = learned = 0.0
@@ -189,11 +163,8 @@ def _mean_blocks(updates: list[Update], name: str, deviation: float) -> Iterator
 
 
 def _by_strategy(strategy: Strategy, number: int, contents: list[RecordDict], reply: Message) -> ArrayRecord:
-    replies = []
-    for content in contents:
-        # Strategies look at nothing else of a reply.
-        message = Message(content, reply_to=reply)
-        replies.append(message)
+    # Strategies look at nothing else of a reply.
+    replies = [Message(content, reply_to=reply) for content in contents]
     try:
         with np.errstate(all="ignore"):
             arrays, _ = strategy.aggregate_train(number, replies)

@@ -1,44 +1,38 @@
-"""What a client does with a message of the server: shake hands, evaluate, train, keep the final model.
-
-The same handler serves the processes of `join-fl`, Flower's own client apps and the simulation.
-"""
+"""What a client does with a message of the server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedrag_cli.errors import FederationError, FedRAGError, ServerRefusedError
-from fedrag_cli.federated.agreement import Agreement, misfit
-from fedrag_cli.federated.arrays import record_bytes
-from fedrag_cli.federated.screening import EXAMPLES, VALIDATION_EXAMPLES
-from fedrag_cli.federated.task import EvaluateResult, FLTask, round_number
-from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
-from fedrag_cli.runs.reporting import Reporter, SilentReporter, epsilon_text
+from fedrag_cli.federated.handshake import Agreement, misfit
+from fedrag_cli.federated.messages import (
+    ACTION,
+    AGREEMENT,
+    EVALUATE_FIRST,
+    EXAMPLES,
+    FINAL,
+    NAME,
+    ROUNDS,
+    STOP,
+    VALIDATION_EXAMPLES,
+    arrays_of,
+    config_of,
+    round_number,
+)
+from fedrag_cli.federated.weights import Weights, from_wire, record_bytes, update_to_wire
+from fedrag_cli.runs.reporter import Reporter, SilentReporter, epsilon_text
 from fedrag_cli.text import printable
 
-ACTION, AGREEMENT, NAME, FINAL, EVALUATE_FIRST, ROUNDS = (
-    "action",
-    "agreement",
-    "name",
-    "final",
-    "evaluate-first",
-    "rounds",
-)
-HANDSHAKE, STOP = "handshake", "stop"
+if TYPE_CHECKING:
+    from fedrag_cli.federated.task import EvaluateResult, FLTask
 
 
 class ClientHandler:
-    """Answers the server's messages with a federated task.
-
-    Args:
-        task: The task with this client's model and data.
-        name: The client's name, sent in the handshake.
-        reporter: Told what happens.
-        on_final: Called when the model holds the final global weights.
-    """
+    """Answers the server's messages with a federated task."""
 
     def __init__(
         self,
@@ -47,7 +41,14 @@ class ClientHandler:
         reporter: Reporter | None = None,
         on_final: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        """Start without having met a server."""
+        """Start without having met a server.
+
+        Args:
+            task: The task with this client's model and data.
+            name: The client's name, sent in the handshake.
+            reporter: Told what happens.
+            on_final: Called when the model holds the final global weights.
+        """
         self.task = task
         self.name = name
         self.reporter: Reporter = reporter or SilentReporter()
@@ -66,7 +67,6 @@ class ClientHandler:
         Raises:
             ConnectionFailedError: The message comes with the server's agreement, and this client's is another.
             ServerRefusedError: The server asks for a round that was not agreed, or sends a model that cannot be right.
-            FedRAGError: The work failed.
         """
         try:
             return self._answer(message)
@@ -79,14 +79,14 @@ class ClientHandler:
         if kind == MessageType.QUERY:
             return self._query(message)
         # Stock servers of Flower shake no hands; theirs comes with the work.
-        if (text := _config(message).get(AGREEMENT)) and (
+        if (text := config_of(message).get(AGREEMENT)) and (
             error := misfit(Agreement.from_json(str(text)), self.task.agreement)
         ):
             raise error
         return self._train(message) if kind == MessageType.TRAIN else self._evaluate(message)
 
     def _query(self, message: Message) -> Message:
-        config = _config(message)
+        config = config_of(message)
         if config.get(ACTION) == STOP:
             self.failure = FederationError(
                 "The server ended the federation without a final model.",
@@ -102,26 +102,23 @@ class ClientHandler:
         return _reply(message, {AGREEMENT: self.task.agreement.to_json(), NAME: self.name})
 
     def _train(self, message: Message) -> Message:
-        config = _config(message)
+        config = config_of(message)
         number, rounds = round_number(config, 1), config.get(ROUNDS)
         of = f" of {printable(rounds, 20)}" if rounds else ""
-        self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(_arrays(message))}")
-        weights = self._received(message)
-        before = (
-            self._measure(weights, number - 1, f"round {number}, before training")
-            if config.get(EVALUATE_FIRST)
-            else None
-        )
+        self.reporter.note(f"Round {number}{of}: received the global model, {_megabytes(arrays_of(message))}")
+        weights, before = self._received(message), None
+        if config.get(EVALUATE_FIRST):
+            before = self._measure(weights, number - 1, f"round {number}, before training")
         result = self.task.fit(weights, config)
         arrays = update_to_wire(result.weights, weights, self.task.settings.transport_dtype)
-        reported = dict(result.metrics) | (before.metrics if before else {})
+        reported = result.metrics | (before.metrics if before else {})
         spent = self.task.rounds.spent()
         self.reporter.event(
             "client_round",
             round=number,
             examples=result.examples,
             metrics=reported,
-            bytes_received=record_bytes(_arrays(message)),
+            bytes_received=record_bytes(arrays_of(message)),
             bytes_sent=record_bytes(arrays),
             **spent,
         )
@@ -134,7 +131,7 @@ class ClientHandler:
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     def _evaluate(self, message: Message) -> Message:
-        config = _config(message)
+        config = config_of(message)
         final = bool(config.get(FINAL))
         weights = self._received(message)
         number = round_number(config, 0)
@@ -149,7 +146,7 @@ class ClientHandler:
 
     def _received(self, message: Message) -> Weights:
         """Return the weights of a message, whose description is looked at before any memory is taken for them."""
-        arrays, manifest = _arrays(message), self.task.agreement.manifest
+        arrays, manifest = arrays_of(message), self.task.agreement.manifest
         dtype = self.task.settings.transport_dtype
         found = {name: (list(array.shape), array.dtype) for name, array in arrays.items()}
         if found != {name: (shape, dtype) for name, shape in manifest.items()}:
@@ -159,7 +156,7 @@ class ClientHandler:
         except ValueError as error:
             raise ServerRefusedError("The server's model cannot be read; it is not taken.") from error
 
-    def _measure(self, weights: Mapping[str, Any], number: int, what: str) -> EvaluateResult:
+    def _measure(self, weights: Weights, number: int, what: str) -> EvaluateResult:
         """Measure the global model as it is after a round."""
         result = self.task.evaluate(weights)
         if result.examples:
@@ -175,16 +172,6 @@ class ClientHandler:
             metrics[VALIDATION_EXAMPLES] = before.examples
         metrics |= {name: float(measured[name]) for name in self.task.settings.metrics if name in measured}
         return MetricRecord(dict(metrics))
-
-
-def _config(message: Message) -> Mapping[str, Any]:
-    records = list(message.content.config_records.values())
-    return records[0] if records else ConfigRecord()
-
-
-def _arrays(message: Message) -> ArrayRecord:
-    records = list(message.content.array_records.values())
-    return records[0] if records else ArrayRecord()
 
 
 def _reply(message: Message, values: dict[str, str]) -> Message:

@@ -54,11 +54,7 @@ class ServerCertificate:
     key: Path
 
     def context(self) -> ssl.SSLContext:
-        """Return what the handshake needs of them.
-
-        Raises:
-            ConnectionFailedError: They are missing, or do not fit each other.
-        """
+        """Return what the handshake needs of them; raises ConnectionFailedError where they do not fit."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(self.certificate, self.key)
@@ -72,17 +68,12 @@ class ServerCertificate:
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """Where a server is and how to trust it.
-
-    Args:
-        address: `HOST:PORT`.
-        tls: Whether to speak TLS.
-        ca_certificate: The authority to trust, as PEM; the system's authorities where it is None.
-    """
+    """Where a server is and how to trust it."""
 
     address: str
     tls: bool
     ca_certificate: bytes | None = None
+    """The authority to trust, as PEM; the system's authorities where it is None."""
 
     @property
     def proxy(self) -> str | None:
@@ -103,11 +94,7 @@ class ServerAddress:
 
 
 def parse_address(text: str) -> Address:
-    """Read `HOST:PORT`, with an IPv6 host in brackets.
-
-    Raises:
-        ConfigError: It is no address.
-    """
+    """Read `HOST:PORT`, with an IPv6 host in brackets; raises ConfigError where it is none."""
     host, colon, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not colon or not host or "/" in host or not port.isdigit() or not 0 <= int(port) <= 65535:
@@ -116,15 +103,7 @@ def parse_address(text: str) -> Address:
 
 
 def check_server_settings(settings: FederatedConfig, address: Address, *, insecure: bool) -> tuple[bool, bool]:
-    """Decide how a server is protected.
-
-    Args:
-        settings: The federation's settings.
-        address: Where it will listen.
-        insecure: Whether the user said that protection is not wanted.
-
-    Returns:
-        Whether to use TLS, and whether only allowed keys may join.
+    """Return whether a server uses TLS, and whether only allowed keys may join it.
 
     Raises:
         ConfigError: The address can be reached from outside, and TLS or the list of keys is missing; or files are.
@@ -150,10 +129,7 @@ def check_server_settings(settings: FederatedConfig, address: Address, *, insecu
 
 
 def client_authority(settings: FederatedConfig, address: Address, *, insecure: bool) -> tuple[bool, bytes | None]:
-    """Decide how a client protects its connection.
-
-    Returns:
-        Whether to use TLS, and the authority to trust as PEM (the system's where it is None).
+    """Return whether a client uses TLS, and the authority to trust as PEM (the system's where it is None).
 
     Raises:
         ConfigError: The authority's file is missing or holds no certificate.
@@ -178,21 +154,12 @@ def client_authority(settings: FederatedConfig, address: Address, *, insecure: b
 
 
 def trusting(authority: bytes | None) -> ssl.SSLContext:
-    """Return what a client checks a server's certificate with.
-
-    Args:
-        authority: The authority to trust, as PEM; the system's authorities where it is None.
-    """
+    """Return what a client checks a server's certificate with, by an authority as PEM or those of the system."""
     return ssl.create_default_context(cadata=authority.decode("ascii") if authority is not None else None)
 
 
 def distrust(address: Address, error: ssl.SSLCertVerificationError) -> str:
-    """Say in words why the certificate of a server is not trusted.
-
-    Args:
-        address: Where the server is; it is asked for its certificate once more, and sent nothing.
-        error: What checking the certificate raised.
-    """
+    """Say in words why a server's certificate is not trusted; it is asked for that once more, and sent nothing."""
     try:
         certificate = _shown_by(address)
     except (OSError, ValueError):

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedrag_cli.config.fields import check_client_name
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.files import os_errors
 
 PrivateKey = ec.EllipticCurvePrivateKey
 CURVE = ec.SECP384R1
@@ -42,18 +42,7 @@ PUBLIC_STARTS = (b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC KEY")
 
 
 def write_node_key(directory: Path, name: str) -> tuple[Path, Path]:
-    """Make a node key.
-
-    Args:
-        directory: Where to; it is made where it is missing.
-        name: Name of the client; the files are NAME.key and NAME.pub.
-
-    Returns:
-        The private key's file (mode 0600) and the public key's.
-
-    Raises:
-        ConfigError: One of the files is there already.
-    """
+    """Make a node key, NAME.key (mode 0600) and NAME.pub; raises ConfigError where one is there already."""
     key = ec.generate_private_key(CURVE())
     private, public = directory / f"{name}.key", directory / f"{name}{PUBLIC_SUFFIX}"
     _require_absent(private, public)
@@ -86,11 +75,9 @@ def write_authority(directory: Path) -> tuple[Path, Path]:
 
 
 def write_server_certificate(directory: Path, hosts: Sequence[str]) -> tuple[Path, Path]:
-    """Make a server certificate, signed by the authority in the same folder: server.key (mode 0600) and server.crt.
+    """Make server.key (mode 0600) and server.crt, a certificate for hosts by the authority in the same folder.
 
-    Args:
-        directory: The folder with ca.key and ca.crt.
-        hosts: Host names and addresses that clients use; the first is the certificate's common name.
+    The first host is its common name.
 
     Raises:
         ConfigError: The authority is missing, or one of the files is there already.
@@ -162,13 +149,7 @@ def load_or_make_key(path: Path) -> PrivateKey:
 
 
 def load_allowed_keys(directory: Path) -> dict[str, bytes]:
-    """Read the public keys that may join.
-
-    Args:
-        directory: The folder with a file NAME.pub for each client.
-
-    Returns:
-        Keys by client name, in the form in which requests carry them.
+    """Read the public keys that may join, a file NAME.pub each, by client name and in the form of requests.
 
     Raises:
         ConfigError: The folder is missing or empty, a file is no key, or two files hold the same key.
@@ -211,10 +192,7 @@ def load_allowed_keys(directory: Path) -> dict[str, bytes]:
 
 
 def load_public_key(path: Path) -> bytes:
-    """Read a node's public key, in OpenSSH's format or PEM.
-
-    Returns:
-        The key in the form in which requests carry it.
+    """Read a node's public key, in OpenSSH's format or PEM, into the form in which requests carry it.
 
     Raises:
         ConfigError: The file is missing or is no such key.
@@ -232,9 +210,7 @@ def load_public_key(path: Path) -> bytes:
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, CURVE):
         raise ConfigError(f"'{path}' is no node key (SECP384R1).", "Put the NAME.pub of 'fedrag keys node' there.")
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
-    return public_key_to_bytes(key)
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def read_small_file(path: Path) -> bytes:
@@ -259,14 +235,7 @@ def read_small_file(path: Path) -> bytes:
 
 
 def fingerprint(public_key: bytes) -> str:
-    """Return the fingerprint that `ssh-keygen -lf NAME.pub` prints.
-
-    Args:
-        public_key: The key in the form in which requests carry it.
-
-    Raises:
-        ValueError: It is no key that OpenSSH knows.
-    """
+    """Return the fingerprint of a key in a request as `ssh-keygen -lf NAME.pub` prints it; raises ValueError."""
     try:
         key = serialization.load_pem_public_key(public_key)
         line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)

@@ -116,12 +116,9 @@ def _turn(rows: Tensor, clients: Sequence[Factors]) -> Tensor:
 
 
 def freeze_a(model: nn.Module) -> None:
-    """Freeze the factors A of an adapter, from now on.
+    """Freeze the factors A of a model's adapter, from now on.
 
     Where the adapter has not been trained, they are drawn from a seed that is the same at every site.
-
-    Args:
-        model: A model with a LoRA adapter of peft.
     """
     parameters = dict(model.named_parameters())
     is_fresh = not any(bool(parameter.any()) for name, parameter in parameters.items() if LORA_B in name)

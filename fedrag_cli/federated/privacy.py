@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedrag_cli.config.schema import PrivacyConfig
 from fedrag_cli.federated.weights import Weights
-from fedrag_cli.runs.reporting import epsilon_text
+from fedrag_cli.runs.reporter import epsilon_text
 
 # Beyond it the second term of the formula is nothing but rounding; without it epsilon is bounded from above.
 LARGEST_EXACT_MU = 100.0
@@ -37,11 +37,9 @@ def clip_scale(norm: float, clipping_norm: float) -> float:
 
 
 def noise_on_mean(privacy: PrivacyConfig | None, clients: int) -> float:
-    """Return the standard deviation of the noise that the server adds to each number of a mean of updates.
+    """Return the standard deviation of the noise that the server adds to each number of a mean of so many updates.
 
-    Args:
-        privacy: The settings; without them, or where the clients add noise, it is 0.
-        clients: Number of updates, each of the same weight, so that one moves the mean by its share.
+    They weigh the same, so that one moves the mean by its share; without privacy of the server it is 0.
     """
     if privacy is None or privacy.at != "server":
         return 0.0
@@ -116,9 +114,7 @@ def epsilon_of_ledger(ledger: Ledger, delta: float, replaced: bool = False) -> f
 def ledger_entry(privacy: PrivacyConfig | None, sites: int) -> dict[str, Any] | None:
     """Return what a round's record keeps of its privacy, from which epsilon follows later; None without privacy.
 
-    Args:
-        privacy: The settings in this round.
-        sites: Number of updates, by which clipped updates and noise were divided.
+    `sites` is the number of updates, by which clipped updates and noise were divided.
     """
     return None if privacy is None else {**dataclasses.asdict(privacy), "sites": sites}
 
@@ -145,13 +141,7 @@ def privacy_record(ledger: Ledger) -> dict[str, float | None]:
 
 
 def privacy_note(privacy: PrivacyConfig, rounds: int, ledger: Ledger = ()) -> str:
-    """Return in words what rounds will have spent at the end, and what that does not cover.
-
-    Args:
-        privacy: The settings of the rounds that are left.
-        rounds: How many are left.
-        ledger: The records of those that are done.
-    """
+    """Return in words what so many more rounds will have spent at the end, and what that does not cover."""
     who = "the server clips and adds noise" if privacy.at == "server" else "clients clip and add noise"
     spent = privacy_record([*ledger, *[ledger_entry(privacy, 0)] * rounds])
     count = len(ledger) + rounds

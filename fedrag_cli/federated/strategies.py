@@ -14,40 +14,13 @@ from numpy.typing import NDArray
 
 State = dict[str, NDArray[Any]]
 SEPARATOR = "/"
-# The mean of the updates, weighted by examples, is the result.
-MEANS: tuple[type[Strategy], ...] = (flower.FedAvg, flower.FedProx)
-# Of the updates only that mean matters.
-STEPS_FROM_MEANS: tuple[type[Strategy], ...] = (
-    flower.FedAvgM,
-    flower.FedAdagrad,
-    flower.FedAdam,
-    flower.FedYogi,
-)
-# Names of strategies, in both APIs of Flower, that leave out by themselves what is far from the rest.
-ROBUST = frozenset({"FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan"})
-# Those that weigh clients by their losses.
-WEIGH_LOSSES = frozenset({"QFedAvg"})
-
-
-def is_kind(strategy: object, names: frozenset[str]) -> bool:
-    """Return whether a strategy of either API is one of these, or derived from one."""
-    return any(kind.__name__ in names for kind in type(strategy).__mro__)
 
 
 def build_strategy(config: Any, *, min_clients: int, learning_rate: float) -> Strategy:
-    """Build one of Flower's strategies.
-
-    Args:
-        config: One of the config dataclasses in `federated/config.py`; its `type` is the class's name.
-        min_clients: Clients that a round needs at least.
-        learning_rate: The clients' learning rate, which QFedAvg needs.
-    """
-    parameters = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in ("type", "fraction")
-    }
-    if config.type == "QFedAvg" and parameters["client_learning_rate"] is None:
+    """Build the strategy of Flower's that a config of `federated/config.py` names; QFedAvg needs the learning rate."""
+    parameters = dataclasses.asdict(config)
+    del parameters["type"], parameters["fraction"]
+    if parameters.get("client_learning_rate", 0) is None:
         parameters["client_learning_rate"] = learning_rate
     built: Strategy = getattr(flower, config.type)(
         fraction_train=config.fraction,
@@ -79,7 +52,7 @@ def restore_strategy(strategy: Strategy, state: Mapping[str, NDArray[Any]]) -> N
         attribute, kind, key = name.split(SEPARATOR, 2)
         found.setdefault(attribute, (kind, {}))[1][key] = array
     for attribute, (kind, arrays) in found.items():
-        value: Any = dict(arrays)
+        value: Any = arrays
         if kind == "list":
             value = [arrays[key] for key in sorted(arrays, key=int)]
         elif kind == "record":

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fedrag_cli.config.schema import FederatedConfig
-from fedrag_cli.errors import DataError, ServerRefusedError
-from fedrag_cli.federated.agreement import Agreement, agreement_of
+from fedrag_cli.errors import DataError, ModelError, ServerRefusedError
+from fedrag_cli.federated.checkpoint import ClientRounds, FitResult
+from fedrag_cli.federated.handshake import Agreement, agreement_of
 from fedrag_cli.federated.lora import freeze_a
+from fedrag_cli.federated.messages import NO_SERVER, PROXIMAL_MU, round_number
 from fedrag_cli.federated.privacy import noise_of_client, protected
-from fedrag_cli.federated.rounds import ClientRounds, FitResult
-from fedrag_cli.federated.site import trainer_around
-from fedrag_cli.federated.weights import Weights, record_digest, to_wire
+from fedrag_cli.federated.weights import Weights, weights_digest
+from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
+from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.text import printable
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.checks import trainable
@@ -33,35 +35,68 @@ if TYPE_CHECKING:
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import Strategy
 
-SERVER_ROUND = "server-round"
-PROXIMAL_MU = "proximal-mu"
-MOST_ROUNDS = 10**6
-NO_SERVER = "It is another program, or not to be trusted: ask its owner."
 
-
-def round_number(config: Mapping[str, Any], default: int) -> int:
-    """Return which round a server's message is about.
+def trainer_around(
+    trainer: HuggingFaceTrainer, model: nn.Module | None, train_dataset: Any, validation_dataset: Any
+) -> HuggingFaceTrainer:
+    """Return a trainer with the same settings around another model (its own where that is None) and other data.
 
     Raises:
-        ServerRefusedError: It is no number of a round, from 0 on.
+        ModelError: The model is of another kind than the trainer's.
+        DataError: The trainer measures what needs relevant ids, and no validation example has any.
     """
-    number = config.get(SERVER_ROUND, default)
-    if type(number) is not int or not 0 <= number <= MOST_ROUNDS:
-        raise ServerRefusedError(f"The server speaks of a round {printable(number, 40)}.", NO_SERVER)
-    return number
+    rag_system = trainer.rag_system if model is None else _with_model(trainer, model)
+    own = type(trainer)(
+        rag_system,
+        train_dataset=[] if train_dataset is None else train_dataset,
+        validation_dataset=[] if validation_dataset is None else validation_dataset,
+        config=trainer.config,
+        seed=trainer.seed,
+        reporter=trainer.reporter,
+    )
+    if trainer.extra_validation is not None and own.validation_examples:
+        own.extra_validation = trainer.extra_validation.around(own)
+    return own
+
+
+def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
+    rag_system = trainer.rag_system
+    if trainer.side == "generator":
+        generator = rag_system.require_trainable_generator()
+        if model is generator.model:
+            return rag_system
+        return dataclasses.replace(rag_system, generator=generator.with_model(model))
+    retriever = rag_system.require_trainable_retriever()
+    if model is retriever.query_encoder:
+        return rag_system
+    if not isinstance(model, type(retriever.query_encoder)):
+        raise ModelError(
+            f"A retriever's model is a {type(retriever.query_encoder).__name__}, not a {type(model).__name__}.",
+            f"Pass rag_system.retriever.query_encoder, or another {type(retriever.query_encoder).__name__}.",
+        )
+    both = getattr(trainer.config, "train", "query") == "both"
+    shared = model is retriever.passage_encoder or (both and retriever.is_shared)
+    own = dataclasses.replace(rag_system, retriever=retriever.with_query_encoder(model, shared=shared))
+    if both:
+        # The passages' embeddings follow this model's weights, so they cannot be those of the other store.
+        store = rag_system.knowledge_store
+        own.knowledge_store = InMemoryKnowledgeStore(device=retriever.device)
+        own.knowledge_store.add(store.nodes, store.embeddings)
+        own.knowledge_store.corpus_fingerprint = store.corpus_fingerprint
+        if len(store):
+            refresh_store(own)
+        own.knowledge_store.encoder_fingerprint = own.retriever.fingerprint()
+    return own
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """How good weights are on a client's own validation examples.
-
-    Args:
-        examples: Number of validation examples; 0 where the client has none.
-        metrics: The loss as `validation_loss`, and what else its trainer measures.
-    """
+    """How good weights are on a client's own validation examples."""
 
     examples: int
+    """Number of validation examples; 0 where the client has none."""
     metrics: dict[str, float]
+    """The loss as `validation_loss`, and what else its trainer measures."""
 
 
 class FLTask:
@@ -134,10 +169,8 @@ class FLTask:
         Raises:
             ModelError: Names or shapes differ from the trained tensors.
             DataError: This site has no training examples.
-            ServerRefusedError: The weights are not finite, the round is none that was agreed, or the config holds
-                something else than numbers.
+            ServerRefusedError: The weights are not finite, the round was not agreed, or the config holds no numbers.
             TrainingError: Training did not work; see the trainer.
-            RunInterruptedError: A signal came.
         """
         _require_finite(weights)
         number = round_number(config, 1)
@@ -145,7 +178,7 @@ class FLTask:
         if isinstance(proximal_mu, bool) or not isinstance(proximal_mu, int | float) or not 0 <= proximal_mu < math.inf:
             raise ServerRefusedError(f"The server asks for a {PROXIMAL_MU} of {printable(proximal_mu, 40)}.", NO_SERVER)
         proximal_mu = float(proximal_mu)
-        digest = record_digest(to_wire(weights))
+        digest = weights_digest(weights)
         asked = f"{number} {proximal_mu} {digest}"
         if self._newest is not None and self._newest[0] == asked:
             return self._newest[1]
@@ -153,25 +186,20 @@ class FLTask:
         self._newest = None
         self.rounds.begin(number, asked)
         privacy = self.settings.privacy
-        if privacy is None or privacy.at != "client":
+        adds_noise = privacy is not None and privacy.at == "client"
+        result = self.rounds.given(asked) if adds_noise else None
+        if result is None:
             result = self._train(weights, number, proximal_mu, digest)
-        elif (given := self.rounds.given(asked)) is not None:
-            result = given
-        else:
-            result = self._train(weights, number, proximal_mu, digest)
-            deviation = noise_of_client(privacy, self.settings.min_clients)
-            sent = protected(result.weights, weights, privacy.clipping_norm, deviation)
-            result = dataclasses.replace(result, weights=sent)
-            self.rounds.give(asked, number, result, deviation / privacy.clipping_norm)
+            if privacy is not None and adds_noise:
+                deviation = noise_of_client(privacy, self.settings.min_clients)
+                sent = protected(result.weights, weights, privacy.clipping_norm, deviation)
+                result = dataclasses.replace(result, weights=sent)
+                self.rounds.give(asked, number, result, deviation / privacy.clipping_norm)
         self._newest = (asked, result)
         return result
 
     def evaluate(self, weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> EvaluateResult:
-        """Measure the given weights on this site's validation examples.
-
-        Args:
-            weights: The global weights, by name.
-            config: `server-round`; nothing in it changes the measurement.
+        """Measure the given weights on this site's validation examples; nothing in the config changes the measurement.
 
         Raises:
             ModelError: Names or shapes differ from the trained tensors.
@@ -219,7 +247,7 @@ class FLTask:
             strategy: A strategy of `flwr.server.strategy`; FedAvg by default. Where it has no initial parameters, the
                 model's are set.
         """
-        from fedrag_cli.federated.classic import ClassicServer
+        from fedrag_cli.federated.flower_api import ClassicServer
 
         return ClassicServer(self.around(model), strategy)
 
@@ -233,7 +261,7 @@ class FLTask:
             train_dataset: This client's examples.
             val_dataset: This client's validation examples.
         """
-        from fedrag_cli.federated.classic import ClassicClient
+        from fedrag_cli.federated.flower_api import ClassicClient
 
         return ClassicClient(self.around(model, train_dataset, val_dataset)).to_client()
 
@@ -244,13 +272,13 @@ class FLTask:
             strategy: A strategy of `flwr.serverapp.strategy`; the one of the settings by default.
             output: Folder for the global weights; without it they are in this task's model only.
         """
-        from fedrag_cli.federated.apps import server_app
+        from fedrag_cli.federated.flower_api import server_app
 
         return server_app(self, strategy, output)
 
     def client_app(self) -> ClientApp:
         """Return a client app of Flower's message API, with this task's model and data."""
-        from fedrag_cli.federated.apps import client_app
+        from fedrag_cli.federated.flower_api import client_app
 
         return client_app(lambda _: self)
 

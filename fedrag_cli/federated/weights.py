@@ -1,15 +1,20 @@
-"""Trained tensors on their way over the wire: float32 or float16, by name, and their manifest."""
+"""Trained tensors on their way over the wire: float32 or float16, by name, and reading them a block at a time."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import io
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,18 +22,141 @@ from torch import Tensor
 
 from fedrag_cli.config.schema import TransportDtype
 from fedrag_cli.errors import FederationError, ModelError
-from fedrag_cli.federated.arrays import whole
-from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.files import os_errors
+from fedrag_cli.text import printable, shape_text
 
 Weights = dict[str, Tensor]
 Manifest = dict[str, list[int]]
 """Names of the trained tensors, with their shapes; the order is that of the names."""
-Arrays = dict[str, NDArray[np.float32]]
 BYTES_OF: dict[TransportDtype, int] = {"float32": 4, "float16": 2}
 LARGEST_FLOAT16 = 65504.0
+BLOCK = 2**18
+"""Numbers that are in memory at once."""
+MOST_BYTES_OF_CALL = 2**20
+# How Flower names the serialisation of the arrays that it makes.
+NUMPY = Array(np.empty(0, np.float32)).stype
 
 
-def to_wire(weights: Mapping[str, Tensor], dtype: TransportDtype = "float32") -> ArrayRecord:
+class MisdescribedArrayError(ValueError):
+    """The bytes of an array are not what its description says."""
+
+
+class ScratchFile:
+    """A file without a name, for this process alone, that is gone with the object or with the process."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make it on the disk of a folder, readable by the owner only; raises OSError."""
+        self._descriptor, path = tempfile.mkstemp(dir=directory)
+        Path(path).unlink()
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Put bytes at an offset; raises OSError, as where the disk is full."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view[:MOST_BYTES_OF_CALL], offset)
+            offset += written
+            view = view[written:]
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Return so many bytes from an offset on; fewer where the file ends."""
+        parts: list[bytes] = []
+        while count and (part := os.pread(self._descriptor, min(count, MOST_BYTES_OF_CALL), offset)):
+            parts.append(part)
+            count, offset = count - len(part), offset + len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class FileArray(Array):
+    """An array, described as its sender does, whose bytes lie in a file; `data` and `numpy()` read all of them."""
+
+    def __init__(
+        self, dtype: str, shape: tuple[int, ...], stype: str, file: ScratchFile, offset: int, size: int
+    ) -> None:
+        """Keep where it is; the initialiser above would keep the bytes themselves."""
+        self.dtype, self.shape, self.stype = dtype, shape, stype
+        self.file, self.offset, self.size = file, offset, size
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """All bytes."""
+        return self.file.read(self.size, self.offset)
+
+
+class _Stream(Protocol):
+    def read(self, count: int, /) -> bytes: ...
+
+
+class _Section:
+    """The bytes of a file array, read from the first to the last."""
+
+    def __init__(self, array: FileArray) -> None:
+        self._array = array
+        self._done = 0
+
+    def read(self, count: int, /) -> bytes:
+        array = self._array
+        data = array.file.read(min(count, array.size - self._done), array.offset + self._done)
+        self._done += len(data)
+        return data
+
+
+def array_bytes(array: Array) -> int:
+    """Return how many bytes an array takes on the wire."""
+    return array.size if isinstance(array, FileArray) else len(array.data)
+
+
+def record_bytes(record: Mapping[str, Array]) -> int:
+    """Return how many bytes the arrays of a record take on the wire."""
+    return sum(array_bytes(array) for array in record.values())
+
+
+def blocks_of(array: Array) -> Iterator[NDArray[np.float32]]:
+    """Yield the numbers of an array that numpy's `save` made as float32, row by row, in blocks of `BLOCK`.
+
+    Raises:
+        MisdescribedArrayError: The bytes say another shape or number format than the description.
+        ValueError: They cannot be read, or are too few or too many.
+    """
+    if array.stype != NUMPY:
+        raise ValueError("It is serialised in another way.")
+    stream = _Section(array) if isinstance(array, FileArray) else io.BytesIO(array.data)
+    shape, dtype = _header(stream)
+    if shape != tuple(array.shape) or dtype != np.dtype(array.dtype):
+        raise MisdescribedArrayError(f"It holds {printable(dtype)} of the shape {shape_text(shape)}.")
+    left = math.prod(shape)
+    while left:
+        count = min(BLOCK, left)
+        values = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
+        if len(values) != count:
+            raise ValueError("It ends too early.")
+        yield values.astype(np.float32, copy=False)
+        left -= count
+    if stream.read(1):
+        raise ValueError("It goes on after its end.")
+
+
+def joined(blocks: Iterable[NDArray[np.float32]], shape: Sequence[int]) -> NDArray[np.float32]:
+    """Return blocks, row by row, as one array of a shape."""
+    values = np.empty(math.prod(shape), np.float32)
+    done = 0
+    for block in blocks:
+        values[done : done + len(block)] = block
+        done += len(block)
+    return values.reshape(tuple(shape))
+
+
+def _header(stream: _Stream) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+    if version != (1, 0):
+        raise ValueError("Its header is of another version.")
+    shape, in_columns, dtype = np.lib.format.read_array_header_1_0(stream)  # type: ignore[arg-type]
+    if in_columns:
+        raise ValueError("It is stored by columns.")
+    return shape, dtype
+
+
+def to_wire(weights: Weights, dtype: TransportDtype = "float32", *, release: bool = False) -> ArrayRecord:
     """Return tensors as arrays of one number format in the order of their names.
 
     As float32, bfloat16 (which Flower's arrays cannot hold) and float16 lose nothing.
@@ -36,70 +164,39 @@ def to_wire(weights: Mapping[str, Tensor], dtype: TransportDtype = "float32") ->
     Args:
         weights: Tensors by name.
         dtype: The number format in which they travel.
+        release: Whether to empty the dict meanwhile, so that the weights are in memory once.
 
     Raises:
         FederationError: A value is too large for float16.
     """
-    return ArrayRecord({name: Array(_encoded(name, _float32(weights[name]), dtype)) for name in sorted(weights)})
+    take, record = weights.pop if release else weights.__getitem__, ArrayRecord()
+    for name in sorted(weights):
+        record[name] = Array(_encoded(name, _float32(take(name)), dtype))
+    return record
 
 
-def update_to_wire(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], dtype: TransportDtype) -> ArrayRecord:
+def from_wire(record: ArrayRecord, *, release: bool = False) -> Weights:
+    """Return a record's arrays as float32 tensors that own their memory; `release` empties it as `to_wire` does."""
+    take = record.pop if release else record.__getitem__
+    return {name: torch.from_numpy(joined(blocks_of(array := take(name)), array.shape)) for name in list(record)}
+
+
+def update_to_wire(trained: Weights, received: Mapping[str, Tensor], dtype: TransportDtype) -> ArrayRecord:
     """Return what a client sends: its weights as float32, or what training has changed of them as float16.
 
     A step is often smaller than the precision of a float16 weight; as a difference it keeps 11 bits of its own.
-
-    Args:
-        trained: Tensors by name after training.
-        received: The global weights that training began with.
-        dtype: The number format in which they travel.
 
     Raises:
         FederationError: A difference is too large for float16.
     """
     if dtype == "float32":
         return to_wire(trained)
-    changed = {name: torch.from_numpy(_float32(trained[name]) - _float32(received[name])) for name in trained}
-    return to_wire(changed, dtype)
+    return to_wire({name: trained[name].cpu().float() - received[name].cpu().float() for name in trained}, dtype)
 
 
-def move_to_wire(weights: Weights) -> ArrayRecord:
-    """Do as `to_wire`, and empty the given dict meanwhile, so that the weights are in memory once."""
-    record = ArrayRecord()
-    for name in sorted(weights):
-        record[name] = Array(_float32(weights.pop(name)))
-    return record
-
-
-def move_from_wire(record: ArrayRecord) -> Weights:
-    """Do as `from_wire`, and empty the given record meanwhile, so that the weights are in memory once."""
-    return {name: torch.from_numpy(whole(record.pop(name))) for name in list(record)}
-
-
-def in_dtype(record: ArrayRecord, dtype: TransportDtype) -> ArrayRecord:
-    """Return a record of float32 arrays in the number format in which they travel; see `to_wire`."""
-    if dtype == "float32":
-        return record
-    return ArrayRecord({name: Array(_encoded(name, whole(array), dtype)) for name, array in record.items()})
-
-
-def send_instead(messages: Iterable[Message], record: ArrayRecord) -> list[Message]:
-    """Return messages with this record in place of the arrays that a strategy has put into them."""
-    replaced = []
-    for message in messages:
-        for key in list(message.content.array_records):
-            message.content[key] = record
-        replaced.append(message)
-    return replaced
-
-
-def from_wire(record: Mapping[str, Array]) -> Weights:
-    """Return a record's arrays as float32 tensors that own their memory."""
-    return {name: torch.from_numpy(whole(array)) for name, array in record.items()}
-
-
-def to_arrays(weights: Mapping[str, Tensor]) -> Arrays:
-    """Return tensors as float32 numpy arrays in the order of their names."""
-    return {name: _float32(weights[name]) for name in sorted(weights)}
+def to_ndarrays(weights: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
+    """Return tensors as float32 arrays in the order of their names, as Flower's classic API carries them."""
+    return [_float32(weights[name]) for name in sorted(weights)]
 
 
 def manifest_of(weights: Mapping[str, Tensor]) -> Manifest:
@@ -107,12 +204,12 @@ def manifest_of(weights: Mapping[str, Tensor]) -> Manifest:
     return {name: list(weights[name].shape) for name in sorted(weights)}
 
 
-def record_digest(record: Mapping[str, Array]) -> str:
-    """Return a hash of a record's names and values, of 16 hexadecimal digits."""
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return a hash of names and values, of 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(record):
+    for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(record[name].data)
+        digest.update(Array(_float32(weights[name])).data)
     return digest.hexdigest()
 
 
@@ -124,11 +221,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_weights(path: Path) -> Weights:
-    """Read tensors from a safetensors file into memory of their own.
-
-    Raises:
-        ModelError: The file is missing or damaged.
-    """
+    """Read tensors from a safetensors file into memory of their own; raises ModelError where that cannot be."""
     weights: Weights = {}
     try:
         with safe_open(path, "pt") as file:

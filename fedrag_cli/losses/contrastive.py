@@ -36,7 +36,15 @@ def contrastive_loss(
     Raises:
         TrainingError: If shapes do not fit, or a query's own passage is excluded.
     """
-    _check_shapes(similarities, hard_negatives, own)
+    batch = similarities.shape[0]
+    if similarities.ndim != 2 or (own is None and similarities.shape[1] != batch):
+        raise TrainingError(f"similarities have the shape {tuple(similarities.shape)}; expected (batch, batch).")
+    if own is not None and tuple(own.shape) != (batch,):
+        raise TrainingError(f"own has the shape {tuple(own.shape)}; expected ({batch},).")
+    if hard_negatives is not None and (hard_negatives.ndim != 2 or hard_negatives.shape[0] != batch):
+        raise TrainingError(
+            f"hard_negatives have the shape {tuple(hard_negatives.shape)}; expected ({batch}, negatives)."
+        )
     columns = similarities if hard_negatives is None else torch.cat([similarities, hard_negatives], dim=1)
     targets = torch.arange(len(columns), device=columns.device) if own is None else own.to(columns.device)
     logits = columns * scale
@@ -50,15 +58,3 @@ def contrastive_loss(
             raise TrainingError("A query's own passage is excluded, so there is nothing to learn from it.")
         logits = logits.masked_fill(excluded, -torch.inf)
     return functional.cross_entropy(logits, targets, reduction="none")
-
-
-def _check_shapes(similarities: Tensor, hard_negatives: Tensor | None, own: Tensor | None) -> None:
-    batch = similarities.shape[0]
-    if similarities.ndim != 2 or (own is None and similarities.shape[1] != batch):
-        raise TrainingError(f"similarities have the shape {tuple(similarities.shape)}; expected (batch, batch).")
-    if own is not None and tuple(own.shape) != (batch,):
-        raise TrainingError(f"own has the shape {tuple(own.shape)}; expected ({batch},).")
-    if hard_negatives is not None and (hard_negatives.ndim != 2 or hard_negatives.shape[0] != batch):
-        raise TrainingError(
-            f"hard_negatives have the shape {tuple(hard_negatives.shape)}; expected ({batch}, negatives)."
-        )

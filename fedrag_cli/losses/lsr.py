@@ -77,13 +77,7 @@ class LSRLoss(torch.nn.Module):
     The mean is over examples: a passage more a query does not make the loss smaller, as it would with the default
     reduction of `torch.nn.KLDivLoss`, which divides by batch * k.
 
-    Args:
-        retriever_temperature: Temperature of the retriever's softmax, above 0.
-        lm_temperature: Temperature of the language model's softmax, above 0.
-        divergence: `forward` for KL(Q || P_R), `reverse` for KL(P_R || Q).
-
-    Raises:
-        TrainingError: If a temperature or the divergence is out of range.
+    Settings as `lsr_loss`; raises TrainingError where a temperature or the divergence is out of range.
     """
 
     def __init__(
@@ -99,27 +93,9 @@ class LSRLoss(torch.nn.Module):
         self.divergence: Divergence = divergence
 
     def forward(self, retrieval_scores: Tensor, lm_scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            retrieval_scores: Scores of the passages, shape (batch, k).
-            lm_scores: Log-likelihoods of the answer given each passage, shape (batch, k).
-            mask: Boolean, shape (batch, k): False where an example has fewer than k passages.
-
-        Returns:
-            The mean divergence over the batch, a scalar.
-
-        Raises:
-            TrainingError: As `lsr_loss`.
-        """
-        return lsr_loss(
-            retrieval_scores,
-            lm_scores,
-            retriever_temperature=self.retriever_temperature,
-            lm_temperature=self.lm_temperature,
-            divergence=self.divergence,
-            mask=mask,
-        ).mean()
+        """Return the mean divergence over a batch, a scalar; arguments and errors as `lsr_loss`."""
+        temperatures = (self.retriever_temperature, self.lm_temperature)
+        return lsr_loss(retrieval_scores, lm_scores, *temperatures, self.divergence, mask).mean()
 
     def extra_repr(self) -> str:
         """Return the settings, for printing the module."""
@@ -155,14 +131,11 @@ def _check_inputs(retrieval_scores: Tensor, lm_scores: Tensor, mask: Tensor | No
         )
     if tuple(lm_scores.shape) != shape:
         raise TrainingError(f"lm_scores has the shape {tuple(lm_scores.shape)}, but retrieval_scores has {shape}.")
-    if mask is None:
-        present = torch.ones_like(retrieval_scores, dtype=torch.bool)
-    else:
-        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
-            raise TrainingError(
-                f"mask has the shape {tuple(mask.shape)} and the type {mask.dtype}; it must be {shape} and boolean."
-            )
-        present = mask
+    present = torch.ones_like(retrieval_scores, dtype=torch.bool) if mask is None else mask
+    if tuple(present.shape) != shape or present.dtype != torch.bool:
+        raise TrainingError(
+            f"mask has the shape {tuple(present.shape)} and the type {present.dtype}; it must be {shape} and boolean."
+        )
     empty_rows = (~present.any(dim=-1)).nonzero().flatten().tolist()
     if empty_rows:
         raise TrainingError(

@@ -33,34 +33,21 @@ def proximal_penalty(parameters: Iterable[tuple[str, Tensor]], reference: Mappin
     if not mu >= 0:
         raise TrainingError(f"The proximal mu is {mu}.", "Set it to 0 or above.")
     trained = dict(parameters)
-    _check_names(trained, reference)
-    distances = [_squared_distance(name, tensor, reference[name]) for name, tensor in trained.items()]
-    return mu / 2 * torch.stack(distances).sum()
-
-
-def _squared_distance(name: str, tensor: Tensor, reference: Tensor) -> Tensor:
-    if tensor.shape != reference.shape:
-        raise TrainingError(
-            f"'{name}' has the shape {tuple(tensor.shape)}, but {tuple(reference.shape)} in the global weights.",
-            "Use the same base model and the same LoRA settings on the server and on every client.",
-        )
-    # Squares of small differences vanish in half precision.
-    exact = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return (exact - reference.detach().to(exact)).square().sum()
-
-
-def _check_names(trained: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
     if not trained:
         raise TrainingError("There is no trained tensor to keep near the global weights.")
-    problems = []
-    missing = sorted(set(trained) - set(reference))
-    if missing:
-        problems.append(f"the global weights lack {', '.join(missing)}")
-    unknown = sorted(set(reference) - set(trained))
-    if unknown:
-        problems.append(f"the client does not train {', '.join(unknown)}")
-    if problems:
-        raise TrainingError(
-            f"The client's weights and the global weights differ: {'; '.join(problems)}.",
-            "Use the same base model and the same LoRA settings on the server and on every client.",
-        )
+    hint = "Use the same base model and the same LoRA settings on the server and on every client."
+    names = (
+        ("the global weights lack", sorted(set(trained) - set(reference))),
+        ("the client does not train", sorted(set(reference) - set(trained))),
+    )
+    if problems := [f"{what} {', '.join(found)}" for what, found in names if found]:
+        raise TrainingError(f"The client's weights and the global weights differ: {'; '.join(problems)}.", hint)
+    distances = []
+    for name, tensor in trained.items():
+        if tensor.shape != reference[name].shape:
+            shapes = f"the shape {tuple(tensor.shape)}, but {tuple(reference[name].shape)} in the global weights"
+            raise TrainingError(f"'{name}' has {shapes}.", hint)
+        # Squares of small differences vanish in half precision.
+        exact = tensor if tensor.dtype == torch.float64 else tensor.float()
+        distances.append((exact - reference[name].detach().to(exact)).square().sum())
+    return mu / 2 * torch.stack(distances).sum()

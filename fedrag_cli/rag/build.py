@@ -1,4 +1,4 @@
-"""Building a RAG system from a config."""
+"""Building a RAG system from a config, or from what a run has tuned."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import json
 from collections.abc import Sequence
 
 from fedrag_cli.config import Config
+from fedrag_cli.config.validation import tuned_sides
 from fedrag_cli.data.corpora import load_corpus
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
+from fedrag_cli.rag.generators.base import Generator
+from fedrag_cli.rag.index_convert import converted_store, open_store
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.models import choose_device
-from fedrag_cli.rag.moving import converted_store
-from fedrag_cli.rag.opening import open_store
-from fedrag_cli.rag.places import place_of
-from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.rag.retrievers.base import Retriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
 
 def build_rag_system(
     config: Config,
     *,
     nodes: Sequence[KnowledgeNode] | None = None,
+    fingerprint: str | None = None,
     with_generator: bool = True,
     reporter: Reporter | None = None,
 ) -> RAGSystem:
@@ -35,6 +35,7 @@ def build_rag_system(
     Args:
         config: A loaded config.
         nodes: The passages, where they are loaded already.
+        fingerprint: Their `corpus_fingerprint`, where it is known already.
         with_generator: Whether to load the generator.
         reporter: Told what is being loaded, and shown how the store is filled.
 
@@ -47,14 +48,15 @@ def build_rag_system(
     _check_top_k(config, len(nodes))
     reporter = reporter or SilentReporter()
     # What is wrong with a store is told before the models are loaded, which takes longer.
-    store = _open_store(config, nodes, reporter)
+    fingerprint = fingerprint or corpus_fingerprint(nodes)
+    store = _open_store(config, fingerprint, reporter)
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
     if store is not None:
         store.require_encoder(retriever.fingerprint())
-    generator = _load_generator(config, reporter) if with_generator else None
+    generator = _load_generator(config, reporter, with_generator)
     if store is None:
-        built = build_knowledge_store(retriever, nodes, reporter)
+        built = build_knowledge_store(retriever, nodes, reporter, fingerprint)
         store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
     return _assemble(config, retriever, store, generator)
 
@@ -62,34 +64,25 @@ def build_rag_system(
 def build_rag_system_without_passages(
     config: Config, *, with_generator: bool = True, reporter: Reporter | None = None
 ) -> RAGSystem:
-    """Load the models alone, for the server of a federation, which has no data.
-
-    Args:
-        config: A loaded config.
-        with_generator: Whether to load the generator.
-        reporter: Told what is being loaded.
-
-    Raises:
-        ModelError: A model is missing or broken.
-    """
+    """Load the models alone, for the server of a federation, which has no data; raises ModelError."""
     reporter = reporter or SilentReporter()
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
-    generator = _load_generator(config, reporter) if with_generator else None
-    store = InMemoryKnowledgeStore(retriever.device)
+    generator = _load_generator(config, reporter, with_generator)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     store.encoder_fingerprint = retriever.fingerprint()
     return _assemble(config, retriever, store, generator)
 
 
 def build_knowledge_store(
-    retriever: SentenceTransformerRetriever, nodes: Sequence[KnowledgeNode], reporter: Reporter
+    retriever: Retriever, nodes: Sequence[KnowledgeNode], reporter: Reporter, fingerprint: str | None = None
 ) -> InMemoryKnowledgeStore:
     """Encode passages into a new store that carries the fingerprints of encoder and corpus."""
-    store = InMemoryKnowledgeStore(retriever.device)
+    store = InMemoryKnowledgeStore(device=retriever.device)
     with reporter.task("Encoding passages", len(nodes), "passage") as advance:
         store.add(nodes, retriever.encode_passages([node.text for node in nodes], advance))
     store.encoder_fingerprint = retriever.fingerprint()
-    store.corpus_fingerprint = corpus_fingerprint(nodes)
+    store.corpus_fingerprint = fingerprint or corpus_fingerprint(nodes)
     return store
 
 
@@ -101,44 +94,36 @@ def corpus_fingerprint(nodes: Sequence[KnowledgeNode]) -> str:
     return digest.hexdigest()
 
 
-def _assemble(
-    config: Config,
-    retriever: SentenceTransformerRetriever,
-    store: KnowledgeStore,
-    generator: CausalLMGenerator | None,
-) -> RAGSystem:
+def _assemble(config: Config, retriever: Retriever, store: KnowledgeStore, generator: Generator | None) -> RAGSystem:
     settings = config.rag_system
     temperature = settings.ensemble_temperature or ENSEMBLE_TEMPERATURE
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature)
 
 
-def load_retriever(config: Config, reporter: Reporter) -> SentenceTransformerRetriever:
+def load_retriever(config: Config, reporter: Reporter) -> Retriever:
     """Load the retriever that a config describes, and tell what there is to know about it."""
-    retriever: SentenceTransformerRetriever = build("retriever", config.rag_system.retriever, device=config.run.device)
-    _tell(retriever.notes, reporter)
+    retriever: Retriever = build("retriever", config.rag_system.retriever, device=config.run.device)
+    for note in retriever.notes:
+        reporter.note(note)
     return retriever
 
 
-def _load_generator(config: Config, reporter: Reporter) -> CausalLMGenerator | None:
+def _load_generator(config: Config, reporter: Reporter, wanted: bool) -> Generator | None:
     settings = config.rag_system
-    if settings.generator is None:
+    if settings.generator is None or not wanted:
         return None
-    generator: CausalLMGenerator = build(
+    generator: Generator = build(
         "generator", settings.generator, prompt=settings.prompt, device=config.run.device, seed=config.run.seed
     )
-    _tell(generator.notes, reporter)
+    for note in generator.notes:
+        reporter.note(note)
     return generator
 
 
-def _tell(notes: Sequence[str], reporter: Reporter) -> None:
-    for note in notes:
-        reporter.note(note)
-
-
-def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> KnowledgeStore | None:
+def _open_store(config: Config, fingerprint: str, reporter: Reporter) -> KnowledgeStore | None:
     """Return the built store that a config names; None where there is none, so that the passages are to be encoded."""
     settings = config.rag_system.knowledge_store
-    store, place = open_store(settings, choose_device(config.run.device)), place_of(settings)
+    store, place = open_store(settings, choose_device(config.run.device)), settings.place
     # A filter may hide all passages of a store.
     if not len(store) and store.encoder_fingerprint is None:
         if place is not None:
@@ -147,7 +132,7 @@ def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Report
                 "'fedrag index CONFIG' keeps them there."
             )
         return None
-    if store.corpus_fingerprint != corpus_fingerprint(nodes):
+    if store.corpus_fingerprint != fingerprint:
         raise KnowledgeStoreError(
             f"The knowledge store in '{place}' was built from other passages than the corpus has now.",
             "Refresh it with 'fedrag index CONFIG'.",
@@ -157,10 +142,8 @@ def _open_store(config: Config, nodes: Sequence[KnowledgeNode], reporter: Report
 
 def _check_top_k(config: Config, passages: int) -> None:
     wanted = {"rag_system.top_k": config.rag_system.top_k}
-    for side in ("retriever", "generator"):
-        top_k = getattr(getattr(config.trainer, side), "top_k", None)
-        if top_k is not None and config.trainer.mode in (side, "alternating"):
-            wanted[f"trainer.{side}.top_k"] = top_k
+    for side in tuned_sides(config):
+        wanted[f"trainer.{side}.top_k"] = getattr(getattr(config.trainer, side), "top_k", None) or 0
     for key, top_k in wanted.items():
         if top_k > passages:
             raise KnowledgeStoreError(

@@ -25,11 +25,7 @@ FIXED_BY_A_RUN = (
 
 
 def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Config, ConfigSource]:
-    """Load a config file, or the config of a run directory with the tuned models in it.
-
-    Args:
-        path: A YAML file, a run directory, or None for `fedrag.yaml`.
-        overrides: `key.path=value` texts.
+    """Load a config file (`fedrag.yaml` by default), or the config of a run directory with the tuned models in it.
 
     Raises:
         ConfigError: The run is not finished, the config is wrong, or an override names what the run has fixed.
@@ -45,13 +41,6 @@ def load_config_or_run(path: Path | None, overrides: Sequence[str]) -> tuple[Con
             f"'{path}' is an evaluation, which has no models of its own.",
             f"Give what it evaluated: {evaluation['of'] or path / 'config.yaml'}",
         )
-    _refuse_fixed(overrides, path)
-    source = load_config_with_source(run.config_file, overrides)
-    return with_tuned_models(source.config, run), source
-
-
-def _refuse_fixed(overrides: Sequence[str], path: Path) -> None:
-    """Refuse overrides of what a run's tuned models and its knowledge store stand for."""
     for override in overrides:
         key = override.partition("=")[0]
         if key in FIXED_BY_A_RUN or any(fixed.startswith(key + ".") for fixed in FIXED_BY_A_RUN):
@@ -59,6 +48,8 @@ def _refuse_fixed(overrides: Sequence[str], path: Path) -> None:
                 f"{key} is fixed by the run in '{path}', whose tuned models are used.",
                 f"Leave it out, or use the run's config with other models: {path / 'config.yaml'} {override}",
             )
+    source = load_config_with_source(run.config_file, overrides)
+    return with_tuned_models(source.config, run), source
 
 
 def with_tuned_models(config: Config, run: RunDirectory) -> Config:
@@ -73,22 +64,13 @@ def with_tuned_models(config: Config, run: RunDirectory) -> Config:
             "Put them back from a copy, or train again with the run's config.yaml.",
         )
     rag_system = config.rag_system
-    old_generator: Any = rag_system.generator
     if run.retriever.is_dir():
-        retriever = dataclasses.replace(
-            rag_system.retriever, model=str(run.retriever), query_model=None, passage_model=None, revision=None
-        )
-        rag_system = dataclasses.replace(rag_system, retriever=retriever)
-    if (run.generator / "adapter_config.json").is_file():
-        generator = dataclasses.replace(old_generator, adapter=str(run.generator))
-        rag_system = dataclasses.replace(rag_system, generator=generator)
-    elif run.generator.is_dir():
-        generator = dataclasses.replace(old_generator, model=str(run.generator), adapter=None, revision=None)
-        rag_system = dataclasses.replace(rag_system, generator=generator)
+        rag_system = dataclasses.replace(rag_system, retriever=rag_system.retriever.tuned_in(run.retriever))
+    if run.generator.is_dir():
+        tuned: Any = rag_system.generator
+        rag_system = dataclasses.replace(rag_system, generator=tuned.tuned_in(run.generator))
     if run.knowledge_store.is_dir():
-        old_store: Any = rag_system.knowledge_store
         # A run keeps its store in its own folder, also where it started from one on a server.
-        elsewhere = {name: None for name in ("url", "api_key") if getattr(old_store, name, None) is not None}
-        store = dataclasses.replace(old_store, path=str(run.knowledge_store), **elsewhere)
+        store = rag_system.knowledge_store.in_folder(run.knowledge_store)
         rag_system = dataclasses.replace(rag_system, knowledge_store=store)
     return dataclasses.replace(config, rag_system=rag_system)

@@ -1,8 +1,9 @@
-"""Finding models: what a model reference in the config stands for, and which device and number format to use."""
+"""Finding and loading models: references, devices, number formats, several GPUs and quantization."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
-from fedrag_cli.config.models import ModelLocation as ModelLocation
-from fedrag_cli.config.models import locate_model as locate_model
-from fedrag_cli.errors import FedRAGError, ModelError
-from fedrag_cli.runs.launch import local_process_number, process_count
+from fedrag_cli.config.fields import ModelLocation as ModelLocation
+from fedrag_cli.config.fields import locate_model as locate_model
+from fedrag_cli.errors import ConfigError, FedRAGError, ModelError
+from fedrag_cli.rag.config import CausalLMConfig
+from fedrag_cli.runs.launch import local_rank, process_count
 
 _SAMPLED_VALUES = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,15 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @contextmanager
 def model_errors(location: ModelLocation, what: str) -> Iterator[None]:
-    """Turn what the model libraries raise while loading into a ModelError.
-
-    Args:
-        location: The model that is being loaded.
-        what: `retriever`, `generator` or `adapter`, for the message.
-
-    Raises:
-        ModelError: The enclosed code fails, or the model needs code of its own, which it may not run.
-    """
+    """Turn what the model libraries raise while they load a retriever, generator or adapter into a ModelError."""
     try:
         yield
     except (FedRAGError, MemoryError):
@@ -83,7 +78,7 @@ def choose_device(device: str) -> torch.device:
                 f"run.device is {device}, but each of {process_count()} processes needs a GPU of its own.",
                 "Set run.device to auto or cuda.",
             )
-        device = f"cuda:{local_process_number()}"
+        device = f"cuda:{local_rank()}"
     missing = ModelError(f"This machine has no device '{device}'.", "Set run.device to auto or cpu.")
     try:
         chosen = torch.device(device)
@@ -110,31 +105,19 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def require_bfloat16(device: torch.device, setting: str) -> None:
-    """Raise ModelError where a GPU has no bfloat16; every CPU computes it, if slowly.
-
-    Args:
-        device: Where the model will run.
-        setting: The config key that asks for bfloat16, for the message.
-    """
-    there = {
-        "cuda": lambda: has_fast_bfloat16(device),
-        "mps": lambda: bool(torch.backends.mps.is_macos_or_newer(14, 0)),
-    }
-    if device.type in there and not there[device.type]():
+    """Raise ModelError, which names the setting, where a GPU has no bfloat16; every CPU computes it, if slowly."""
+    missing = (device.type == "cuda" and not has_fast_bfloat16(device)) or (
+        device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
+    )
+    if missing:
         raise ModelError(f"{setting} is bfloat16, which the device '{device}' does not have.", "Set it to float32.")
 
 
 def choose_dtype(dtype: str, device: torch.device, *, small: bool, setting: str) -> torch.dtype:
-    """Return the number format of the weights.
-
-    Args:
-        dtype: The config value.
-        device: Where the model will run.
-        small: Whether the model is small enough that `auto` keeps float32 everywhere (encoders are).
-        setting: The config key of `dtype`, for the message.
+    """Return the number format of the weights that a config value means; `small` models keep float32 with `auto`.
 
     Raises:
-        ModelError: The device does not have the format.
+        ModelError: The device does not have the format; `setting` names its config key.
     """
     if dtype == "bfloat16":
         require_bfloat16(device, setting)
@@ -191,3 +174,77 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def placement_options(config: CausalLMConfig, location: ModelLocation, device: torch.device) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to place the weights itself; nothing where the whole model is moved later.
+
+    Raises:
+        ConfigError: The package for quantization is missing, the model is a GGUF file, or several processes would take
+            all GPUs each.
+    """
+    options: dict[str, Any] = {}
+    if config.device_map is not None:
+        if process_count() > 1:
+            raise ConfigError(
+                f"rag_system.generator.device_map gives all GPUs to one process, but {process_count()} were started.",
+                "Start 'fedrag train' without a launcher, or remove device_map.",
+            )
+        options["device_map"] = config.device_map
+    if config.quantization is not None:
+        if location.gguf_file is not None:
+            raise ConfigError(
+                f"The GGUF file '{location.reference}' cannot be loaded with rag_system.generator.quantization, "
+                "because transformers turns it into plain weights.",
+                "Remove quantization, or give the model in safetensors.",
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "rag_system.generator.quantization needs the package bitsandbytes, which is not installed.",
+                "Install it with: pip install 'fedrag-cli[quantization]'",
+            )
+        options["quantization_config"] = quantization_config(config.quantization, device)
+        options.setdefault("device_map", {"": device})
+    return options
+
+
+def quantization_config(quantization: str, device: torch.device) -> BitsAndBytesConfig:
+    """Return the settings of bitsandbytes; products are computed in bfloat16 where the device has it in hardware.
+
+    Source: LLM.int8() (arXiv 2208.07339) for 8bit; QLoRA (arXiv 2305.14314, section 3) for 4bit.
+    """
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if has_fast_bfloat16(device) else torch.float32,
+    )
+
+
+def settled(model: Any, location: ModelLocation) -> Any:
+    """Return a model that `from_pretrained` has placed; raise ModelError where a part did not fit on the GPUs."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    # What accelerate keeps in main memory or on disk has no weights to train, to save or to take a fingerprint of.
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        raise ModelError(
+            f"The generator '{location.reference}' does not fit on the GPUs that the process sees.",
+            "Set rag_system.generator.quantization: 4bit, use more GPUs, or take a smaller model.",
+        )
+    for module in model.modules():
+        # On some processors bitsandbytes packs weights anew before an evaluation, which rounds them, so that neither
+        # fingerprint nor training would see the weights that were loaded, and which fails for narrow layers.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def placement_note(config: CausalLMConfig, model: Any) -> str:
+    """Return where a device map has put a model, in words; empty where there is no device map."""
+    if config.device_map is None:
+        return ""
+    placed = getattr(model, "hf_device_map", None) or {"": model.device}
+    names = dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in placed.values())
+    reason = ", because the process sees no GPU" if set(names) == {"cpu"} else ""
+    return f"device_map: {config.device_map} has put the generator on {' and '.join(names)}{reason}."

@@ -6,7 +6,9 @@ write after the prompt. Truncation takes context from its end, never the questio
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -19,7 +21,8 @@ from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.splitting import WITHOUT_BLANKS
 from fedrag_cli.errors import DataError, ModelError
-from fedrag_cli.rag.passages import PassageFormat
+from fedrag_cli.rag.generators.base import EncodedPrompt
+from fedrag_cli.rag.passage_format import PassageFormat
 from fedrag_cli.rag.tokens import TextTokens
 
 TODAY = date(2024, 7, 26)
@@ -34,42 +37,6 @@ THOUGHTS = re.compile(r"([<\[])([\w:]*(?:think|thought|reason)\w*[>\]])", re.IGN
 
 CHARACTER = regex.compile(r"\X")
 WITHOUT_BLANKS_BESIDE = regex.compile(WITHOUT_BLANKS, regex.V1)
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt as token ids, and the answer where it is known.
-
-    Args:
-        ids: Token ids, with the tokenizer's start token where it has one.
-        dropped_tokens: Tokens of context that did not fit.
-        is_bare: Whether nothing of the context fitted.
-        answer: Token ids that follow `ids`; empty for a prompt that is to be answered.
-    """
-
-    ids: list[int]
-    dropped_tokens: int = 0
-    is_bare: bool = False
-    answer: list[int] = field(default_factory=list)
-
-
-@dataclass
-class TruncationCount:
-    """How much context was cut off."""
-
-    prompts: int = 0
-    truncated: int = 0
-    dropped_tokens: int = 0
-
-    def add(self, prompt: EncodedPrompt) -> None:
-        """Count one prompt."""
-        self.prompts += 1
-        self.truncated += prompt.dropped_tokens > 0
-        self.dropped_tokens += prompt.dropped_tokens
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the counts for records."""
-        return {"prompts": self.prompts, "truncated": self.truncated, "dropped_tokens": self.dropped_tokens}
 
 
 @dataclass(frozen=True)
@@ -89,24 +56,6 @@ class _Turn:
     end_token: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A prompt that was cut to the context window.
-
-    Args:
-        text: The prompt's text.
-        ids: Of the text together with what follows it, without a start token.
-        dropped_tokens: Tokens of context that did not fit.
-        is_bare: Whether nothing of the context fitted.
-    """
-
-    text: str
-    ids: list[int]
-    dropped_tokens: int
-    is_bare: bool
-
-
-@dataclass
 class PromptEncoder:
     """Writes prompts for one tokenizer.
 
@@ -117,24 +66,13 @@ class PromptEncoder:
     something there that its prompt for generation lacks, such as an empty block of thoughts, the prompt has it; where
     the prompt for generation has more, that is taken, and an open block of thoughts is closed. So the model is asked
     for the answer itself, in generation, scoring and training alike.
-
-    Args:
-        tokenizer: The generator's tokenizer.
-        config: How the prompt is written.
-        context_window: Most tokens of prompt and answer together.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    config: PromptConfig
-    context_window: int
-    tokens: TextTokens = field(init=False)
-    passages: PassageFormat = field(init=False)
-    _chat_template: str = field(init=False)
-    _turn: _Turn = field(init=False)
-    _end_ids: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, context_window: int) -> None:
         """Decide on the chat template and find what ends an answer."""
+        self.tokenizer = tokenizer
+        self.config = config
+        self.context_window = context_window
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if self.config.chat_template == "always" and not has_template:
             raise ModelError(
@@ -164,38 +102,20 @@ class PromptEncoder:
         return self.config.separator.join(self.passages.write(passage, self.tokens.as_text) for passage in passages)
 
     def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode], *, reserved_tokens: int) -> EncodedPrompt:
-        """Write and tokenise a prompt that is to be answered.
-
-        Args:
-            query: The question.
-            passages: The context, best first.
-            reserved_tokens: Tokens of the context window that the answer needs.
-
-        Returns:
-            The ids, at most `context_window - reserved_tokens` of them.
+        """Write and tokenise a prompt that leaves `reserved_tokens` of the context window to its answer.
 
         Raises:
             DataError: The question alone does not fit, or the passage template does not fit a passage.
         """
-        fitted = self._fitted(query, passages, lambda prompt: "", reserved_tokens)
-        return EncodedPrompt(self._started(fitted.ids), fitted.dropped_tokens, fitted.is_bare)
+        _, fitted = self._fitted(query, passages, lambda prompt: "", reserved_tokens)
+        return dataclasses.replace(fitted, ids=self._started(fitted.ids))
 
     def encode_pair(
         self, query: str, passages: Sequence[KnowledgeNode], answer: str, *, with_end: bool = True
     ) -> EncodedPrompt:
         """Write and tokenise a prompt together with its answer; see `TextTokens.pair` for where the answer begins.
 
-        Args:
-            query: The question.
-            passages: The context, best first.
-            answer: The answer; white space around it is left out.
-            with_end: Whether the answer has its end token: for training, and where its end counts.
-
-        Returns:
-            The ids of prompt and answer, at most `context_window` of them together.
-
-        Raises:
-            DataError: The answer has no token of its own, or as `encode_prompt`.
+        Arguments and errors as for `Generator.encode_pair`; prompt and answer have at most `context_window` ids.
         """
         text = self.tokens.as_text(answer.strip())
         if not self.tokens.ids(text):
@@ -203,9 +123,11 @@ class PromptEncoder:
                 f"The answer '{answer}' has no tokens to learn.", "Remove the example, or give it an answer."
             )
         ending, end_token = (self._turn.ending, self._turn.end_token) if with_end else ("", [])
-        fitted = self._fitted(query, passages, lambda prompt: self._joint(prompt) + text + ending, len(end_token))
-        ids, found = self.tokens.pair(fitted.text, self._joint(fitted.text), text + ending, fitted.ids)
-        return EncodedPrompt(self._started(ids), fitted.dropped_tokens, fitted.is_bare, found + end_token)
+        prompt, fitted = self._fitted(
+            query, passages, lambda prompt: self._joint(prompt) + text + ending, len(end_token)
+        )
+        ids, found = self.tokens.pair(prompt, self._joint(prompt), text + ending, fitted.ids)
+        return dataclasses.replace(fitted, ids=self._started(ids), answer=found + end_token)
 
     def _joint(self, prompt: str) -> str:
         if self._chat_template:
@@ -247,42 +169,37 @@ class PromptEncoder:
 
     def _fitted(
         self, query: str, passages: Sequence[KnowledgeNode], following: Callable[[str], str], reserved_tokens: int
-    ) -> _Fitted:
+    ) -> tuple[str, EncodedPrompt]:
         """Write a prompt with as much of the context as fits, counted from its start.
 
-        Args:
-            query: The question.
-            passages: The context.
-            following: Returns what follows a prompt, and has to fit too.
-            reserved_tokens: Tokens that are needed besides.
+        What follows the prompt, by its text, has to fit too. The ids are those of both, without a start token.
         """
         context = self.context(passages)
 
-        def encode(length: int) -> list[int]:
+        def encode(length: int) -> tuple[str, list[int]]:
             prompt = self._render(query, context[:length])
-            return self.tokens.ids(prompt + following(prompt))
+            return prompt, self.tokens.ids(prompt + following(prompt))
 
         def size(ids: list[int]) -> int:
             return len(self._started(ids)) + reserved_tokens
 
-        whole = ids = encode(len(context))
-        kept = len(context)
-        if size(whole) > self.context_window:
-            bare = size(encode(0))
+        kept, (prompt, ids) = len(context), encode(len(context))
+        whole = len(ids)
+        if size(ids) > self.context_window:
+            bare_prompt, bare_ids = encode(0)
+            bare = size(bare_ids)
             if bare > self.context_window:
-                needed = len(self._started(self.tokens.ids(self._render(query, ""))))
+                needed = len(self._started(self.tokens.ids(bare_prompt)))
                 raise DataError(
                     f"The question '{_shorten(query)}' needs {needed} tokens with its prompt and {bare - needed} for "
                     f"the answer, but the context window has {self.context_window}.",
                     "Shorten the question, lower rag_system.generator.max_new_tokens, or raise "
                     "rag_system.generator.context_window if the model allows it.",
                 )
-            kept = _longest_fitting(
-                context, lambda length: size(encode(length)) <= self.context_window, self.context_window
-            )
-            ids = encode(kept)
-        text = self._render(query, context[:kept])
-        return _Fitted(text, ids, len(whole) - len(ids), is_bare=kept == 0 and bool(context))
+            window = self.context_window
+            kept = _longest_fitting(context, lambda length: size(encode(length)[1]) <= window, window)
+            prompt, ids = encode(kept)
+        return prompt, EncodedPrompt(ids, whole - len(ids), is_bare=kept == 0 and bool(context))
 
     def _end_token(self) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -359,21 +276,12 @@ def _end_of_thoughts(opening: str) -> str:
 
 
 def _longest_fitting(text: str, fits: Callable[[int], bool], first: int) -> int:
-    """Return how many characters of a text are kept, which as a whole does not fit.
-
-    Args:
-        text: The text.
-        fits: Whether so many characters fit. It takes time that grows with their number, so it is never asked about
-            many more than fit.
-        first: A number of characters to begin with.
-    """
+    """Return how many characters are kept of a text that does not fit as a whole, trying `first` of them first."""
     low, high = 0, first
+    # The time to try grows with the number of characters, so never many more are tried than fit.
     while high < len(text) and fits(high):
         low, high = high, 2 * high
-    high = min(high, len(text))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    low += bisect_left(range(low + 1, min(high, len(text))), True, key=lambda length: not fits(length))
     place = _cut_place(text, low)
     while place and not fits(place):
         place = _cut_place(text, place - 1)
@@ -403,12 +311,7 @@ def _shorten(text: str, length: int = 60) -> str:
 
 
 def token_limit(config: Any, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
-    """Return the context window of a model in tokens.
-
-    Args:
-        config: The model's transformers config.
-        tokenizer: Its tokenizer.
-        wanted: The config's `context_window`; None takes the model's own.
+    """Return the context window in tokens of a model with a transformers config: the wanted one, or its own.
 
     Raises:
         ModelError: More is wanted than the model has positions for.

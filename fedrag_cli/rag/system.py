@@ -12,13 +12,10 @@ from torch import Tensor
 from fedrag_cli.config import Config, PromptConfig
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.losses import passage_log_weights
-from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.ensemble import generate_ensemble
+from fedrag_cli.rag.generators.base import Generator, TrainableGenerator
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, ScoredNode
-from fedrag_cli.rag.prompts import TruncationCount
-from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
+from fedrag_cli.rag.retrievers.base import Progress, Retriever, TrainableRetriever
 
-Progress = Callable[[int], None]
 OnAnswers = Callable[[list[int], "list[RAGAnswer]"], None]
 ENSEMBLE_TEMPERATURE = 0.05
 
@@ -58,36 +55,54 @@ class RAGSystem:
         ensemble_temperature: Temperature of the softmax that makes weights of the passages' scores, above 0.
     """
 
-    retriever: SentenceTransformerRetriever
+    retriever: Retriever
     knowledge_store: KnowledgeStore
-    generator: CausalLMGenerator | None = None
+    generator: Generator | None = None
     top_k: int = 3
     config: Config | None = None
     inference: Literal["concat", "ensemble"] = "concat"
     ensemble_temperature: float = ENSEMBLE_TEMPERATURE
 
     def __post_init__(self) -> None:
-        """Look which fields the passages have, because what some of them have may be absent from others.
-
-        Raises:
-            DataError: The passage template names a field that no passage has.
-        """
+        """Look which fields the passages have; raises DataError where the passage template names one that none has."""
         if self.generator is not None:
             size = len(self.knowledge_store)
             chunks = (range(start, min(start + 1000, size)) for start in range(0, size, 1000))
-            passages = (node for chunk in chunks for node in self.knowledge_store.nodes_at(chunk))
-            self.generator.prompts.passages.require_fields(passages)
+            self.generator.require_fields(node for chunk in chunks for node in self.knowledge_store.nodes_at(chunk))
 
     @property
     def prompt_config(self) -> PromptConfig:
         """How prompts are written."""
         return self.config.rag_system.prompt if self.config is not None else PromptConfig()
 
-    def require_generator(self) -> CausalLMGenerator:
+    def require_generator(self) -> Generator:
         """Return the generator; raises ConfigError where there is none."""
         if self.generator is None:
             raise ConfigError("The RAG system has no generator.", "Add rag_system.generator to the config.")
         return self.generator
+
+    def require_trainable_generator(self) -> TrainableGenerator:
+        """Return the generator; raises ConfigError where there is none, or none with weights."""
+        generator = self.require_generator()
+        if not isinstance(generator, TrainableGenerator):
+            raise ConfigError(
+                f"The generator {type(generator).__name__} has no weights that could be tuned.",
+                "Set trainer.mode: retriever, or use a generator with weights.",
+            )
+        return generator
+
+    def require_trainable_retriever(self) -> TrainableRetriever:
+        """Return the retriever; raises ConfigError where it has no weights."""
+        if not isinstance(self.retriever, TrainableRetriever):
+            raise ConfigError(
+                f"The retriever {type(self.retriever).__name__} has no weights that could be tuned.",
+                "Set trainer.mode: generator, or use a retriever with weights.",
+            )
+        return self.retriever
+
+    def require_trainable(self, side: str) -> TrainableRetriever | TrainableGenerator:
+        """Return the retriever or the generator, as `side` says; raises ConfigError where it has no weights."""
+        return self.require_trainable_retriever() if side == "retriever" else self.require_trainable_generator()
 
     def retrieve(self, query: str, top_k: int | None = None) -> list[ScoredNode]:
         """Return the best passages for one query; see `batch_retrieve`."""
@@ -108,13 +123,9 @@ class RAGSystem:
         """
         if not queries:
             return []
-        return self.knowledge_store.search(
-            self._query_embeddings(queries, progress), self.top_k if top_k is None else top_k
-        )
-
-    def _query_embeddings(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
         self.require_matching_store()
-        return self.retriever.encode_queries(queries, progress)
+        embeddings = self.retriever.encode_queries(queries, progress)
+        return self.knowledge_store.search(embeddings, self.top_k if top_k is None else top_k)
 
     def require_matching_store(self) -> None:
         """Raise KnowledgeStoreError where the knowledge store was filled by another passage encoder."""
@@ -127,17 +138,7 @@ class RAGSystem:
     def batch_query(
         self, queries: Sequence[str], top_k: int | None = None, progress: Progress | None = None
     ) -> list[RAGAnswer]:
-        """Answer questions from their passages, the way `inference` says.
-
-        Args:
-            queries: The questions.
-            top_k: Passages of a prompt; the system's own by default.
-            progress: Called with the number of questions answered after each batch.
-
-        Raises:
-            DataError: A question is longer than the context window.
-            KnowledgeStoreError: See `batch_retrieve`.
-        """
+        """Answer questions from their passages, the way `inference` says; see `batch_retrieve` and `answer`."""
         return self.answer(queries, self.batch_retrieve(queries, top_k), progress)
 
     def answer(
@@ -147,31 +148,38 @@ class RAGSystem:
         progress: Progress | None = None,
         on_answers: OnAnswers | None = None,
     ) -> list[RAGAnswer]:
-        """Answer questions from passages that were retrieved already; see `batch_query`.
+        """Answer questions from passages that were retrieved already.
 
         Args:
             queries: The questions.
             sources: Their passages, best first; a question without any is asked without context.
             progress: Called with the number of questions answered after each batch.
             on_answers: Called after each batch with positions in `queries` and their answers.
+
+        Raises:
+            DataError: A question is longer than the context window.
         """
         generator = self.require_generator()
-        contexts = [self.contexts(found) for found in sources]
         prompts = [
-            [generator.encode_prompt(query, [scored.node for scored in context]) for context in group]
-            for query, group in zip(queries, contexts, strict=True)
+            [generator.encode_prompt(query, [scored.node for scored in context]) for context in self.contexts(found)]
+            for query, found in zip(queries, sources, strict=True)
         ]
-        dropped = [sum(prompt.dropped_tokens for prompt in group) for group in prompts]
-        bare = [all(prompt.is_bare for prompt in group) for group in prompts]
-        tokens = [sum(len(prompt.ids) + prompt.dropped_tokens for prompt in group) for group in prompts]
         answers: dict[int, RAGAnswer] = {}
 
         def keep(positions: list[int], texts: list[str]) -> None:
-            batch = [
-                RAGAnswer(query, text, list(found), dropped[position], bare[position], tokens[position])
-                for position, text in zip(positions, texts, strict=True)
-                for query, found in [(queries[position], sources[position])]
-            ]
+            batch = []
+            for position, text in zip(positions, texts, strict=True):
+                group = prompts[position]
+                batch.append(
+                    RAGAnswer(
+                        queries[position],
+                        text,
+                        list(sources[position]),
+                        dropped_tokens=sum(prompt.dropped_tokens for prompt in group),
+                        is_bare=all(prompt.is_bare for prompt in group),
+                        prompt_tokens=sum(prompt.tokens for prompt in group),
+                    )
+                )
             answers.update(zip(positions, batch, strict=True))
             if on_answers is not None:
                 on_answers(positions, batch)
@@ -179,11 +187,9 @@ class RAGSystem:
                 progress(len(positions))
 
         if self.inference == "ensemble":
-            weights = [self.passage_log_weights(found) for found in sources]
-            ids = [[prompt.ids for prompt in group] for group in prompts]
-            generate_ensemble(generator, ids, weights, keep)
+            generator.answer_ensemble(prompts, [self.passage_log_weights(found) for found in sources], keep)
         else:
-            generator.generate_from_ids([group[0].ids for group in prompts], on_batch=keep)
+            generator.answer([group[0] for group in prompts], keep)
         return [answers[position] for position in range(len(queries))]
 
     def contexts(self, found: Sequence[ScoredNode]) -> list[list[ScoredNode]]:
@@ -207,12 +213,6 @@ class RAGSystem:
     def batch_generate(self, prompts: Sequence[str]) -> list[str]:
         """Continue prompts of any lengths, without retrieval."""
         return self.require_generator().batch_generate(prompts)
-
-
-def count_truncation(answers: Sequence[RAGAnswer]) -> TruncationCount:
-    """Count how much context was cut off in the prompts of answers."""
-    cut = [answer.dropped_tokens for answer in answers]
-    return TruncationCount(len(cut), sum(tokens > 0 for tokens in cut), sum(cut))
 
 
 def refresh_store(rag_system: RAGSystem, progress: Progress | None = None) -> None:

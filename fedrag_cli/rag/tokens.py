@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fedrag_cli.rag.generators.likelihood import TokenPair
+from fedrag_cli.rag.generators.base import TokenPair
+from fedrag_cli.rag.generators.likelihood import common_length
 
 # Characters that Unicode keeps for use inside a program; they are taken out of data.
 INTERNAL = re.compile("[\ufdd0-\ufdef]")
@@ -24,14 +24,10 @@ class TextTokens:
     Control tokens are the tokenizer's special tokens, and of its other added tokens those that the chat template names
     or that look like `<|...|>`. Where the markers of a chat template are plain text (`USER:`), a passage may hold the
     same text; no tokenizer can tell the two apart. Nor can it where a control token is a single character.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        chat_template: The chat template in use; empty where there is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str = "") -> None:
-        """Find the control tokens, and what the tokenizer puts before a text."""
+        """Find the control tokens of a tokenizer and the chat template in use, and what is put before a text."""
         self.tokenizer = tokenizer
         self._control_ids = {
             token.content: number
@@ -72,7 +68,7 @@ class TextTokens:
                 return ids
         if self.tokenizer.is_fast:
             return [self._ids_by_name.get(token, token) for token in self._encoding_apart(text).ids]
-        return [token for piece in self._pieces(text) for token in self._ids_of_piece(piece)]
+        return [token for piece in self.control.split(text) for token in self._ids_of_piece(piece)]
 
     def with_start(self, ids: list[int]) -> list[int]:
         """Return ids with the tokenizer's start token, which is there only once."""
@@ -87,15 +83,11 @@ class TextTokens:
         characters of prompt and joint in that token are scored and learnt with it. Where this leaves no token of the
         prompt, the two are tokenised apart.
 
-        Args:
-            prompt: Text that the model is given.
-            joint: White space before the answer that the model writes itself.
-            answer: The answer, with what ends it.
-            together: The ids of all three, where they are known.
+        `joint` is white space that the model writes itself before the answer; `together` the ids of all three texts.
         """
         before = self.ids(prompt)
         whole = self.ids(prompt + joint + answer) if together is None else together
-        start = _common_length(before, whole)
+        start = common_length(before, whole)
         if start < len(before) and self.tokenizer.is_fast:
             start = self._first_token_after(prompt + joint, answer)
         if before and not start:
@@ -145,14 +137,6 @@ class TextTokens:
         """The control tokens' ids by those that the copy gives to their names."""
         return {self._renamed.token_to_id(self._name(token)): number for token, number in self._control_ids.items()}
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        """Yield control tokens, and the texts between them."""
-        start = 0
-        for found in self.control.finditer(text):
-            yield from (text[start : found.start()], found[0])
-            start = found.end()
-        yield text[start:]
-
     def _ids_of_piece(self, piece: str) -> list[int]:
         if piece in self._control_ids:
             return [self._control_ids[piece]]
@@ -168,7 +152,7 @@ class TextTokens:
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+    return re.compile(f"({'|'.join(map(re.escape, texts)) or '(?!)'})")
 
 
 def _is_named(token: str, chat_template: str) -> bool:
@@ -182,8 +166,3 @@ def _is_named(token: str, chat_template: str) -> bool:
             or re.fullmatch(r"<[|｜].+[|｜]>", token) is not None
         )
     )
-
-
-def _common_length(first: list[int], second: list[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((number for number, (left, right) in pairs if left != right), min(len(first), len(second)))

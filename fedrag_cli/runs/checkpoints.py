@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from fedrag_cli.errors import ModelError
-from fedrag_cli.runs.atomic import write_json_atomically
+from fedrag_cli.runs.files import write_json_atomically
 
 MARKER = "complete.json"
 PREFIX = "checkpoint-"

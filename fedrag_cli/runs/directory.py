@@ -19,14 +19,8 @@ from typing import Any
 
 from fedrag_cli.config.fields import is_there
 from fedrag_cli.errors import ConfigError, DataError, FedRAGError
-from fedrag_cli.runs.atomic import (
-    os_errors,
-    remove_leftovers,
-    write_json_atomically,
-    write_text_atomically,
-)
+from fedrag_cli.runs.files import lock, os_errors, remove_leftovers, write_json_atomically, write_text_atomically
 from fedrag_cli.runs.metrics_log import MetricsLog, read_events
-from fedrag_cli.runs.temporary import lock
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "accelerate", "flwr", "fedrag-cli")

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedrag_cli.errors import DataError, FedRAGError
-from fedrag_cli.runs.atomic import os_errors
-from fedrag_cli.runs.json_lines import whole_lines
+from fedrag_cli.runs.files import os_errors, whole_lines
 
 _RESERVED = ("time", "non_finite")
+Points = list[tuple[float, float]]
 
 
 class MetricsLog:
@@ -117,6 +117,19 @@ def latest_by_step(events: Iterable[Mapping[str, Any]], event: str) -> list[dict
             raise DataError(f"An event '{event}' of the log has no step.", "The log was not written by fedrag.")
         by_phase.setdefault(record.get("phase", ""), {})[record["step"]] = dict(record)
     return [by_step[step] for by_step in by_phase.values() for step in sorted(by_step)]
+
+
+def values_by_phase(
+    events: Iterable[Mapping[str, Any]], values_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> dict[str, dict[str, Points]]:
+    """Return, by phase and name, the points (step, value) of the events whose value is a finite number."""
+    found: dict[str, dict[str, Points]] = {}
+    for event in events:
+        for name, value in values_of(event).items():
+            if value is not None and math.isfinite(value):
+                phase = found.setdefault(event.get("phase", ""), {})
+                phase.setdefault(name, []).append((float(event["step"]), float(value)))
+    return found
 
 
 def seconds_spent(events: Iterable[Mapping[str, Any]]) -> float:

@@ -1,6 +1,6 @@
-"""Several processes at one training: the main one decides and writes, all of them compute.
+"""Several processes at one training: rank 0 decides and writes, all of them compute.
 
-What the main process alone does may take hours, so the others wait for its results at the launcher's key-value store,
+What rank 0 alone does may take hours, so the others wait for its results at the launcher's key-value store,
 where waiting has no time limit and notices failures, and not in a collective operation of torch.
 """
 
@@ -32,37 +32,37 @@ _joined: list[Processes] = []
 class Processes:
     """The processes of a training; without a launcher it is this one alone.
 
-    All of them must make the same calls of `main_does`, `any`, `gather` and `meet` in the same order.
+    All of them must make the same calls of `run_on_rank_0`, `any`, `all_gather` and `barrier` in the same order.
 
     Args:
-        number: Which one this is; 0 is the main process.
+        rank: Which one this is, from 0.
         count: How many there are.
         store: Key-value store of torch that all of them see; None where there is one process.
     """
 
-    def __init__(self, number: int = 0, count: int = 1, store: Any = None) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None) -> None:
         """Keep the place among the others."""
-        self.number = number
+        self.rank = rank
         self.count = count
         self._store = store
         self._results = 0
 
     @property
-    def is_main(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this is the process that decides and writes."""
-        return self.number == 0
+        return self.rank == 0
 
-    def main_does(self, work: Callable[[], T]) -> T:
-        """Let the main process alone do some work, and return its result in all of them.
+    def run_on_rank_0(self, work: Callable[[], T]) -> T:
+        """Let rank 0 alone do some work, and return its result in all of them.
 
         Args:
-            work: Called in the main process; the others wait, however long it takes.
+            work: Called in rank 0; the others wait, however long it takes.
 
         Raises:
             OtherProcessError: Another process failed while this one waited.
         """
-        if not self.is_main:
-            heard: T = self.hear()
+        if not self.is_rank_0:
+            heard: T = self.receive()
             return heard
         result = work()
         if self.count > 1:
@@ -70,8 +70,8 @@ class Processes:
             self._store.set(f"fedrag-result-{self._results}", pickle.dumps(result))
         return result
 
-    def hear(self) -> Any:
-        """Return what the next `main_does` of the main process returns there; the other half of that call."""
+    def receive(self) -> Any:
+        """Return what the next `run_on_rank_0` of rank 0 returns there; the other half of that call."""
         self._results += 1
         key, pause = f"fedrag-result-{self._results}", 0.01
         while not self._store.check([key]):
@@ -83,7 +83,7 @@ class Processes:
             self._store.delete_key(key)
         return result
 
-    def assemble(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait until all processes are here, which is noticed at once where one of them fails instead.
 
         Raises:
@@ -103,7 +103,7 @@ class Processes:
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
         return bool(flags.item())
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all processes, in their order."""
         if self.count == 1:
             return [value]
@@ -111,13 +111,13 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
 
-    def share_of(self, rows: Sequence[T]) -> Sequence[T]:
+    def shard(self, rows: Sequence[T]) -> Sequence[T]:
         """Return those of the rows that this process computes; none where there are fewer rows than processes."""
-        return rows[self.number :: self.count]
+        return rows[self.rank :: self.count]
 
     @contextmanager
     def failures_told(self) -> Iterator[None]:
@@ -154,13 +154,13 @@ class Processes:
             return
         code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", EXIT_FAILED)
         message = str(getattr(error, "message", "") or error or type(error).__name__)
-        self._store.set(_FAILURE, pickle.dumps((self.number, message, getattr(error, "hint", ""), code)))
+        self._store.set(_FAILURE, pickle.dumps((self.rank, message, getattr(error, "hint", ""), code)))
 
     def _raise_if_told(self, *, but_interruptions: bool = False) -> None:
         if self.count == 1 or not self._store.check([_FAILURE]):
             return
         number, message, hint, code = pickle.loads(self._store.get(_FAILURE))
-        if number != self.number and not (but_interruptions and code == EXIT_INTERRUPTED):
+        if number != self.rank and not (but_interruptions and code == EXIT_INTERRUPTED):
             raise OtherProcessError(f"Process {number} of this training failed: {message}", hint, code)
 
 
@@ -168,7 +168,7 @@ def join_processes(choose_device: Callable[[], torch.device]) -> Processes:
     """Return the processes of this launch, after connecting them when it is called for the first time.
 
     Args:
-        choose_device: Returns where this process computes. The main process asks first, so that what is wrong for all
+        choose_device: Returns where this process computes. Rank 0 asks first, so that what is wrong for all
             of them is told once.
 
     Raises:
@@ -180,12 +180,12 @@ def join_processes(choose_device: Callable[[], torch.device]) -> Processes:
         return Processes()
     if not _joined:
         with _connection_errors():
-            store, number, count = next(iter(rendezvous("env://")))
-        processes = Processes(number, count, store)
+            store, rank, count = next(iter(rendezvous("env://")))
+        processes = Processes(rank, count, store)
         with processes.failures_told():
-            of_main = processes.main_does(lambda: str(choose_device()))
-            device = torch.device(of_main) if processes.is_main else choose_device()
-            processes.assemble()
+            of_rank_0 = processes.run_on_rank_0(lambda: str(choose_device()))
+            device = torch.device(of_rank_0) if processes.is_rank_0 else choose_device()
+            processes.wait_for_all()
             with _connection_errors():
                 _connect(processes, store, device)
         _joined.append(processes)
@@ -198,7 +198,7 @@ def _connect(processes: Processes, store: Any, device: torch.device) -> None:
     distributed.init_process_group(
         "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
         store=store,
-        rank=processes.number,
+        rank=processes.rank,
         world_size=processes.count,
         timeout=COLLECTIVE_TIMEOUT,
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fedrag_cli.config import Config
-from fedrag_cli.config.checks import tuned_sides
+from fedrag_cli.config.validation import tuned_sides
 from fedrag_cli.data.examples import Example
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.registry import build
-from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.huggingface import HuggingFaceRAGTrainerManager
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 

@@ -9,14 +9,13 @@ from typing import Any, get_args
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedrag_cli.config.fields import CLIENT_REPORTS
-from fedrag_cli.config.metrics import GENERATOR_METRICS
+from fedrag_cli.config.fields import CLIENT_REPORTS, GENERATOR_METRICS
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.relevance import resolve_relevant_ids
 from fedrag_cli.errors import ConfigError, DataError, ModelError
 from fedrag_cli.evaluation.evaluator import evaluate
 from fedrag_cli.federated.task import FLTask
-from fedrag_cli.runs.atomic import os_errors, replace_directory_atomically
+from fedrag_cli.runs.files import os_errors, replace_directory_atomically
 from fedrag_cli.trainer_managers.base import BaseRAGTrainerManager, Mode
 from fedrag_cli.trainers.base import TrainResult
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
@@ -135,7 +134,7 @@ class HuggingFaceRAGTrainerManager(BaseRAGTrainerManager):
         if finished.is_dir():
             return _restore_phase(trainer, finished)
         result = trainer.train(phase=phase, checkpoints=directory)
-        trainer.processes.main_does(lambda: _keep_phase(trainer, result, finished))
+        trainer.processes.run_on_rank_0(lambda: _keep_phase(trainer, result, finished))
         return result
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
 from fedrag_cli.config.fields import (
+    GENERATOR_METRICS,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -15,7 +17,11 @@ from fedrag_cli.config.fields import (
     ValidationMetricName,
     config_class,
 )
+from fedrag_cli.config.problems import Finding, KeyPath
 from fedrag_cli.registry import Registry
+
+if TYPE_CHECKING:
+    from fedrag_cli.config.schema import Config
 
 Every = PositiveInt | Literal["epoch", "never"]
 
@@ -38,7 +44,7 @@ class ValidationConfig:
 class TrainingConfig:
     """What all trainers share."""
 
-    # What an objective cannot do without; `config/checks.py` asks for these by name.
+    # What an objective cannot do without.
     needs_generator: ClassVar[bool] = True
     needs_responses: ClassVar[bool] = True
     needs_relevant_ids: ClassVar[bool] = False
@@ -77,6 +83,23 @@ class TrainingConfig:
     validation: ValidationConfig = ValidationConfig()
     """Validation while training."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield what has no effect, or what validation lacks; the last key of the path is the side that is tuned."""
+        if self.warmup and self.scheduler == "constant":
+            yield (*path, "warmup"), "has no effect with scheduler: constant; use constant_with_warmup"
+        metric, patience = self.validation.metric, self.validation.patience
+        if config.dataset.validation is None:
+            for name, value in (("metric", metric), ("patience", patience)):
+                if value is not None:
+                    yield (*path, "validation", name), "needs a dataset.validation"
+        if self.validation.every == "never" and patience is not None:
+            yield (*path, "validation", "patience"), "needs validation.every: epoch or a number of steps"
+        side = path[-1]
+        if metric not in (None, "loss") and (metric in GENERATOR_METRICS) != (side == "generator"):
+            known = ", ".join(GENERATOR_METRICS) if side == "generator" else "mrr, hit@K, recall@K, ndcg@K"
+            message = f"'{metric}' does not measure the {side} (metrics: loss, {known})"
+            yield (*path, "validation", "metric"), message
+
 
 @config_class
 class RetrieverTrainingConfig(TrainingConfig):
@@ -99,6 +122,14 @@ class LMSupervisedConfig(RetrieverTrainingConfig):
     """Temperature of the retriever's distribution over the passages."""
     refresh_every: PositiveInt | None = None
     """With train: both, re-encode all passages every so many steps; once an epoch by default."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield also where there is no ranking to learn, or no index to refresh."""
+        if self.top_k < 2:
+            yield (*path, "top_k"), "must be at least 2: among one passage there is no ranking to learn"
+        if self.train == "query" and self.refresh_every is not None:
+            yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
+        yield from super().check(config, path)
 
 
 @config_class
@@ -173,6 +204,13 @@ class ContrastiveConfig(RetrieverTrainingConfig):
     dropout: bool = False
     """Use the encoder's dropout while training."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield also where an example has no negative."""
+        if self.batch_size * self.gradient_accumulation_steps == 1 and not self.hard_negatives:
+            message = "must be at least 1 where a step has one example: it has no other negative"
+            yield (*path, "hard_negatives"), message
+        yield from super().check(config, path)
+
 
 @config_class
 class LoRAConfig:
@@ -202,6 +240,17 @@ class GeneratorTrainingConfig(TrainingConfig):
     """Put instances of similar length into the same step, which saves padding; the order of the steps stays random and
     follows from the seed."""
 
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield also where the generator's weights cannot be tuned themselves."""
+        generator = config.rag_system.generator
+        if self.lora is None and getattr(generator, "adapter", None):
+            message = "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
+            yield (*path, "lora"), message
+        if self.lora is None and getattr(generator, "quantization", None):
+            message = "is needed, because the weights of a quantised generator cannot be tuned themselves"
+            yield (*path, "lora"), message
+        yield from super().check(config, path)
+
 
 @config_class
 class RALTConfig(GeneratorTrainingConfig):
@@ -218,6 +267,19 @@ class RALTConfig(GeneratorTrainingConfig):
     so that the mean weight is 1."""
     retriever_temperature: PositiveFloat = 0.05
     """Temperature of the retriever's distribution with passage_weights: retriever."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield also what does not go together with passage_weights."""
+        if self.passage_weights == "uniform":
+            if self.retriever_temperature != type(self).retriever_temperature:
+                yield (*path, "retriever_temperature"), "has no effect with passage_weights: uniform; remove it"
+        elif self.passages == "together":
+            message = "retriever needs passages: separate; together makes one instance of them all"
+            yield (*path, "passage_weights"), message
+        elif self.top_k < 2:
+            message = "retriever needs a top_k of at least 2; one passage always has the weight 1"
+            yield (*path, "passage_weights"), message
+        yield from super().check(config, path)
 
 
 @config_class
@@ -261,5 +323,5 @@ def register(registry: Registry) -> None:
         ("generator", "raft", RAFTConfig, "HuggingFaceTrainerForRAFT", "tuning of the generator among distractors"),
     )
     for side, name, settings, trainer, help in components:
-        builder = f"fedrag_cli.trainers.huggingface.{name}:{trainer}.from_config"
+        builder = f"fedrag_cli.trainers.huggingface:{trainer}.from_config"
         registry.register(f"{side}_trainer", name, settings, builder, help)

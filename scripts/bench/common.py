@@ -27,7 +27,7 @@ def build_system(name: str, *overrides: str) -> RAGSystem:
     # Here, because what measures a process' memory must not have the models' libraries in it.
     from fedrag_cli.config import load_config
     from fedrag_cli.rag.build import build_rag_system
-    from fedrag_cli.runs.reporting import SilentReporter
+    from fedrag_cli.runs.reporter import SilentReporter
 
     return build_rag_system(load_config(CONFIGS / f"xquad-{name}.yaml", overrides), reporter=SilentReporter())
 

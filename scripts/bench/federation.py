@@ -140,7 +140,7 @@ def centralised(
     name: str, folders: dict[str, Path], clients: dict[str, Path], server: Path, work: Path
 ) -> dict[str, Any]:
     """Train on everything, and on each site's data alone, and measure both over the whole corpus."""
-    from fedrag_cli.trainer_managers.federation_baselines import joined_caches
+    from fedrag_cli.commands.simulate import joined_caches
 
     caches = {site: run / "federation" / "cache" for site, run in clients.items()}
     pooled = joined_caches([server / "federation" / "cache", *caches.values()])
@@ -179,13 +179,13 @@ def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> d
     """
     import dataclasses
 
+    from fedrag_cli.commands.job import load_run_data
+    from fedrag_cli.commands.simulate import with_all_passes
     from fedrag_cli.config import load_config
     from fedrag_cli.evaluation.evaluator import evaluate
     from fedrag_cli.rag.build import build_knowledge_store, build_rag_system
-    from fedrag_cli.runs.reporting import SilentReporter
+    from fedrag_cli.runs.reporter import SilentReporter
     from fedrag_cli.trainer_managers.build import build_trainers
-    from fedrag_cli.trainer_managers.federation_baselines import with_all_passes
-    from fedrag_cli.trainer_managers.run_parts import load_run_data
 
     config_file = ROOT / "configs" / "benchmarks" / f"xquad-federated-{name}.yaml"
     os.environ["FEDRAG_XQUAD"] = str(data)

@@ -85,7 +85,7 @@ class ManyTensors:
     """A client with several tensors that adds one to each."""
 
     def __init__(self, name: str, manifest: dict[str, list[int]]) -> None:
-        from fedrag_cli.federated.agreement import Agreement
+        from fedrag_cli.federated.handshake import Agreement
 
         self.name, self.agreement, self.ended = name, Agreement(1, "retriever", manifest, {}, {}), False
 
@@ -93,7 +93,7 @@ class ManyTensors:
         """Answer a message."""
         from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-        from fedrag_cli.federated.client import ACTION, AGREEMENT, FINAL, NAME, STOP
+        from fedrag_cli.federated.messages import ACTION, AGREEMENT, FINAL, NAME, STOP
         from fedrag_cli.federated.weights import from_wire, update_to_wire
 
         config = dict(message.content.config_records["config"])
@@ -145,12 +145,12 @@ def federate(server: Any, count: int, manifest: dict[str, list[int]], rounds: in
     import torch
 
     from fedrag_cli.config.schema import FederatedConfig
-    from fedrag_cli.federated.agreement import Agreement
+    from fedrag_cli.federated.checkpoint import RoundState
     from fedrag_cli.federated.config import FedAvgConfig
-    from fedrag_cli.federated.federation import Federation
-    from fedrag_cli.federated.rounds import RoundState
+    from fedrag_cli.federated.handshake import Agreement
+    from fedrag_cli.federated.rounds_loop import Federation
     from fedrag_cli.registry import build
-    from fedrag_cli.runs.reporting import SilentReporter
+    from fedrag_cli.runs.reporter import SilentReporter
 
     marks: dict[int, tuple[float, float]] = {}
     settings = FederatedConfig(

@@ -130,7 +130,7 @@ def run_client(address: str, keys: Path, name: str) -> None:
     from fedrag_cli.federated.endpoint import ServerAddress
     from fedrag_cli.federated.fleet.client import FleetNode
     from fedrag_cli.federated.keys import load_private_key
-    from fedrag_cli.runs.reporting import SilentReporter
+    from fedrag_cli.runs.reporter import SilentReporter
 
     where = ServerAddress(address, tls=True, ca_certificate=(keys / "ca.crt").read_bytes())
     FleetNode(where, load_private_key(keys / f"{name}.key"), SilentReporter()).run(ToyClient(name, [1.0, 1.0, 1.0]))
@@ -140,7 +140,7 @@ def seconds_of_simulation() -> list[float]:
     """Return the seconds of each round with ten clients in this process."""
     from toy_federation import ToyClient
 
-    from fedrag_cli.federated.local import LocalGrid
+    from fedrag_cli.federated.grid import LocalGrid
 
     clients = {f"c{number}": ToyClient(f"c{number}", [1.0, 1.0, 1.0]) for number in range(10)}
     return timed_rounds(LocalGrid(clients), 10)  # type: ignore[arg-type]
@@ -152,11 +152,11 @@ def timed_rounds(grid: object, clients: int) -> list[float]:
     from toy_federation import common
 
     from fedrag_cli.config.schema import FederatedConfig
+    from fedrag_cli.federated.checkpoint import RoundState
     from fedrag_cli.federated.config import FedAvgConfig
-    from fedrag_cli.federated.federation import Federation
-    from fedrag_cli.federated.rounds import RoundState
+    from fedrag_cli.federated.rounds_loop import Federation
     from fedrag_cli.registry import build
-    from fedrag_cli.runs.reporting import SilentReporter
+    from fedrag_cli.runs.reporter import SilentReporter
 
     marks: dict[int, float] = {}
     settings = FederatedConfig(rounds=ROUNDS, min_clients=clients)

@@ -246,7 +246,7 @@ def peak_of_imports() -> int:
     """Return the peak resident bytes of a process that imports what a server needs."""
     # The high-water mark of this program image; what getrusage tells begins with the process that started it.
     code = (
-        "import peft, transformers.models.llama.modeling_llama, fedrag_cli.trainer_managers.serving, "
+        "import peft, transformers.models.llama.modeling_llama, fedrag_cli.commands.serve, "
         "fedrag_cli.trainers.huggingface, sentence_transformers\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

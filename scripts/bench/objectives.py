@@ -19,13 +19,13 @@ from typing import Any
 from common import prepare_data
 from results import machine, write_section
 
+from fedrag_cli.commands.job import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.evaluation.comparison import Comparison, Evaluated, compare
 from fedrag_cli.evaluation.evaluator import evaluate
 from fedrag_cli.rag.build import build_rag_system
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import load_run_data
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmarks"
 UNTUNED = "untuned"

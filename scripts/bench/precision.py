@@ -24,13 +24,13 @@ from results import machine, write_section
 from torch import Tensor
 from torch.nn import functional
 
+from fedrag_cli.commands.job import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.evaluation.evaluator import evaluate
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.runs.reporting import SilentReporter
+from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
-from fedrag_cli.trainer_managers.run_parts import load_run_data
 from fedrag_cli.trainers.huggingface.scoring import LikelihoodScorer
 
 QUICKSTART = CONFIGS.parent / "quickstart.yaml"

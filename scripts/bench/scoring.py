@@ -22,13 +22,13 @@ import torch
 from results import machine, write_section
 from torch import Tensor
 
+from fedrag_cli.commands.job import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.trainer_managers.run_parts import load_run_data
 from fedrag_cli.trainers.huggingface.scoring import LikelihoodScorer
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "benchmarks" / "xquad-lsr.yaml"

@@ -7,20 +7,17 @@ join title and text of a document, and report nDCG@10.
 
 from __future__ import annotations
 
-from fedrag_cli.data.beir import judgements_of_table, queries_of_table
 from fedrag_cli.data.benchmarks.config import BeirHubCorpusConfig, BeirHubExamplesConfig
 from fedrag_cli.data.benchmarks.loading import HubSplit, table_of
 from fedrag_cli.data.corpora import nodes_of_beir_table, split_nodes
 from fedrag_cli.data.examples import Example, judged_examples
+from fedrag_cli.data.formats import judgements_of_table, queries_of_table
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError
 
 
 def load_examples(config: BeirHubExamplesConfig) -> list[Example]:
     """Load the judged queries; they have relevant ids and no answers.
-
-    Args:
-        config: The data set and the split of its judgements.
 
     Raises:
         ConfigError: A revision is given for a local copy, or only the judgements have a local copy.
@@ -44,9 +41,6 @@ def load_examples(config: BeirHubExamplesConfig) -> list[Example]:
 
 def load_corpus(config: BeirHubCorpusConfig) -> list[KnowledgeNode]:
     """Load the documents; title and text are joined.
-
-    Args:
-        config: The data set and the split into passages.
 
     Raises:
         ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.

@@ -257,33 +257,34 @@ class BeirHubCorpusConfig(BenchmarkCorpusConfig):
     """The data set, such as scifact or nfcorpus."""
 
 
-EXAMPLES: dict[type[BenchmarkConfig], str] = {
-    MmluExamplesConfig: "MMLU (multiple choice)",
-    BoolqExamplesConfig: "BoolQ (yes or no)",
-    HellaswagExamplesConfig: "HellaSwag (endings to choose from)",
-    HotpotExamplesConfig: "HotpotQA, distractor setting",
-    NqOpenExamplesConfig: "NQ-Open (no passages)",
-    PubmedExamplesConfig: "PubMedQA (yes, no or maybe)",
-    Squad2ExamplesConfig: "SQuAD 2.0, with unanswerable questions",
-    TriviaExamplesConfig: "TriviaQA",
-    FeverExamplesConfig: "FEVER (claims to be judged)",
-    XquadExamplesConfig: "XQuAD, one language",
-    BeirHubExamplesConfig: "BEIR data set of the hub (queries and judgements)",
-}
-CORPORA: dict[type[BenchmarkConfig], str] = {
-    BoolqCorpusConfig: "passages of BoolQ",
-    HotpotCorpusConfig: "paragraphs of HotpotQA, distractor setting",
-    PubmedCorpusConfig: "abstracts of PubMedQA",
-    Squad2CorpusConfig: "paragraphs of SQuAD 2.0",
-    TriviaCorpusConfig: "Wikipedia pages of TriviaQA",
-    XquadCorpusConfig: "paragraphs of XQuAD, one language",
-    BeirHubCorpusConfig: "BEIR data set of the hub (documents)",
-}
+COMPONENTS: tuple[tuple[str, type[BenchmarkConfig], str, str], ...] = (
+    ("examples", MmluExamplesConfig, "choices:MMLU.load_examples", "MMLU (multiple choice)"),
+    ("examples", BoolqExamplesConfig, "choices:BOOLQ.load_examples", "BoolQ (yes or no)"),
+    ("examples", HellaswagExamplesConfig, "choices:HELLASWAG.load_examples", "HellaSwag (endings to choose from)"),
+    ("examples", HotpotExamplesConfig, "answers:HOTPOT_QA.load_examples", "HotpotQA, distractor setting"),
+    ("examples", NqOpenExamplesConfig, "answers:NQ_OPEN.load_examples", "NQ-Open (no passages)"),
+    ("examples", PubmedExamplesConfig, "choices:PUBMED_QA.load_examples", "PubMedQA (yes, no or maybe)"),
+    ("examples", Squad2ExamplesConfig, "answers:load_squad_v2_examples", "SQuAD 2.0, with unanswerable questions"),
+    ("examples", TriviaExamplesConfig, "answers:TRIVIA_QA.load_examples", "TriviaQA"),
+    ("examples", FeverExamplesConfig, "choices:load_fever_examples", "FEVER (claims to be judged)"),
+    ("examples", XquadExamplesConfig, "answers:XQUAD.load_examples", "XQuAD, one language"),
+    (
+        "examples",
+        BeirHubExamplesConfig,
+        "beir_hub:load_examples",
+        "BEIR data set of the hub (queries and judgements)",
+    ),
+    ("corpus", BoolqCorpusConfig, "choices:BOOLQ.load_corpus", "passages of BoolQ"),
+    ("corpus", HotpotCorpusConfig, "answers:HOTPOT_QA.load_corpus", "paragraphs of HotpotQA, distractor setting"),
+    ("corpus", PubmedCorpusConfig, "choices:PUBMED_QA.load_corpus", "abstracts of PubMedQA"),
+    ("corpus", Squad2CorpusConfig, "answers:SQUAD_V2.load_corpus", "paragraphs of SQuAD 2.0"),
+    ("corpus", TriviaCorpusConfig, "answers:TRIVIA_QA.load_corpus", "Wikipedia pages of TriviaQA"),
+    ("corpus", XquadCorpusConfig, "answers:XQUAD.load_corpus", "paragraphs of XQuAD, one language"),
+    ("corpus", BeirHubCorpusConfig, "beir_hub:load_corpus", "BEIR data set of the hub (documents)"),
+)
 
 
 def register(registry: Registry) -> None:
-    """Register the benchmarks; each has a module of its own name."""
-    for kind, builder, configs in (("examples", "load_examples", EXAMPLES), ("corpus", "load_corpus", CORPORA)):
-        for component, help in configs.items():
-            name = str(component.type)
-            registry.register(kind, name, component, f"fedrag_cli.data.benchmarks.{name}:{builder}", help)
+    """Register the benchmarks."""
+    for kind, config, builder, help in COMPONENTS:
+        registry.register(kind, str(config.type), config, f"fedrag_cli.data.benchmarks.{builder}", help)

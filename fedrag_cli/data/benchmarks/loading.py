@@ -1,23 +1,25 @@
-"""Rows of a benchmark, from the hub or from a local copy of its repository, and what is made of them."""
+"""What a benchmark is: rows of its data set, from the hub or a local copy of it, and what is made of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedrag_cli.data.benchmarks.values import MissingLabelError
+from fedrag_cli.data.columns import get_value, is_missing
 from fedrag_cli.data.corpora import split_nodes
-from fedrag_cli.data.files import check_file, check_folder, reaching
-from fedrag_cli.data.huggingface import load_from_hub
+from fedrag_cli.data.examples import Example
+from fedrag_cli.data.hub_datasets import load_from_hub
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.data.problems import Problems
-from fedrag_cli.data.readers import READERS, Row, Table
+from fedrag_cli.data.readers import READERS, Row, Table, check_file, check_folder, kind_of, reaching
+from fedrag_cli.data.row_problems import BadValueError, Problems
 from fedrag_cli.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -63,10 +65,6 @@ class HubSplit:
 def rows_of(source: HubSplit, limit: int | None = None) -> Iterator[Row]:
     """Yield the rows of a split, counted from 1.
 
-    Args:
-        source: The split.
-        limit: Read the first so many rows only.
-
     Raises:
         ConfigError: A revision is given for a local copy.
         DataError: The split cannot be read, or has no rows.
@@ -86,10 +84,6 @@ def rows_of(source: HubSplit, limit: int | None = None) -> Iterator[Row]:
 def table_of(source: HubSplit, limit: int | None = None) -> Table:
     """Return the rows of a split as a table.
 
-    Args:
-        source: The split.
-        limit: Read the first so many rows only.
-
     Raises:
         ConfigError: A revision is given for a local copy.
         DataError: The split cannot be read, or has no rows.
@@ -98,14 +92,14 @@ def table_of(source: HubSplit, limit: int | None = None) -> Table:
 
 
 def map_rows(
-    source: HubSplit, limit: int | None, function: Callable[[Mapping[str, Any]], T | None], labelled: Sequence[str] = ()
+    source: HubSplit, limit: int | None, function: Callable[[Mapping[str, Any]], T], labelled: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, T]]:
     """Yield what a function makes of each row, with the row's number.
 
     Args:
         source: The split.
         limit: Read the first so many rows only.
-        function: What to call with each row's values; a row of which it makes None is left out.
+        function: What to call with each row's values.
         labelled: The splits that have labels, for the error where this one has none.
 
     Raises:
@@ -128,52 +122,98 @@ def map_rows(
     problems.raise_if_any()
 
 
-def collect_nodes(
-    sources: Iterable[HubSplit], limit: int | None, function: Callable[[Mapping[str, Any]], list[KnowledgeNode]]
-) -> list[KnowledgeNode]:
-    """Return the passages of all rows, each one once.
+@dataclass(frozen=True)
+class Benchmark:
+    """How the rows of one data set on the hub become examples and passages.
 
     Args:
-        sources: The splits.
-        limit: Read the first so many rows of each split only.
-        function: Makes the passages of one row.
-
-    Raises:
-        ConfigError: A revision is given for a local copy.
-        DataError: A split cannot be read, rows are bad, or different passages have the same id.
+        repository: Hub id of its repository.
+        example: Makes the example of a row; one without an id is named after its split and its number.
+        passages: Makes the passages of a row, where the benchmark has some; each is taken once.
+        labelled: The splits that have labels, for the error where one has none.
+        name: The configuration that is read; that of the config where it has one.
+        folders: Where files may be in a local copy; the folder of the configuration where the config names one.
     """
-    nodes: dict[str, KnowledgeNode] = {}
-    for source in sources:
-        problems = Problems(source.label)
-        for number, found in map_rows(source, limit, function):
-            for node in found:
-                if nodes.setdefault(node.id, node).text != node.text:
-                    problems.add(f"row {number}", f"the passage '{node.id}' has another text than in a row before it")
-        problems.raise_if_any()
-    return list(nodes.values())
+
+    repository: str
+    example: Callable[[Mapping[str, Any]], Example]
+    passages: Callable[[Mapping[str, Any]], list[KnowledgeNode]] | None = None
+    labelled: tuple[str, ...] = ()
+    name: str | None = None
+    folders: tuple[str, ...] = (".", "data", "default")
+
+    def split(self, config: Any, split: str) -> HubSplit:
+        """Return where a split is read from."""
+        named = getattr(config, "name", None)
+        folders = (named,) if named else self.folders
+        name = named or self.name
+        return HubSplit(self.repository, name, split, config.path, config.revision, folders)
+
+    def load_examples(self, config: Any) -> list[Example]:
+        """Load the examples of the split that a config names.
+
+        Raises:
+            ConfigError: A revision is given for a local copy.
+            DataError: The split is missing or bad, or has no labels.
+        """
+        prefix = "-".join(part for part in (getattr(config, "name", None), config.split) if part)
+        rows = map_rows(self.split(config, config.split), config.limit, self.example, self.labelled)
+        return [row if row.id else dataclasses.replace(row, id=f"{prefix}-{number:05d}") for number, row in rows]
+
+    def load_corpus(self, config: Any) -> list[KnowledgeNode]:
+        """Load the passages of the splits that a config names, each one once, and split as it wants.
+
+        Raises:
+            ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.
+            DataError: A split is missing or bad, or different passages have the same id.
+        """
+        assert self.passages is not None
+        nodes: dict[str, KnowledgeNode] = {}
+        for source in [self.split(config, split) for split in config.data_splits]:
+            problems = Problems(source.label)
+            for number, found in map_rows(source, config.limit, self.passages):
+                for node in found:
+                    if nodes.setdefault(node.id, node).text != node.text:
+                        message = f"the passage '{node.id}' has another text than in a row before it"
+                        problems.add(f"row {number}", message)
+            problems.raise_if_any()
+        return split_nodes(list(nodes.values()), config.split)
 
 
-def load_passages(
-    config: Any, source: Callable[[str], HubSplit], function: Callable[[Mapping[str, Any]], list[KnowledgeNode]]
-) -> list[KnowledgeNode]:
-    """Return the passages of a benchmark's splits, each one once, and split as the config wants.
-
-    Args:
-        config: The config of the corpus; its `data_splits`, `limit` and `split` count.
-        source: Gives where a split is read from.
-        function: Makes the passages of one row.
-
-    Raises:
-        ConfigError: A revision is given for a local copy, or the sizes of the split do not fit each other.
-        DataError: A split is missing or bad.
-    """
-    sources = [source(split) for split in config.data_splits]
-    return split_nodes(collect_nodes(sources, config.limit, function), config.split)
+class MissingLabelError(ValueError):
+    """A row has no label, as in the splits whose labels the authors keep to themselves."""
 
 
-def named_split(repository: str, config: Any, split: str) -> HubSplit:
-    """Return a split of the configuration that a config names, whose files are in a folder of that name."""
-    return HubSplit(repository, config.name, split, config.path, config.revision, (config.name,))
+def passage_id(text: str, title: str = "") -> str:
+    """Return the id of a passage by its content, so that examples and corpus agree on it whatever part is read."""
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    return f"{title}-{digest}" if title else digest
+
+
+def texts_value(values: Mapping[str, Any], column: str) -> list[str]:
+    """Return a list of texts, stripped; some may be blank or the same."""
+    texts = get_value(values, column)
+    if not isinstance(texts, list | tuple):
+        raise BadValueError(f"{column} is {kind_of(texts)}, not a list of texts")
+    for count, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise BadValueError(f"{column} {count} of {len(texts)} is {kind_of(text)}, not a text")
+    return [text.strip() for text in texts]
+
+
+def label_value(values: Mapping[str, Any], column: str, labels: tuple[str, ...]) -> str:
+    """Return a label."""
+    label = get_value(values, column)
+    if is_missing(label) or label == "":
+        raise MissingLabelError(f"{column} is empty")
+    if str(label) not in labels:
+        raise BadValueError(f"{column} is '{label}', not one of: {', '.join(labels)}")
+    return str(label)
+
+
+def kept_metadata(values: Mapping[str, Any], *columns: str) -> dict[str, Any]:
+    """Return those of some columns that a row has, as metadata."""
+    return {column: values[column] for column in columns if not is_missing(values.get(column)) and values[column] != ""}
 
 
 def _rows_from_hub(source: HubSplit) -> Iterator[Row]:

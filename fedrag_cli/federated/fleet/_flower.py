@@ -16,20 +16,22 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.app.error import Error
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.primitives import asymmetric
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from fedrag_cli.federated.arrays import FileArray, ScratchFile
+from fedrag_cli.federated.weights import FileArray, ScratchFile
 
 KEY_HEADER, SIGNATURE_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower(), FLEET_HTTP_SIGNATURE_HEADER.lower()
 ROUTES = ("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "pull-object")
@@ -52,6 +54,11 @@ _SIZE_BYTES = 8
 def identify() -> None:
     """Make this process the sender of messages; Flower reads that from here."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give a message the id that a transport knows it by."""
+    message.metadata.__dict__["_message_id"] = message_id
 
 
 def failed(asked: Message, reason: str) -> Message:
@@ -110,7 +117,7 @@ class Packer:
 
     def pack(self, message: Message, message_id: str) -> Outgoing:
         """Return a message under its id."""
-        message.metadata.__dict__["_message_id"] = message_id
+        set_message_id(message, message_id)
         if message.has_error():
             return Outgoing(message_to_proto(message), _Tensors([]))
         records = list(message.content.array_records.values())

@@ -33,8 +33,8 @@ from fedrag_cli.federated.fleet.http import POLL_SECONDS
 from fedrag_cli.federated.fleet.state import head_bytes
 from fedrag_cli.federated.grid import CLIENT_FAILED, quiet_flower
 from fedrag_cli.federated.keys import fingerprint
-from fedrag_cli.runs.atomic import os_errors
-from fedrag_cli.runs.reporting import Reporter
+from fedrag_cli.runs.files import os_errors
+from fedrag_cli.runs.reporter import Reporter
 
 HEARTBEAT_SECONDS, SECONDS_BETWEEN_NOTES, ANSWER_SECONDS = 10.0, 30.0, 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.3, 1.0

@@ -24,8 +24,8 @@ from fedrag_cli.federated.fleet.auth import Admission, Refusals
 from fedrag_cli.federated.fleet.http import MOST_OF_A_CLIENT, SILENT_SECONDS, Door, FleetApp
 from fedrag_cli.federated.fleet.state import MOST_CLIENTS, FleetState
 from fedrag_cli.federated.grid import FederationGrid, quiet_flower
-from fedrag_cli.runs.atomic import os_errors
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.runs.files import os_errors
+from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
 MOST_DESCRIPTORS = 16384
 FEWEST_DESCRIPTORS = 256

@@ -22,7 +22,7 @@ from flwr.app import Message, MessageType
 from fedrag_cli.federated.fleet import _flower as flower
 from fedrag_cli.federated.fleet.auth import CHALLENGED, SUPERSEDED, UNKNOWN_CLIENT, USED, Claim, Counts, RefusedError
 from fedrag_cli.federated.grid import CLIENT_FAILED, FederationGrid, Member
-from fedrag_cli.runs.atomic import os_errors
+from fedrag_cli.runs.files import os_errors
 
 MOST_CLIENTS = 1000
 # Clients give a sign of life every 10 s at least; what they say of it themselves does not count.

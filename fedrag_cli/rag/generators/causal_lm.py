@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,19 +23,23 @@ from transformers import (
 from fedrag_cli.config import PromptConfig
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, ModelError
+from fedrag_cli.losses import ensemble_log_probs
 from fedrag_cli.rag.config import CausalLMConfig
+from fedrag_cli.rag.generators.base import EncodedPrompt, OnTexts, OnTokenLogProbs, TokenPair, TrainableGenerator
 from fedrag_cli.rag.generators.likelihood import (
-    TokenPair,
     alike,
+    all_log_probs,
     base_model,
+    can_pack,
     length_sorted_batches,
+    packed_log_probs,
+    packs,
     padded,
     padding_rule,
     stretched_beyond,
     token_log_probs,
     trial_ids,
 )
-from fedrag_cli.rag.generators.packing import can_pack, packed_log_probs, packs
 from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import (
     FingerprintMemory,
@@ -43,18 +49,51 @@ from fedrag_cli.rag.models import (
     has_fast_bfloat16,
     locate_model,
     model_errors,
+    placement_note,
+    placement_options,
     require_bfloat16,
     require_vocabulary,
+    settled,
 )
-from fedrag_cli.rag.placement import placement_note, placement_options, settled
-from fedrag_cli.rag.prompts import EncodedPrompt, PromptEncoder, token_limit
+from fedrag_cli.rag.prompts import PromptEncoder, token_limit
 
-OnTexts = Callable[[list[int], list[str]], None]
 Together = Literal["ragged", "equal", "single"]
 """Which prompts a model answers together as each alone: all, those of the same length, or none."""
+MOST_SAMPLED = 50
 
 
-class CausalLMGenerator:
+class EnsembleChooser(LogitsProcessor):
+    """Chooses the next token of each group of rows by the weighted sum of their probabilities.
+
+    Source: Shi et al., "REPLUG" (arXiv 2301.12652, equation 2); Lin et al., "RA-DIT" (arXiv 2310.01352, equation 2).
+    """
+
+    def __init__(self, log_weights: Sequence[Tensor], temperature: float) -> None:
+        """Take the log-weights of each group's rows; a temperature above 0 samples among the 50 likeliest tokens."""
+        self.log_weights = log_weights
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores, of shape (rows, vocabulary), that leave each row the token of its group alone."""
+        log_probs = torch.log_softmax(scores.float(), dim=-1)
+        chosen = torch.full_like(scores, -torch.inf)
+        start = 0
+        for weights in self.log_weights:
+            rows = slice(start, start + len(weights))
+            mixture = ensemble_log_probs(weights.to(scores.device), log_probs[rows])
+            chosen[rows, self._choose(mixture)] = 0.0
+            start += len(weights)
+        return chosen
+
+    def _choose(self, mixture: Tensor) -> int:
+        if self.temperature == 0:
+            return int(mixture.argmax())
+        best = torch.topk(mixture, min(MOST_SAMPLED, len(mixture)))
+        drawn = torch.multinomial(torch.softmax(best.values / self.temperature, dim=-1), 1)
+        return int(best.indices[drawn])
+
+
+class CausalLMGenerator(TrainableGenerator):
     """Answers queries from passages, and scores answers.
 
     Args:
@@ -88,33 +127,23 @@ class CausalLMGenerator:
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
         self.padding_rule = padding_rule(self.model, self.pad_id)
         self._together: Together | None = None
-        self.notes: tuple[str, ...] = ()
-        """What is worth knowing about how the model was loaded, a line each."""
 
     @classmethod
     def from_config(
         cls, config: CausalLMConfig, *, prompt: PromptConfig, device: str = "auto", seed: int = 42
     ) -> CausalLMGenerator:
-        """Load model and tokenizer.
-
-        Args:
-            config: What to load.
-            prompt: How prompts are written.
-            device: Where to run, as `run.device`.
-            seed: Seed of sampling, as `run.seed`.
-
-        Raises:
-            ModelError: The model is missing, broken or does not fit, or the device cannot hold or compute it.
-            ConfigError: The package for quantization is missing, or the model cannot be quantised.
-        """
+        """Load model and tokenizer; raises ModelError or ConfigError where that cannot be done on the device."""
         location = locate_model(config.model)
         target = choose_device(device)
         dtype = choose_dtype(config.dtype, target, small=False, setting="rag_system.generator.dtype")
         if config.precision == "bfloat16":
             require_bfloat16(target, "rag_system.generator.precision")
         placement = placement_options(config, location, target)
+        # Left out, transformers would ask on stdin whether to run a model's own code.
+        options: dict[str, Any] = {"local_files_only": location.is_local, "trust_remote_code": config.trust_remote_code}
+        options |= {"gguf_file": location.gguf_file} if location.gguf_file is not None else {}
+        options |= {"revision": config.revision} if config.revision is not None else {}
         with model_errors(location, "generator"):
-            options = _location_options(location, config)
             tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **options)
             require_vocabulary(tokenizer)
             model = AutoModelForCausalLM.from_pretrained(location.name_or_path, dtype=dtype, **options, **placement)
@@ -140,6 +169,11 @@ class CausalLMGenerator:
             return has_fast_bfloat16(self.device)
         return self.config.precision == "bfloat16"
 
+    @property
+    def scoring_settings(self) -> list[Any]:
+        """The batches, in which sums are rounded in another order, and the precision."""
+        return [self.config.batch_tokens, self.computes_in_bfloat16]
+
     def with_model(self, model: Any) -> CausalLMGenerator:
         """Return a generator with the same tokenizer and settings around another model of the same kind."""
         return CausalLMGenerator(model, self.tokenizer, self.config, self.prompts.config, self.seed)
@@ -148,18 +182,31 @@ class CausalLMGenerator:
         """Return a hash of the weights as they are now, adapters included."""
         return self._fingerprint_memory.fingerprint(self.model)
 
+    def save(self, directory: Path) -> None:
+        """Write model (or adapter) and tokenizer, loadable by `from_pretrained`, weights as safetensors."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def require_fields(self, passages: Iterable[KnowledgeNode]) -> None:
+        """See `PassageFormat.require_fields`."""
+        self.prompts.passages.require_fields(passages)
+
+    def context(self, passages: Sequence[KnowledgeNode]) -> str:
+        """See `PromptEncoder.context`."""
+        return self.prompts.context(passages)
+
     def encode_prompt(self, query: str, passages: Sequence[KnowledgeNode]) -> EncodedPrompt:
         """Write a prompt that leaves room for an answer of `max_new_tokens`."""
         return self.prompts.encode_prompt(query, passages, reserved_tokens=self.config.max_new_tokens)
 
-    def measure(self, kind: str, counts: Mapping[str, int]) -> Lengths:
-        """Say how much of prompts did not fit into the context window.
+    def encode_pair(
+        self, query: str, passages: Sequence[KnowledgeNode], answer: str, *, with_end: bool = True
+    ) -> EncodedPrompt:
+        """See `PromptEncoder.encode_pair`."""
+        return self.prompts.encode_pair(query, passages, answer, with_end=with_end)
 
-        Args:
-            kind: What the prompts are, such as training prompts.
-            counts: Their number (`prompts`), how many were cut (`truncated`), their tokens (`tokens`) and how many of
-                these were cut off (`dropped_tokens`).
-        """
+    def measure(self, kind: str, counts: Mapping[str, int]) -> Lengths:
+        """Say how much of prompts did not fit into the context window, and what to do about it."""
         most = token_limit(self.model.config, self.tokenizer, None)
         raising = (
             f"Raise rag_system.generator.context_window to at most {most}, or lower"
@@ -167,56 +214,73 @@ class CausalLMGenerator:
             else "Lower"
         )
         advice = f"{raising} top_k or rag_system.generator.max_new_tokens, or split the passages smaller."
-        # A run of an earlier version, which is resumed, has not counted its tokens.
-        numbers = (counts["prompts"], counts["truncated"], counts.get("tokens", 0), counts["dropped_tokens"])
-        return Lengths(kind, *numbers, self.context_window, advice)
+        return dataclasses.replace(super().measure(kind, counts), limit=self.context_window, advice=advice)
 
-    def generate(self, prompt: str) -> str:
-        """Continue one prompt; see `batch_generate`."""
-        return self.batch_generate([prompt])[0]
+    # Answers
+
+    def answer(self, prompts: Sequence[EncodedPrompt], on_batch: OnTexts | None = None) -> list[str]:
+        """Answer prompts; see `generate_from_ids`."""
+        return self.generate_from_ids([prompt.ids for prompt in prompts], on_batch)
+
+    def answer_ensemble(
+        self,
+        groups: Sequence[Sequence[EncodedPrompt]],
+        log_weights: Sequence[Tensor],
+        on_batch: OnTexts | None = None,
+    ) -> list[str]:
+        """Answer by the weighted sum of next-token probabilities; raises ModelError where the model cannot do that."""
+        return self._generate_groups([[prompt.ids for prompt in group] for group in groups], log_weights, on_batch)
 
     def batch_generate(self, prompts: Sequence[str]) -> list[str]:
-        """Continue prompts that are used as they are, without template.
-
-        Args:
-            prompts: Texts of any lengths. They are the caller's own: a control token in them is a control token.
-
-        Returns:
-            The answers, in the order of the prompts.
-        """
+        """Continue prompts as they are: they are the caller's own, so a control token in them is a control token."""
         return self.generate_from_ids([self._prompt_ids(prompt) for prompt in prompts])
 
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self.prompts.tokens.with_start(self.prompts.tokens.ids(prompt))
+
     def generate_from_ids(self, prompts: Sequence[list[int]], on_batch: OnTexts | None = None) -> list[str]:
-        """Answer tokenised prompts in length-sorted batches, padded on the left where the model allows.
-
-        Args:
-            prompts: Token ids.
-            on_batch: Called after each batch with positions in `prompts` and their answers.
-
-        Returns:
-            The answers, in the order of the prompts.
+        """Answer token ids in length-sorted batches, padded on the left where the model allows; see `answer`.
 
         Raises:
             DataError: A prompt has no tokens, or leaves no room for an answer in the context window.
         """
-        self.require_room(prompts)
-        answers = [""] * len(prompts)
-        lengths = [len(prompt) + self.config.max_new_tokens for prompt in prompts]
-        with torch.random.fork_rng(enabled=self.config.temperature > 0):
-            if self.config.temperature > 0:
+        return self._generate_groups([[prompt] for prompt in prompts], None, on_batch)
+
+    def _generate_groups(
+        self, groups: Sequence[Sequence[list[int]]], log_weights: Sequence[Tensor] | None, on_batch: OnTexts | None
+    ) -> list[str]:
+        """Answer each group of prompts, by the weights of its prompts where there are any."""
+        self._require_room([prompt for group in groups for prompt in group])
+        answers = [""] * len(groups)
+        room, temperature = self.config.max_new_tokens, self.config.temperature
+        lengths = [max(map(len, group)) + room for group in groups]
+        with torch.random.fork_rng(enabled=temperature > 0):
+            if temperature > 0:
                 torch.manual_seed(self.seed)
-            together = self.generates_together(max(lengths)) if lengths else "ragged"
-            budget = 1 if together == "single" else self.config.batch_tokens
-            for batch in length_sorted_batches(lengths, budget, equal=together == "equal"):
-                texts = self.generate_batch([prompts[position] for position in batch])
-                for position, text in zip(batch, texts, strict=True):
+            together = self._generates_together(max(lengths)) if groups else "ragged"
+            several = [{len(prompt) for prompt in group} for group in groups if len(group) > 1]
+            if several and (together == "single" or (together == "equal" and max(map(len, several)) > 1)):
+                raise ModelError(
+                    f"The generator {type(base_model(self.model)).__name__} cannot answer from several prompts at "
+                    "once: they change each other's answers.",
+                    "Set rag_system.inference: concat, or use another generator.",
+                )
+            alone = together == "single" or (together == "equal" and several)
+            sizes = [len(group) * length for group, length in zip(groups, lengths, strict=True)]
+            budget = 1 if alone else self.config.batch_tokens
+            for batch in length_sorted_batches(sizes, budget, equal=together == "equal"):
+                chooser = EnsembleChooser([log_weights[n] for n in batch], temperature) if log_weights else None
+                texts = self.generate_batch([prompt for n in batch for prompt in groups[n]], chooser)
+                # All rows of a group have the same answer.
+                firsts = accumulate((len(groups[n]) for n in batch[:-1]), initial=0)
+                found = [texts[first] for first in firsts]
+                for position, text in zip(batch, found, strict=True):
                     answers[position] = text
                 if on_batch is not None:
-                    on_batch(batch, texts)
+                    on_batch(batch, found)
         return answers
 
-    def require_room(self, prompts: Sequence[list[int]]) -> None:
-        """Raise DataError where a prompt is empty, or leaves no room for an answer in the context window."""
+    def _require_room(self, prompts: Sequence[list[int]]) -> None:
         for row, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"Prompt {row} has no tokens.", "Remove empty prompts.")
@@ -229,14 +293,18 @@ class CausalLMGenerator:
 
     @torch.inference_mode()
     def generate_batch(self, prompts: Sequence[list[int]], chooser: LogitsProcessor | None = None) -> list[str]:
-        """Answer tokenised prompts in one batch.
-
-        Args:
-            prompts: Token ids.
-            chooser: Takes the choice of the next tokens over, by leaving each row one token that is not -inf.
-        """
+        """Answer token ids in one batch; a chooser takes over which tokens come next, by leaving each row one alone."""
+        options: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
+        if self.config.temperature == 0 or chooser is not None:
+            # Transformers fills what is left out from the model's own settings, such as a penalty for repetition.
+            options = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        own_end = self.tokenizer.eos_token_id
+        ends = {self.prompts.end_ids[-1], *([own_end] if isinstance(own_end, int) else own_end or [])}
+        config = GenerationConfig(
+            max_new_tokens=self.config.max_new_tokens, pad_token_id=self.pad_id, eos_token_id=sorted(ends), **options
+        )
         with self._autocast():
-            output = self._generate(prompts, self._generation_config(sampling=chooser is None), chooser)
+            output = self._generate(prompts, config, chooser)
         width = max(len(prompt) for prompt in prompts)
         texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -246,8 +314,7 @@ class CausalLMGenerator:
     ) -> Any:
         """Continue tokenised prompts and return what the model's `generate` gives."""
         self.model.eval()
-        pairs: list[TokenPair] = [(prompt, []) for prompt in prompts]
-        input_ids, mask, _ = padded(pairs, self.pad_id, "left")
+        input_ids, mask, _ = padded([(prompt, []) for prompt in prompts], self.pad_id, "left")
         # Transformers counts positions from 0 where it is not given any, in RoBERTa and its kin too.
         positions = self.padding_rule.positions(mask) if self.padding_rule.first_position else {}
         return self.model.generate(
@@ -258,11 +325,8 @@ class CausalLMGenerator:
             **{name: value.to(self.device) for name, value in positions.items()},
         )
 
-    def generates_together(self, longest: int) -> Together:
-        """Return which prompts can be answered together and get the answers that they get alone; tried once.
-
-        Args:
-            longest: Tokens of the longest prompt with its answer.
+    def _generates_together(self, longest: int) -> Together:
+        """Return which prompts get the answers that they get alone, with `longest` tokens at most; tried once.
 
         Raises:
             ModelError: The model does not generate what its forward pass says.
@@ -306,8 +370,7 @@ class CausalLMGenerator:
         answers = output.sequences[:, -count:].tolist()
         found = torch.stack(output.logits, dim=1).float().log_softmax(dim=-1)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            logits = self.model(input_ids=torch.tensor([prompt + answer], device=self.device), use_cache=False).logits
-            expected = logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+            expected = all_log_probs(self.model, torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
             if not alike(self.model, found[row], expected, slack):
                 return False
         return True
@@ -317,15 +380,7 @@ class CausalLMGenerator:
         limit = stretched_beyond(self.model)
         return limit is not None and longest > limit
 
-    def _generation_config(self, *, sampling: bool) -> GenerationConfig:
-        options: dict[str, Any] = {"do_sample": True, "temperature": self.config.temperature}
-        if self.config.temperature == 0 or not sampling:
-            # Transformers fills what is left out from the model's own settings, such as a penalty for repetition.
-            options = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-        ends = {self.prompts.end_ids[-1], *_as_list(self.tokenizer.eos_token_id)}
-        return GenerationConfig(
-            max_new_tokens=self.config.max_new_tokens, pad_token_id=self.pad_id, eos_token_id=sorted(ends), **options
-        )
+    # Likelihoods
 
     def target_log_probs(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """Return log p(target | prompt), summed over the target's tokens, for each row.
@@ -348,29 +403,11 @@ class CausalLMGenerator:
         pairs = [tokens.pair(prompt, "", target) for prompt, target in zip(prompts, targets, strict=True)]
         return self.log_probs_of_ids([(tokens.with_start(prompt), target) for prompt, target in pairs])
 
-    def log_probs_of_ids(
-        self, pairs: Sequence[TokenPair], on_batch: Callable[[list[int], Tensor], None] | None = None
-    ) -> Tensor:
-        """Return log p(target ids | prompt ids) for each pair; see `token_log_probs_of_ids`.
+    def token_log_probs_of_ids(self, pairs: Sequence[TokenPair], on_batch: OnTokenLogProbs) -> None:
+        """Compute log p(token | prompt, tokens before it) of each target, in eval mode, in batches of a token budget.
 
-        Args:
-            pairs: (prompt ids, target ids).
-            on_batch: Called after each batch with the positions in `pairs` and their results.
-
-        Returns:
-            float32 tensor of shape (len(pairs),).
+        Where the model allows, what prompts of a batch have in common at their beginning is computed once.
         """
-        results = torch.zeros(len(pairs))
-
-        def keep(positions: list[int], rows: list[Tensor]) -> None:
-            results[positions] = torch.stack([row.sum() for row in rows])
-            if on_batch is not None:
-                on_batch(positions, results[positions])
-
-        self.token_log_probs_of_ids(pairs, keep)
-        return results
-
-    def _require_scorable(self, pairs: Sequence[TokenPair]) -> None:
         for row, (prompt, target) in enumerate(pairs):
             if not prompt or not target:
                 raise DataError(f"Row {row} has no {'prompt' if not prompt else 'target'} tokens to score.")
@@ -379,27 +416,11 @@ class CausalLMGenerator:
                     f"Row {row} has {len(prompt) + len(target)} tokens, "
                     f"but the context window has {self.context_window}."
                 )
-
-    def token_log_probs_of_ids(
-        self, pairs: Sequence[TokenPair], on_batch: Callable[[list[int], list[Tensor]], None]
-    ) -> None:
-        """Compute log p(token | prompt, tokens before it) of each target, in eval mode, in batches of a token budget.
-
-        Where the model allows, what prompts of a batch have in common at their beginning is computed once.
-
-        Args:
-            pairs: (prompt ids, target ids).
-            on_batch: Called after each batch with the positions in `pairs` and, for each, the log-probabilities of its
-                target's tokens.
-
-        Raises:
-            DataError: A prompt or a target has no tokens, or together they exceed the context window.
-        """
-        self._require_scorable(pairs)
         lengths = [len(prompt) + len(target) for prompt, target in pairs]
         longest = max(lengths, default=0)
         budget = self.config.batch_tokens
-        packing = self._can_pack(longest)
+        with self._evaluating():
+            packing = longest > 0 and can_pack(self.model, longest, self.padding_rule.first_position)
         batches = (
             packs(pairs, budget) if packing else length_sorted_batches(lengths, budget, equal=self._stretches(longest))
         )
@@ -407,50 +428,24 @@ class CausalLMGenerator:
             rows = self._score([pairs[position] for position in batch], packing)
             on_batch(batch, [row.cpu() for row in rows])
 
-    @torch.inference_mode()
     def _score(self, pairs: Sequence[TokenPair], packing: bool) -> list[Tensor]:
         with self._evaluating(), self._autocast():
             if packing:
                 return packed_log_probs(self.model, pairs, self.padding_rule.first_position or 0)
             return token_log_probs(self.model, pairs, pad_id=self.pad_id)
 
-    @torch.inference_mode()
-    def _can_pack(self, longest: int) -> bool:
-        with self._evaluating():
-            return longest > 0 and can_pack(self.model, longest, self.padding_rule.first_position)
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            yield
+            with torch.inference_mode():
+                yield
         finally:
             self.model.train(was_training)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.computes_in_bfloat16)
-
-    def save(self, directory: Path) -> None:
-        """Write model (or adapter) and tokenizer, loadable by `from_pretrained`, weights as safetensors."""
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        return self.prompts.tokens.with_start(self.prompts.tokens.ids(prompt))
-
-
-def _location_options(location: ModelLocation, config: CausalLMConfig) -> dict[str, Any]:
-    # Left out, transformers would ask on stdin whether to run a model's own code.
-    options: dict[str, Any] = {
-        "local_files_only": location.is_local,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    if location.gguf_file is not None:
-        options["gguf_file"] = location.gguf_file
-    if config.revision is not None:
-        options["revision"] = config.revision
-    return options
 
 
 def _without_quantizer(model: Any) -> Any:
@@ -472,7 +467,3 @@ def _with_adapter(model: Any, adapter: str) -> Any:
                 "Give the folder of a saved adapter.",
             )
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-
-
-def _as_list(value: Any) -> list[int]:
-    return [] if value is None else [int(item) for item in value] if isinstance(value, list | tuple) else [int(value)]

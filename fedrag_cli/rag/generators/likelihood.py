@@ -11,14 +11,14 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from fedrag_cli.errors import ModelError
-
-TokenPair = tuple[list[int], list[int]]
+from fedrag_cli.rag.generators.base import TokenPair
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,7 @@ class PaddingRule:
 
 @torch.no_grad()
 def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
-    """Find out how a model takes padding, from four or a few more forward passes of 16 tokens.
-
-    Args:
-        model: A causal language model of transformers, in eval mode.
-        pad_id: The id that rows are padded with.
+    """Find out how a model takes padding, from four or a few more forward passes of 16 tokens in eval mode.
 
     Raises:
         ModelError: The model needs more than token ids, or its predictions depend on tokens that come after.
@@ -58,7 +54,7 @@ def padding_rule(model: nn.Module, pad_id: int) -> PaddingRule:
     short = long[:11]
     try:
         alone = {
-            len(row): _all_log_probs(model, ids, attention_mask=torch.ones_like(ids))[0]
+            len(row): all_log_probs(model, ids, attention_mask=torch.ones_like(ids))[0]
             for row in (short, long)
             for ids in [torch.tensor([row])]
         }
@@ -104,7 +100,7 @@ def _pads_alike(
     ids, mask, starts = padded(pairs, pad_id, padding_side)
     positions = PaddingRule(True, first_position).positions(mask)
     try:
-        rows = _all_log_probs(model, ids, attention_mask=mask, **positions)
+        rows = all_log_probs(model, ids, attention_mask=mask, **positions)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError):
@@ -140,21 +136,15 @@ def _chooses_blocks(model: nn.Module) -> bool:
 
 
 def alike(model: nn.Module, found: Tensor, expected: Tensor, slack: float = 1) -> bool:
-    """Return whether log-probabilities are the same but for the rounding of the model's number format.
-
-    Args:
-        model: The model that they are from.
-        found: Log-probabilities.
-        expected: The same, computed in the plainest way.
-        slack: Factor of the difference that is let through.
-    """
+    """Return whether log-probabilities are as expected but for `slack` times the rounding of the number format."""
     # In bfloat16 a model of 30 layers differs from itself by some hundredths; a wrong position or state by far more.
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-1
     difference = (found - expected).square().mean().sqrt()
     return bool(difference <= slack * tolerance * expected.std())
 
 
-def _all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+def all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+    """Return the log-probabilities of all tokens of the vocabulary at each position, of a plain forward pass."""
     device = next(model.parameters()).device
     placed = {name: value.to(device) for name, value in arguments.items()}
     with torch.autocast(device.type, enabled=False):
@@ -165,19 +155,12 @@ def _all_log_probs(model: nn.Module, input_ids: Tensor, **arguments: Tensor) -> 
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int, *, equal: bool = False) -> Iterator[list[int]]:
-    """Group positions into batches of similar length, longest first.
+    """Yield positions into `lengths`, each once, in batches of similar length (`equal`: the same), longest first.
 
-    Args:
-        lengths: Tokens of each sequence.
-        token_budget: Most tokens of a batch, padding included; a longer sequence is a batch by itself.
-        equal: Whether only sequences of the same length share a batch.
-
-    Yields:
-        Lists of positions into `lengths`; every position occurs once.
+    A batch has at most as many tokens as the budget, padding included; a longer sequence is a batch by itself.
     """
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     batch: list[int] = []
-    for position in order:
+    for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
         longest = lengths[batch[0]] if batch else 0
         if batch and (longest * (len(batch) + 1) > token_budget or (equal and lengths[position] != longest)):
             yield batch
@@ -188,10 +171,10 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int, *, equal: b
 
 
 def token_log_probs(model: nn.Module, pairs: Sequence[TokenPair], *, pad_id: int) -> list[Tensor]:
-    """Return the log-probability of each token of each target after its prompt, in one forward pass.
+    """Return the log-probability of each token of each target after its prompt, in one forward pass in eval mode.
 
     Args:
-        model: A causal language model of transformers, in eval mode.
+        model: A causal language model of transformers.
         pairs: (prompt ids, target ids), neither of them empty.
         pad_id: Any token id; padding never reaches a result.
 
@@ -200,9 +183,12 @@ def token_log_probs(model: nn.Module, pairs: Sequence[TokenPair], *, pad_id: int
     """
     device = next(model.parameters()).device
     input_ids, mask, _ = padded(pairs, pad_id, "right")
-    # The logits at a position predict the token after it.
+    # The logits at a position predict the token after it, and those before the first target are of no use.
     first = min(len(prompt) for prompt, _ in pairs) - 1
-    logits = _tail_logits(model, input_ids.to(device), mask.to(device), input_ids.shape[1] - first)
+    keep = input_ids.shape[1] - first
+    options = {"logits_to_keep": keep} if "logits_to_keep" in accepted_arguments(model) else {}
+    outputs = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False, **options)
+    logits = outputs.logits[:, -keep:]
     found = []
     for row, (prompt, target) in enumerate(pairs):
         begin = len(prompt) - 1 - first
@@ -215,11 +201,6 @@ def padded(
     pairs: Sequence[TokenPair], pad_id: int, padding_side: Literal["left", "right"]
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Put prompts with their targets into the rows of one tensor.
-
-    Args:
-        pairs: (prompt ids, target ids).
-        pad_id: Fills the shorter rows.
-        padding_side: Where it does.
 
     Returns:
         Token ids and mask, of shape (len(pairs), tokens), and the column in which each row starts. The mask comes from
@@ -252,8 +233,126 @@ def accepted_arguments(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(base_model(model).forward).parameters)
 
 
-def _tail_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-    """Run the model and return the logits of the last `keep` columns, computing no others where it can."""
-    options = {"logits_to_keep": keep} if "logits_to_keep" in accepted_arguments(model) else {}
-    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **options).logits
-    return logits[:, -keep:]
+PACK_TOKENS = 512
+"""Tokens of a pack. In smaller ones matrix products are less efficient; in larger ones attention looks at more tokens
+of other branches: 0.47 of single forwards at 128 tokens, 0.33 at 384 and 512, 0.36 at 1024 with SmolLM2-135M."""
+
+STEP_OF_LENGTHS = 8
+"""Packs are filled up to a multiple of it, because oneDNN keeps compiled products for each length that it meets: 81 MB
+from step 100 to 500 of a training with SmolLM2-135M without the filler, 10 MB with it."""
+
+# Each model's forward as it was tried, and whether it gives the same in packs.
+_trials: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+
+
+def packs(pairs: Sequence[TokenPair], token_budget: int) -> Iterator[list[int]]:
+    """Yield positions into `pairs`, each once, in groups of pairs whose prompts begin alike.
+
+    The packs come in the order of their tokens, so that what a killed run has left forms the same packs again. A pair
+    that is longer than the budget is a pack by itself.
+    """
+    sequences = [_sequence(pair) for pair in pairs]
+    pack: list[int] = []
+    tokens = 0
+    for position in sorted(range(len(pairs)), key=lambda position: (sequences[position], position)):
+        shared = common_length(sequences[pack[-1]], sequences[position]) if pack else 0
+        added = len(sequences[position]) - shared
+        # A long common beginning is worth a larger pack: each new pack computes it again.
+        if pack and tokens + added > min(token_budget, max(PACK_TOKENS, 2 * shared)):
+            yield pack
+            pack, tokens, added = [], 0, len(sequences[position])
+        pack.append(position)
+        tokens += added
+    if pack:
+        yield pack
+
+
+def packed_log_probs(model: nn.Module, pairs: Sequence[TokenPair], first_position: int = 0) -> list[Tensor]:
+    """Return what `token_log_probs` does, in one row, where `can_pack` holds: neighbours share how they begin."""
+    device = next(model.parameters()).device
+    ids, depths, paths = _tree([_sequence(pair) for pair in pairs])
+    # A target's token is predicted by the token before it, so the rows begin with the last one of the prompt.
+    rows = [column for path, (prompt, _) in zip(paths, pairs, strict=True) for column in path[len(prompt) - 1 :]]
+    targets = torch.tensor([token for _, target in pairs for token in target], device=device)
+    filler = -len(ids) % STEP_OF_LENGTHS
+    logits = model(
+        input_ids=torch.tensor([ids + ids[:1] * filler], device=device),
+        attention_mask=_visible(len(ids) + filler, paths).to(device)[None, None],
+        position_ids=torch.tensor([depths + [0] * filler], device=device) + first_position,
+        logits_to_keep=torch.tensor(rows + rows[-1:] * (-len(rows) % STEP_OF_LENGTHS), device=device),
+        use_cache=False,
+    ).logits[0, : len(rows)]
+    log_probs = torch.log_softmax(logits.float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
+    return list(log_probs.split([len(target) for _, target in pairs]))
+
+
+def can_pack(model: nn.Module, longest: int, first_position: int | None = 0) -> bool:
+    """Return whether a model computes sequences of `longest` tokens the same in packs: by its config, then by a trial.
+
+    The trial is made once for a model, because a step of training may ask for the likelihoods of a few new pairs only.
+    """
+    config = text_config(model)
+    if first_position is None or not {"position_ids", "logits_to_keep"} <= accepted_arguments(model):
+        return False
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return False
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
+        return False
+    if longest > (getattr(config, "sliding_window", None) or longest) or stretched_beyond(model) is not None:
+        return False
+    forward = type(base_model(model)).forward
+    if model not in _trials or _trials[model][0] is not forward:
+        _trials[model] = (forward, _packs_alike(model, first_position))
+    return _trials[model][1]
+
+
+def _packs_alike(model: nn.Module, first_position: int) -> bool:
+    """Try whether packing gives what single forwards give."""
+    a, b, c, d, *_ = trial_ids(model)
+    pairs: list[TokenPair] = [([a, b, c], [d, c]), ([a, b, c, c], [b, a, d]), ([b, d], [c])]
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        packed = torch.cat(packed_log_probs(model, pairs, first_position))
+        apart = torch.cat([row for pair in pairs for row in token_log_probs(model, [pair], pad_id=0)])
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    return bool(torch.allclose(packed, apart, rtol=tolerance, atol=tolerance))
+
+
+def _sequence(pair: TokenPair) -> list[int]:
+    """Return what the model must read of a pair: after the last token of the target nothing is asked."""
+    prompt, target = pair
+    return prompt + target[:-1]
+
+
+def _tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[list[int]]]:
+    """Merge what neighbours begin with alike.
+
+    Returns:
+        The tree's token ids, the depth of each, and for each sequence the columns of its tokens.
+    """
+    ids: list[int] = []
+    depths: list[int] = []
+    paths: list[list[int]] = []
+    for number, sequence in enumerate(sequences):
+        shared = common_length(sequences[number - 1], sequence) if number else 0
+        beginning = paths[-1][:shared] if paths else []
+        paths.append(beginning + list(range(len(ids), len(ids) + len(sequence) - shared)))
+        ids += sequence[shared:]
+        depths += range(shared, len(sequence))
+    return ids, depths, paths
+
+
+def _visible(tokens: int, paths: Sequence[list[int]]) -> Tensor:
+    """Return which tokens (columns) each token (row) sees: those of its path up to itself; fillers see themselves."""
+    visible = torch.eye(tokens, dtype=torch.bool)
+    for path in paths:
+        columns = torch.tensor(path)
+        visible[columns[:, None], columns] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+    return visible
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids two sequences begin with alike."""
+    for number, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return number
+    return min(len(first), len(second))

@@ -3,40 +3,165 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.errors import KnowledgeStoreError
-from fedrag_cli.rag.config import FaissStoreConfig
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
-from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
-from fedrag_cli.rag.knowledge_stores.faiss_index import (
-    add_vectors,
-    measured_recall,
-    new_index,
-    read_index,
-    search_index,
-    vectors_at,
-    vectors_between,
-    write_index,
+from fedrag_cli.errors import ConfigError, KnowledgeStoreError
+from fedrag_cli.rag.config import INDEX_FILE, STORE_FILE, FaissStoreConfig
+from fedrag_cli.rag.knowledge_stores.base import (
+    KnowledgeStore,
+    SearchResult,
+    check_new,
+    check_search,
+    require_pairs,
 )
-from fedrag_cli.rag.knowledge_stores.faults import REBUILD, damaged_store, no_store
-from fedrag_cli.rag.knowledge_stores.folders import read_one_state
-from fedrag_cli.rag.knowledge_stores.passages import (
-    INDEX_FILE,
-    STORE_FILE,
+from fedrag_cli.rag.knowledge_stores.exact_search import (
+    found_at_once,
+    recall,
+    rows_at_once,
+    sampled_positions,
+    search_blocks,
+    search_in_order,
+)
+from fedrag_cli.rag.knowledge_stores.store_files import (
+    REBUILD,
     Passages,
+    damaged_store,
     file_fingerprint,
+    no_store,
     read_nodes,
     write_nodes,
 )
-from fedrag_cli.rag.knowledge_stores.ties import search_in_order
-from fedrag_cli.runs.atomic import replace_directory_atomically
+from fedrag_cli.runs.files import replace_directory_atomically
+
+try:
+    import faiss
+except ImportError as import_error:
+    raise ConfigError(
+        "The knowledge store 'faiss' needs the package faiss-cpu, which is not installed.",
+        "Install it with: pip install 'fedrag-cli[faiss]'",
+    ) from import_error
+
+NPROBE, M, EF_CONSTRUCTION, EF_SEARCH = 16, 32, 200, 128
+# Fewer passages of a cluster place its centre badly; FAISS warns below it.
+PASSAGES_PER_CLUSTER = 39
+
+
+def new_index(vectors: Tensor, config: FaissStoreConfig) -> Any:
+    """Return an index over embeddings, at least one, whose scores are inner products."""
+    dimension = vectors.shape[1]
+    if config.index == "ivf":
+        index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(dimension), dimension, cluster_count(len(vectors), config), faiss.METRIC_INNER_PRODUCT
+        )
+        index.cp.seed, index.cp.spherical = config.seed, True
+        # One centre that is the only choice needs as many passages as FAISS asks for all the same.
+        index.cp.min_points_per_centroid = 1
+        with _threads():
+            index.train(_rows(vectors))
+        index.make_direct_map()
+    elif config.index == "hnsw":
+        index = faiss.IndexHNSWFlat(dimension, config.m or M, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = config.ef_construction or EF_CONSTRUCTION
+    else:
+        index = faiss.IndexFlatIP(dimension)
+    add_vectors(index, vectors)
+    return index
+
+
+def cluster_count(passages: int, config: FaissStoreConfig) -> int:
+    """Return how many clusters an ivf index gets: what is asked for, as far as the passages suffice."""
+    wanted = config.nlist or round(4 * math.sqrt(passages))
+    return max(1, min(wanted, passages // PASSAGES_PER_CLUSTER))
+
+
+def add_vectors(index: Any, vectors: Tensor) -> None:
+    """Append embeddings of shape (passages, dimension)."""
+    # Several threads would link the graph of hnsw in another order each time.
+    with _threads(1 if isinstance(index, faiss.IndexHNSW) else None):
+        index.add(_rows(vectors))
+
+
+def search_index(index: Any, config: FaissStoreConfig, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """Return scores and positions of shape (queries, wanted); a query that finds too few is searched exactly."""
+    parameters = None
+    if isinstance(index, faiss.IndexHNSW):
+        parameters = faiss.SearchParametersHNSW(efSearch=max(config.ef_search or EF_SEARCH, wanted))
+    elif isinstance(index, faiss.IndexIVF):
+        parameters = faiss.SearchParametersIVF(nprobe=min(config.nprobe or NPROBE, index.nlist))
+    with _threads():
+        found, places = index.search(_rows(queries), wanted, params=parameters)
+    scores, positions = torch.from_numpy(found), torch.from_numpy(places)
+    short = (positions < 0).any(dim=1)
+    if short.any():
+        scores[short], positions[short] = search_blocks(IndexVectors(index), queries[short], wanted)
+    return scores, positions
+
+
+class IndexVectors:
+    """The embeddings in an index, to compare queries with all of them."""
+
+    def __init__(self, index: Any) -> None:
+        """Wrap an index."""
+        self._index = index
+
+    def blocks(self, rows: int) -> Iterator[Tensor]:
+        """Give all embeddings in their order, at most `rows` at once."""
+        step = min(rows, rows_at_once(self._index.d))
+        for start in range(0, self._index.ntotal, step):
+            yield vectors_between(self._index, start, min(start + step, self._index.ntotal))
+
+
+def vectors_between(index: Any, start: int, end: int) -> Tensor:
+    """Return the embeddings from one position up to another, of shape (end - start, dimension)."""
+    return torch.from_numpy(index.reconstruct_n(start, end - start))
+
+
+def vectors_at(index: Any, positions: Tensor) -> Tensor:
+    """Return the embeddings at a one-dimensional tensor of positions, of shape (len(positions), dimension)."""
+    return torch.from_numpy(index.reconstruct_batch(positions.cpu().numpy()))
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write an index into a file; raises KnowledgeStoreError where that fails."""
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise KnowledgeStoreError(
+            f"The index cannot be written: {error}", "Check that the disk has space; what was saved before is intact."
+        ) from error
+
+
+def measured_recall(index: Any, config: FaissStoreConfig) -> float:
+    """Return recall@10 of an index's search on a sample of its passages; see `exact_search.recall`."""
+    sample, wanted = sampled_positions(index.ntotal, config.seed), found_at_once(index.ntotal)
+    queries = vectors_at(index, sample)
+    exact = search_blocks(IndexVectors(index), queries, wanted)[1]
+    found = search_in_order(lambda rows, count: search_index(index, config, rows, count), queries, wanted, index.ntotal)
+    return recall(sample, exact, found[1])
+
+
+def _rows(vectors: Tensor) -> Any:
+    return vectors.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+@contextmanager
+def _threads(count: int | None = None) -> Iterator[None]:
+    """Let FAISS use as many threads as torch does, or another number."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count or torch.get_num_threads())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
 
 FORMAT = "fedrag-faiss-store-1"
 # What an index is built with; a search may choose the rest anew.
@@ -56,18 +181,11 @@ class FaissKnowledgeStore(KnowledgeStore):
 
     def __init__(self, config: FaissStoreConfig | None = None, device: torch.device | str = "cpu") -> None:
         """Start empty."""
-        super().__init__(device)
-        self.config = config or FaissStoreConfig()
+        self.config: FaissStoreConfig
+        super().__init__(config or FaissStoreConfig(), device)
         self._index: Any = None
         self._built_of = 0
         self._is_mapped = False
-
-    @classmethod
-    def from_config(cls, config: FaissStoreConfig, *, device: torch.device | str = "cpu") -> FaissKnowledgeStore:
-        """Load the saved store, or start an empty one where none is saved yet."""
-        if config.path is not None and Path(config.path).exists():
-            return cls.load(Path(config.path), config, device=device)
-        return cls(config, device)
 
     @property
     def dimension(self) -> int:
@@ -103,12 +221,6 @@ class FaissKnowledgeStore(KnowledgeStore):
         if len(kept) < old:
             self._build(self._vectors(old)[kept])
         return old - len(kept)
-
-    def clear(self) -> None:
-        """Remove all passages, their embeddings and the fingerprints."""
-        self.encoder_fingerprint = self.corpus_fingerprint = self.rounded_to = None
-        self._passages = Passages()
-        self._build(torch.zeros(0, 0))
 
     def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
         """Find the best passages of each query; see `KnowledgeStore.search_positions`."""
@@ -153,23 +265,7 @@ class FaissKnowledgeStore(KnowledgeStore):
             (target / STORE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(
-        cls, directory: Path, config: FaissStoreConfig | None = None, *, device: torch.device | str = "cpu"
-    ) -> FaissKnowledgeStore:
-        """Read a store that `save` wrote.
-
-        Args:
-            directory: Its folder.
-            config: The settings; those that it was built with have to be the same.
-            device: Where results are put.
-
-        Raises:
-            KnowledgeStoreError: The directory holds no store, a damaged one, or one that was built otherwise.
-        """
-        return read_one_state(directory, lambda: cls._load(directory, config, device))
-
-    @classmethod
-    def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> FaissKnowledgeStore:
+    def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> Self:
         store = cls(config, device)
         damaged = f"The knowledge store in '{directory}' is damaged"
         try:
@@ -180,8 +276,10 @@ class FaissKnowledgeStore(KnowledgeStore):
             if len(store):
                 if about["index_file"] != file_fingerprint(directory / INDEX_FILE):
                     raise KnowledgeStoreError(f"{damaged}: '{INDEX_FILE}' is not as it was written.", REBUILD)
-                store._index = read_index(directory / INDEX_FILE, memory_map=store.config.memory_map)
                 store._is_mapped = store.config.memory_map
+                flags = faiss.IO_FLAG_MMAP_IFC if store._is_mapped else 0
+                store._index = faiss.read_index(str(directory / INDEX_FILE), flags)
+                require_pairs(len(store), store._index.ntotal)
             built_with = dict(about["settings"])
             store.encoder_fingerprint, store.corpus_fingerprint = about["encoder"], about["corpus"]
             store.rounded_to = about.get("rounded")
@@ -190,8 +288,6 @@ class FaissKnowledgeStore(KnowledgeStore):
             raise no_store(directory, error, " of FAISS") from error
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             raise damaged_store(directory, error) from error
-        if store._index is not None and store._index.ntotal != len(store):
-            raise KnowledgeStoreError(f"{damaged}: passages and embeddings differ in number.", REBUILD)
         store._require_same_settings(directory, built_with)
         return store
 

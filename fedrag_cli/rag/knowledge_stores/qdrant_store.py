@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,39 +14,39 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import QdrantStoreConfig
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult
-from fedrag_cli.rag.knowledge_stores.checks import check_new, check_search
-from fedrag_cli.rag.knowledge_stores.passages import Passages
-from fedrag_cli.rag.knowledge_stores.qdrant_connection import (
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, check_search
+from fedrag_cli.rag.knowledge_stores.exact_search import search_in_order
+from fedrag_cli.rag.knowledge_stores.qdrant_collection import (
+    FORMAT,
     QdrantClient,
     connect,
-    in_memory,
-    new_folder,
-    open_folder,
-    qdrant_errors,
-)
-from fedrag_cli.rag.knowledge_stores.qdrant_folder import seal_folder, version_of_folder
-from fedrag_cli.rag.knowledge_stores.qdrant_points import (
-    FORMAT,
     copy_store,
     create_collection,
+    create_filter_indexes,
     describe,
+    in_memory,
     metadata_filter,
+    models,
+    open_folder,
+    payload_key,
     point_id,
+    qdrant_errors,
     read_passages,
     read_vectors,
+    seal_folder,
     search_points,
+    version_of_folder,
     write_points,
 )
-from fedrag_cli.rag.knowledge_stores.ties import search_in_order
-from fedrag_cli.runs.atomic import replace_directory_atomically
+from fedrag_cli.rag.knowledge_stores.store_files import Passages
+from fedrag_cli.runs.files import replace_directory_atomically
 
 
 class QdrantKnowledgeStore(KnowledgeStore):
     """Passages with their embeddings in a Qdrant collection; with a filter, those of them that pass it.
 
     What a server or a folder holds is only read, because others may be searching it: a change takes the passages into
-    an embedded Qdrant in memory first. `save` and `qdrant_publishing.publish` write.
+    an embedded Qdrant in memory first. `save` and `publish` write.
 
     Args:
         config: Names, the filter and sizes of batches.
@@ -59,8 +61,8 @@ class QdrantKnowledgeStore(KnowledgeStore):
         client: QdrantClient | None = None,
     ) -> None:
         """Start empty, or with what the client's collection holds."""
-        super().__init__(device)
-        self.config = config or QdrantStoreConfig()
+        self.config: QdrantStoreConfig
+        super().__init__(config or QdrantStoreConfig(), device)
         self._filter = metadata_filter(self.config.filter)
         self._is_own = client is None
         self._client = client if client is not None else in_memory()
@@ -70,21 +72,14 @@ class QdrantKnowledgeStore(KnowledgeStore):
             self._open_collection()
 
     @classmethod
-    def from_config(cls, config: QdrantStoreConfig, *, device: torch.device | str = "cpu") -> QdrantKnowledgeStore:
-        """Open the collection on the server or in the folder, or start an empty one where there is none yet.
-
-        Raises:
-            ConnectionFailedError: The server cannot be reached, or refuses the key.
-            KnowledgeStoreError: What is there is damaged, of another format, or in use by another process.
-        """
-        if config.url is not None:
-            client = connect(config)
-            with qdrant_errors(config.url):
-                exists = client.collection_exists(config.collection)
-            return cls(config, device, client if exists else None)
-        if config.path is not None and Path(config.path).exists():
-            return cls.load(Path(config.path), config, device=device)
-        return cls(config, device)
+    def from_config(cls, config: QdrantStoreConfig, *, device: torch.device | str = "cpu") -> Self:
+        """Open the collection on the server or in the folder; see `KnowledgeStore.from_config`."""
+        if config.url is None:
+            return super().from_config(config, device=device)
+        client = connect(config)
+        with qdrant_errors(config.url):
+            exists = client.collection_exists(config.collection)
+        return cls(config, device, client if exists else None)
 
     @property
     def dimension(self) -> int:
@@ -162,11 +157,6 @@ class QdrantKnowledgeStore(KnowledgeStore):
                 raise self._changed_meanwhile() from error
         return vectors[rows].to(self.device)
 
-    @property
-    def is_kept_elsewhere(self) -> bool:
-        """Whether the server holds the store just as it is."""
-        return self.config.url is not None and not self._is_own
-
     def build_report(self) -> dict[str, Any]:
         """Return the name of the collection."""
         return {"collection": self.config.collection}
@@ -174,7 +164,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
     def save(self, directory: Path) -> None:
         """Write the passages that pass the filter into an embedded Qdrant, whose folder replaces the old."""
         with replace_directory_atomically(directory) as target:
-            client = new_folder(target)
+            client = QdrantClient(path=str(target))
             try:
                 create_collection(client, self.config.collection, max(self.dimension, 1), describe(self))
                 copy_store(self, client, self.config.collection, self.config.batch_size)
@@ -183,14 +173,8 @@ class QdrantKnowledgeStore(KnowledgeStore):
             seal_folder(target)
 
     @classmethod
-    def load(
-        cls, directory: Path, config: QdrantStoreConfig | None = None, *, device: torch.device | str = "cpu"
-    ) -> QdrantKnowledgeStore:
-        """Read a store that `save` wrote; its folder stays locked against other processes as long as it is in use.
-
-        Raises:
-            KnowledgeStoreError: The directory holds no store, a damaged one, or is in use.
-        """
+    def load(cls, directory: Path, config: Any = None, *, device: torch.device | str = "cpu") -> Self:
+        """Read a store that `save` wrote; its folder stays locked against other processes as long as it is in use."""
         client = open_folder(directory, version_of_folder(directory))
         config = config or QdrantStoreConfig(path=str(directory))
         if not client.collection_exists(config.collection):
@@ -200,6 +184,52 @@ class QdrantKnowledgeStore(KnowledgeStore):
                 "Set rag_system.knowledge_store.collection.",
             )
         return cls(config, device, client)
+
+    @property
+    def is_kept_elsewhere(self) -> bool:
+        """Whether the server holds the store just as it is."""
+        return self.config.url is not None and not self._is_own
+
+    def require_own_place(self, config: QdrantStoreConfig) -> None:
+        """Refuse a server's collection that fedrag did not write."""
+        if config.url is not None:
+            _published_collection(connect(config), config)
+
+    def publish(self, source: KnowledgeStore, config: QdrantStoreConfig) -> KnowledgeStore:
+        """Write a store into a new collection, and let the configured name point to it when it is complete.
+
+        Whoever searches sees the old passages or the new ones, never half; the old collection is removed afterwards.
+        """
+        if config.url is None:
+            return super().publish(source, config)
+        server, name = connect(config), f"{config.collection}-{uuid.uuid4().hex[:8]}"
+        old = _published_collection(server, config)
+        with qdrant_errors(config.url):
+            try:
+                create_collection(server, name, source.dimension, describe(source))
+                create_filter_indexes(server, name, config.filter)
+                copy_store(source, server, name, config.batch_size)
+                _point_to(server, config.collection, name, replaces=old is not None)
+            except BaseException:
+                # The first error is the one to report.
+                with contextlib.suppress(Exception):
+                    server.delete_collection(name)
+                raise
+            if old is not None:
+                server.delete_collection(old)
+        return QdrantKnowledgeStore(config, client=server)
+
+    def refresh_place(self, config: QdrantStoreConfig) -> None:
+        """Let the server find what passes a filter with which the collection was not published."""
+        if config.url is None or not config.filter:
+            return
+        server = connect(config)
+        name = _published_collection(server, config)
+        with qdrant_errors(config.url):
+            if name is not None:
+                known = server.get_collection(name).payload_schema or {}
+                missing = {key: value for key, value in config.filter.items() if payload_key(key) not in known}
+                create_filter_indexes(server, name, missing)
 
     @property
     def _place(self) -> str:
@@ -284,3 +314,27 @@ class QdrantKnowledgeStore(KnowledgeStore):
     def _number(self, start: int) -> None:
         for position in range(start, len(self._passages)):
             self._position_of[point_id(self._passages.nodes[position].id)] = position
+
+
+def _published_collection(server: QdrantClient, config: QdrantStoreConfig) -> str | None:
+    """Return the collection that the configured name points to; None where nothing has this name yet.
+
+    Raises:
+        ConnectionFailedError: The server cannot be reached, or refuses the key.
+        KnowledgeStoreError: The name belongs to a collection that fedrag did not write.
+    """
+    with qdrant_errors(config.url or ""):
+        aliases = server.get_aliases().aliases
+        old = next((entry.collection_name for entry in aliases if entry.alias_name == config.collection), None)
+        if old is None and server.collection_exists(config.collection):
+            raise KnowledgeStoreError(
+                f"'{config.collection}' is a collection of its own, which fedrag did not write and leaves alone.",
+                "Set rag_system.knowledge_store.collection to another name.",
+            )
+    return old
+
+
+def _point_to(server: QdrantClient, alias: str, name: str, *, replaces: bool) -> None:
+    create = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=name, alias_name=alias))
+    delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias))
+    server.update_collection_aliases([delete, create] if replaces else [create])

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Router
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Router
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from fedrag_cli.errors import DataError
 from fedrag_cli.rag.config import SentenceTransformerConfig
-from fedrag_cli.rag.lengths import Lengths, measure_texts, set_length_limit
+from fedrag_cli.rag.lengths import Lengths
 from fedrag_cli.rag.models import (
     FingerprintMemory,
     choose_device,
@@ -25,19 +30,18 @@ from fedrag_cli.rag.models import (
     model_errors,
     require_vocabulary,
 )
-from fedrag_cli.rag.retrievers.own_prompts import (
-    pools_without_prompt,
-    prompted_features,
-    prompts_note,
-    take_texts_as_text,
-    with_own_prompts,
-)
-from fedrag_cli.rag.retrievers.structure import structure_fingerprint
+from fedrag_cli.rag.retrievers.base import Progress, TrainableRetriever
+from fedrag_cli.rag.retrievers.length_limits import measure_texts, set_length_limit
 
-Progress = Callable[[int], None]
+# Names under which models declare prompts, in the order in which sentence-transformers looks for them.
+_QUERY_NAMES = ("query",)
+_PASSAGE_NAMES = ("document", "passage", "corpus")
+# Tokenizers differ in capitals, accents, spaces, punctuation, long words and other writings.
+_PROBE = "Éclair  naïve CAFÉ, don't\n42.5% internationalization's Straße 東京 мир 🦉"
+_structures: WeakKeyDictionary[SentenceTransformer, str] = WeakKeyDictionary()
 
 
-class SentenceTransformerRetriever:
+class SentenceTransformerRetriever(TrainableRetriever):
     """Encodes queries and passages with one shared encoder or with two.
 
     Args:
@@ -45,6 +49,9 @@ class SentenceTransformerRetriever:
         passage_encoder: Encoder of passages; the same object where the encoder is shared.
         config: Prompts, similarity and batch size; prompts that it leaves open are those that the encoders declare.
     """
+
+    query_encoder: SentenceTransformer
+    passage_encoder: SentenceTransformer
 
     def __init__(
         self,
@@ -55,31 +62,30 @@ class SentenceTransformerRetriever:
         """Put both encoders in eval mode, settle the prompts, and take control tokens in texts as text."""
         self.query_encoder = query_encoder.eval()
         self.passage_encoder = (passage_encoder or query_encoder).eval()
-        self.config = with_own_prompts(
+        self.config = _with_own_prompts(
             config or SentenceTransformerConfig(model="model"), self.query_encoder, self.passage_encoder
         )
         for encoder in (self.query_encoder, self.passage_encoder):
-            take_texts_as_text(encoder, (self.query_prompt, self.passage_prompt))
-        self.notes: tuple[str, ...] = ()
-        """What is worth knowing about how the models were loaded, a line each."""
+            _take_texts_as_text(encoder, (self.query_prompt, self.passage_prompt))
         self._memory_of_passages, self._memory_of_queries = FingerprintMemory(), FingerprintMemory()
 
     @classmethod
     def from_config(cls, config: SentenceTransformerConfig, *, device: str = "auto") -> SentenceTransformerRetriever:
-        """Load one or two encoders.
-
-        A model saved by this class with two encoders (a Router) is taken apart into the two again.
-
-        Raises:
-            ModelError: A model is missing or broken.
-        """
+        """Load one or two encoders; a Router of two, as this class saves it, is taken apart. Raises ModelError."""
         if config.model is None:
             query = _load(config.query_model or "", config, device)
             retriever = cls(query, _load(config.passage_model or "", config, device), config)
         else:
             model = _load(config.model, config, device)
-            retriever = cls(*_parts(model), with_own_prompts(config, model, model))
-        retriever.notes = tuple(filter(None, [prompts_note(config, retriever.config)]))
+            retriever = cls(*_encoders_of(model), _with_own_prompts(config, model, model))
+        own = [
+            f"{getattr(retriever.config, name)!r} before {texts}"
+            for name, texts in (("query_prompt", "queries"), ("passage_prompt", "passages"))
+            if getattr(config, name) is None and getattr(retriever.config, name)
+        ]
+        if own:
+            settings = "query_prompt and passage_prompt change them"
+            retriever.notes = (f"The retriever's own prompts are used: {', '.join(own)} ({settings}).",)
         return retriever
 
     @property
@@ -93,9 +99,11 @@ class SentenceTransformerRetriever:
         return self.config.passage_prompt or ""
 
     @property
-    def is_shared(self) -> bool:
-        """Whether queries and passages use the same encoder."""
-        return self.query_encoder is self.passage_encoder
+    def settings(self) -> Mapping[str, Any]:
+        """What embeddings depend on beside the weights."""
+        names = ("similarity", "query_prompt", "passage_prompt")
+        own = {name: getattr(self.config, name) for name in names}
+        return own | {"max_length": self.query_encoder.max_seq_length}
 
     @property
     def dimension(self) -> int:
@@ -114,12 +122,7 @@ class SentenceTransformerRetriever:
             self.query_encoder = copy.deepcopy(self.passage_encoder)
 
     def with_query_encoder(self, encoder: SentenceTransformer, *, shared: bool) -> SentenceTransformerRetriever:
-        """Return a retriever with the same settings around another query encoder.
-
-        Args:
-            encoder: The other encoder.
-            shared: Whether it encodes the passages too; otherwise the passage encoder stays.
-        """
+        """Return a retriever with the same settings around another query encoder, of passages too where shared."""
         return SentenceTransformerRetriever(encoder, encoder if shared else self.passage_encoder, self.config)
 
     def fingerprint(self) -> str:
@@ -138,55 +141,53 @@ class SentenceTransformerRetriever:
         settings: tuple[object, ...] = (
             prompt, encoder.max_seq_length, self.config.similarity, structure_fingerprint(encoder)
         )  # fmt: skip
-        if prompt and pools_without_prompt(encoder):
+        if prompt and _pools_without_prompt(encoder):
             # Stores that were filled while the prompt was pooled like the text must not pass for these.
             settings = (*settings, "prompt not pooled")
-        return f"{memory.fingerprint(encoder)}-{_short_hash(settings)}"
+        return f"{memory.fingerprint(encoder)}-{_short_hash(repr(settings))}"
 
     def encode_queries(self, queries: Sequence[str], progress: Progress | None = None) -> Tensor:
         """Encode queries without gradient; see `encode_passages`."""
         return self._encode(self.query_encoder, queries, self.query_prompt, progress)
 
     def encode_passages(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
-        """Encode passages without gradient.
-
-        Args:
-            texts: The passages.
-            progress: Called with the number of texts done after each batch.
-
-        Returns:
-            float32 tensor of shape (len(texts), dimension), on the encoder's device; of unit length where the
-            similarity is cosine.
-        """
+        """Encode passages without gradient, to unit length where the similarity is cosine; see `Retriever`."""
         return self._encode(self.passage_encoder, texts, self.passage_prompt, progress)
+
+    def passage_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
+        """Encode passages without gradient, one batch after the other, the longest texts first; see `Retriever`."""
+        return self._batches(self.passage_encoder, texts, self.passage_prompt)
 
     def features(self, texts: Sequence[str], *, queries: bool) -> dict[str, Any]:
         """Tokenise texts for a forward pass with gradient, prompts included."""
-        encoder, prompt = (
-            (self.query_encoder, self.query_prompt) if queries else (self.passage_encoder, self.passage_prompt)
-        )
+        encoder, prompt = self._side(queries)
         return prompted_features(encoder, texts, prompt)
 
-    def embed(self, encoder: SentenceTransformer, features: Mapping[str, Any]) -> Tensor:
-        """Run an encoder on tokenised texts, with gradient where the caller allows it.
-
-        Returns:
-            float32 tensor of shape (texts, dimension); of unit length where the similarity is cosine.
-        """
+    def embed(self, encoder: Any, features: Mapping[str, Any]) -> Tensor:
+        """Run an encoder on tokenised texts, with gradient where the caller allows it; returns as `encode_passages`."""
         embeddings: Tensor = encoder(dict(features))["sentence_embedding"].float()
         return functional.normalize(embeddings, dim=-1) if self.config.similarity == "cosine" else embeddings
 
-    def passage_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
-        """Encode passages without gradient, one batch after the other, the longest texts first.
+    def measure(self, texts: Sequence[str], kind: str, *, queries: bool) -> Lengths:
+        """Measure queries or passages beside the encoder's limit, prompts included."""
+        encoder, prompt = self._side(queries)
+        return measure_texts(encoder, [prompt + text for text in texts], kind, splittable=not queries)
 
-        Args:
-            texts: The passages.
+    def save(self, directory: Path) -> None:
+        """Write the encoder, or a Router of the two, loadable by `SentenceTransformer(directory)`.
 
-        Yields:
-            The positions of a batch's texts, and their embeddings as `encode_passages` returns them. Leaving out the
-            texts of the first batches gives the others in the same batches.
+        Its `encode_query` and `encode_document` use the encoder and the prompt of queries and of passages.
         """
-        return self._batches(self.passage_encoder, texts, self.passage_prompt)
+        prompts = {"query": self.query_prompt, "document": self.passage_prompt}
+        model = self.query_encoder
+        if not self.is_shared:
+            router = Router.for_query_document(list(self.query_encoder), list(self.passage_encoder))
+            model = SentenceTransformer(modules=[router], device=str(self.device))
+        model.prompts = prompts
+        model.save(str(directory), create_model_card=False)
+
+    def _side(self, queries: bool) -> tuple[SentenceTransformer, str]:
+        return (self.query_encoder, self.query_prompt) if queries else (self.passage_encoder, self.passage_prompt)
 
     def _encode(
         self, encoder: SentenceTransformer, texts: Sequence[str], prompt: str, progress: Progress | None
@@ -207,53 +208,84 @@ class SentenceTransformerRetriever:
     def _batches(
         self, encoder: SentenceTransformer, texts: Sequence[str], prompt: str
     ) -> Iterator[tuple[list[int], Tensor]]:
-        blank = [position for position, text in enumerate(texts) if not text.strip()]
-        if blank:
-            raise DataError(f"Text {blank[0]} to encode is empty.", "Remove empty questions and passages.")
+        blank = next((position for position, text in enumerate(texts) if not text.strip()), None)
+        if blank is not None:
+            raise DataError(f"Text {blank} to encode is empty.", "Remove empty questions and passages.")
         was_training = encoder.training
         encoder.eval()
         # Texts of similar length go together, so that little is computed on padding.
-        order = sorted(range(len(texts)), key=lambda position: (-len(texts[position]), position))
+        order = sorted(range(len(texts)), key=lambda position: -len(texts[position]))
         try:
-            for batch in _chunks(order, self.config.batch_size):
+            for start in range(0, len(order), self.config.batch_size):
+                batch = order[start : start + self.config.batch_size]
                 features = prompted_features(encoder, [texts[position] for position in batch], prompt)
-                yield batch, self.embed(encoder, _to_device(features, self.device))
+                placed = {
+                    name: value.to(self.device) if isinstance(value, Tensor) else value
+                    for name, value in features.items()
+                }
+                yield batch, self.embed(encoder, placed)
         finally:
             encoder.train(was_training)
 
-    def measure(self, texts: Sequence[str], kind: str, *, queries: bool) -> Lengths:
-        """Measure texts beside the encoder's limit, prompts included.
 
-        Args:
-            texts: Queries or passages.
-            kind: What they are called in messages.
-            queries: Which of the two they are.
-        """
-        encoder = self.query_encoder if queries else self.passage_encoder
-        prompt = self.query_prompt if queries else self.passage_prompt
-        return measure_texts(encoder, [prompt + text for text in texts], kind, splittable=not queries)
-
-    def count_truncated(self, texts: Sequence[str], *, queries: bool) -> int:
-        """Count the texts that are longer than the encoder's limit, prompts included."""
-        return self.measure(texts, "queries" if queries else "passages", queries=queries).truncated
-
-    def save(self, directory: Path) -> None:
-        """Write the encoder, or a Router of the two, loadable by `SentenceTransformer(directory)`.
-
-        Its `encode_query` and `encode_document` use the encoder and the prompt of queries and of passages.
-        """
-        prompts = {"query": self.query_prompt, "document": self.passage_prompt}
-        if self.is_shared:
-            self.query_encoder.prompts = prompts
-            self.query_encoder.save(str(directory), create_model_card=False)
-            return
-        router = Router.for_query_document(list(self.query_encoder), list(self.passage_encoder))
-        SentenceTransformer(modules=[router], device=str(self.device), prompts=prompts).save(
-            str(directory), create_model_card=False
-        )
+def prompted_features(encoder: SentenceTransformer, texts: Sequence[str], prompt: str) -> dict[str, Any]:
+    """Tokenise texts with a prompt before each."""
+    if prompt and _pools_without_prompt(encoder):
+        return dict(encoder.preprocess(list(texts), prompt=prompt))
+    return dict(encoder.preprocess([prompt + text for text in texts]))
 
 
-def _parts(model: SentenceTransformer) -> tuple[SentenceTransformer, SentenceTransformer]:
+def structure_fingerprint(encoder: SentenceTransformer) -> str:
+    """Return a hash of an encoder's modules, their settings such as the pooling, and its tokenizer.
+
+    It is the same for an encoder that was saved and loaded again.
+    """
+    if encoder not in _structures:
+        # The first module's settings are those of a library's version; its weights and tokens tell what it does.
+        modules = [
+            [type(module).__name__, {} if isinstance(module, Transformer) else module.get_config_dict()]
+            for module in encoder
+        ]
+        ids = encoder.preprocess([_PROBE]).get("input_ids")
+        tokens = ids.flatten().tolist() if ids is not None else []
+        _structures[encoder] = _short_hash(json.dumps([modules, tokens], sort_keys=True, default=str))
+    return _structures[encoder]
+
+
+def _with_own_prompts(
+    config: SentenceTransformerConfig, query_model: SentenceTransformer, passage_model: SentenceTransformer
+) -> SentenceTransformerConfig:
+    """Return a config without open prompts: what it leaves open is what the models declare, or nothing.
+
+    `default_prompt_name` does not count, as in `encode_query`.
+    """
+
+    def declared(model: SentenceTransformer, names: Sequence[str]) -> str:
+        return next((str(model.prompts[name]) for name in names if model.prompts.get(name)), "")
+
+    query, passage = config.query_prompt, config.passage_prompt
+    return dataclasses.replace(
+        config,
+        query_prompt=query if query is not None else declared(query_model, _QUERY_NAMES),
+        passage_prompt=passage if passage is not None else declared(passage_model, _PASSAGE_NAMES),
+    )
+
+
+def _take_texts_as_text(encoder: SentenceTransformer, prompts: Sequence[str]) -> None:
+    """Let an encoder's tokenizer split control tokens in texts, such as [SEP], unless a prompt has some of its own."""
+    for module in encoder.modules():
+        tokenizer = getattr(module, "tokenizer", None)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            special = tokenizer.all_special_tokens
+            tokenizer.split_special_tokens = not any(token in prompt for token in special for prompt in prompts)
+
+
+def _pools_without_prompt(encoder: SentenceTransformer) -> bool:
+    """Return whether a model leaves the tokens of its prompt out of the embedding, as Instructor does."""
+    return any(isinstance(module, Pooling) and not module.include_prompt for module in encoder)
+
+
+def _encoders_of(model: SentenceTransformer) -> tuple[SentenceTransformer, SentenceTransformer]:
     """Return the encoders of queries and of passages, which are one where the model is no Router of two."""
     if not isinstance(model[0], Router):
         return model, model
@@ -268,15 +300,14 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
     location = locate_model(reference)
     target = choose_device(device)
     with model_errors(location, "retriever"):
+        dtype = choose_dtype(config.dtype, target, small=True, setting="rag_system.retriever.dtype")
         model = SentenceTransformer(
             location.name_or_path,
             device=str(target),
             revision=config.revision,
             local_files_only=location.is_local,
             trust_remote_code=config.trust_remote_code,
-            model_kwargs={
-                "dtype": choose_dtype(config.dtype, target, small=True, setting="rag_system.retriever.dtype")
-            },
+            model_kwargs={"dtype": dtype},
         )
         for module in model.modules():
             require_vocabulary(getattr(module, "tokenizer", None))
@@ -284,14 +315,5 @@ def _load(reference: str, config: SentenceTransformerConfig, device: str) -> Sen
     return model
 
 
-def _chunks(positions: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(positions), size):
-        yield positions[start : start + size]
-
-
-def _to_device(features: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
-
-
-def _short_hash(settings: tuple[object, ...]) -> str:
-    return hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

@@ -1,12 +1,13 @@
 """Trainers that run on transformers.Trainer."""
 
-from fedrag_cli.trainers.huggingface.contrastive import HuggingFaceTrainerForContrastive
-from fedrag_cli.trainers.huggingface.emdr2 import HuggingFaceTrainerForEMDR2
-from fedrag_cli.trainers.huggingface.loop import HuggingFaceTrainerForLOOP
-from fedrag_cli.trainers.huggingface.lsr import HuggingFaceTrainerForLSR
-from fedrag_cli.trainers.huggingface.pdist import HuggingFaceTrainerForPDist
-from fedrag_cli.trainers.huggingface.raft import HuggingFaceTrainerForRAFT
-from fedrag_cli.trainers.huggingface.ralt import HuggingFaceTrainerForRALT
+from fedrag_cli.trainers.huggingface.generator import HuggingFaceTrainerForRAFT, HuggingFaceTrainerForRALT
+from fedrag_cli.trainers.huggingface.lm_supervision import (
+    HuggingFaceTrainerForEMDR2,
+    HuggingFaceTrainerForLOOP,
+    HuggingFaceTrainerForLSR,
+    HuggingFaceTrainerForPDist,
+)
+from fedrag_cli.trainers.huggingface.retriever import HuggingFaceTrainerForContrastive
 
 __all__ = [
     "HuggingFaceTrainerForContrastive",

@@ -1,4 +1,4 @@
-"""What both trainers share: data, the training loop, checkpoints and the checks before and after."""
+"""What both trainers share: data, arguments, checkpoints and the checks before and after."""
 
 from __future__ import annotations
 
@@ -11,32 +11,137 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
+from fedrag_cli.config.fields import LOWER_IS_BETTER
 from fedrag_cli.data.examples import Example, examples_from_dataset, load_examples
 from fedrag_cli.data.relevance import judged_examples
-from fedrag_cli.errors import ConfigError, DataError, RunInterruptedError
+from fedrag_cli.errors import ConfigError, DataError, ModelError, RunInterruptedError, TrainingError
 from fedrag_cli.losses import proximal_penalty
-from fedrag_cli.rag.models import tensors_fingerprint
+from fedrag_cli.rag.models import has_fast_bfloat16, require_bfloat16, tensors_fingerprint
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.atomic import os_errors
 from fedrag_cli.runs.checkpoints import latest_checkpoint
+from fedrag_cli.runs.files import os_errors
 from fedrag_cli.runs.interrupt import deferred_interrupts
+from fedrag_cli.runs.launch import process_count
 from fedrag_cli.runs.processes import join_processes
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.runs.reporter import Reporter, SilentReporter
 from fedrag_cli.trainers.base import BaseTrainer, TrainResult
 from fedrag_cli.trainers.config import TrainingConfig
-from fedrag_cli.trainers.huggingface.arguments import mixed_precision, training_arguments
 from fedrag_cli.trainers.huggingface.checks import (
+    PhaseStart,
+    StepDiagnostics,
     copy_weights,
     require_finite,
     require_moved,
     require_trainable,
     trainable,
 )
-from fedrag_cli.trainers.huggingface.diagnostics import StepDiagnostics
-from fedrag_cli.trainers.huggingface.movement import PhaseStart
-from fedrag_cli.trainers.huggingface.schedule import ScheduleCallback
-from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches, Instances, LossFunction, TrainingLoop
+from fedrag_cli.trainers.huggingface.training_loop import (
+    IGNORED,
+    Batches,
+    Instances,
+    LossFunction,
+    ScheduleCallback,
+    TrainingLoop,
+)
+
+
+def training_arguments(
+    config: TrainingConfig,
+    *,
+    directory: Path,
+    seed: int,
+    device: torch.device,
+    report_to: tuple[str, ...] = (),
+    unused_parameters: bool = False,
+) -> TrainingArguments:
+    """Return the arguments of transformers.Trainer for a trainer's settings.
+
+    Validation and checkpoints are scheduled by `schedule.py`; the arguments only allow them.
+
+    Args:
+        config: The trainer's settings.
+        directory: Where checkpoints go.
+        seed: Seed of data order and dropout.
+        device: Where the model is.
+        report_to: Experiment trackers.
+        unused_parameters: Whether the loss may leave trained parameters out, which several processes must know.
+
+    Raises:
+        TrainingError: The learning rate is not above 0.
+        ModelError: The device cannot compute in the wanted precision.
+    """
+    if config.learning_rate <= 0:
+        raise TrainingError(
+            f"The learning rate is {config.learning_rate}, so training could not move a weight.",
+            "Set learning_rate above 0, for instance 2e-5 for a retriever or 2e-4 for LoRA.",
+        )
+    precision = mixed_precision(config.precision, device)
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        seed=seed,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        optim=config.optimizer,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        activation_checkpointing=config.gradient_checkpointing,
+        use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and process_count() > 1 else None,
+        ddp_find_unused_parameters=unused_parameters,
+        ddp_broadcast_buffers=False,
+        dataloader_pin_memory=device.type == "cuda",
+        # The mean loss, the check for NaN and an exact resume need every step; `log_every` thins the records only.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=10**9,
+        metric_for_best_model=config.validation.metric or "loss",
+        greater_is_better=(config.validation.metric or "loss") not in LOWER_IS_BETTER,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=list(report_to) or "none",
+        log_level="error",
+    )
+    # Several devices are for a launcher, with a process each; without it the model stays on the one it is on.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cuda" and device.index is not None and process_count() == 1:
+        _place(arguments, device)
+    return arguments
+
+
+def _place(arguments: TrainingArguments, device: torch.device) -> None:
+    """Let transformers.Trainer and accelerate train on a device; by themselves they take the first one they see.
+
+    Both keep their choice once it is made: transformers in a cached property, accelerate in its shared state. What asks
+    for `cuda` without a number gets the current device.
+    """
+    torch.cuda.set_device(device)
+    vars(arguments)["_setup_devices"] = device
+    arguments.distributed_state.device = device
+
+
+def mixed_precision(precision: str, device: torch.device) -> str:
+    """Return the number format that a trainer's `precision` means on a device; raises ModelError where it has none."""
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
+    if precision == "fast":
+        return "bfloat16" if has_fast_bfloat16(device) else "float32"
+    if precision == "float16" and device.type != "cuda":
+        raise ModelError(
+            f"precision: float16 needs a cuda device, but the model is on {device.type}.", "Set precision: auto."
+        )
+    if precision == "bfloat16":
+        require_bfloat16(device, "The precision of training")
+    return precision
 
 
 class ExtraMetrics(Protocol):
@@ -83,7 +188,7 @@ class HuggingFaceTrainer(BaseTrainer):
         self.config = config or self._config_of(rag_system)
         self.seed = seed if seed is not None else rag_system.config.run.seed if rag_system.config else 42
         self.processes = join_processes(lambda: rag_system.retriever.device)
-        self.reporter: Reporter = reporter if reporter and self.processes.is_main else SilentReporter()
+        self.reporter: Reporter = reporter if reporter and self.processes.is_rank_0 else SilentReporter()
         self.train_examples = self._examples(train_dataset, "train")
         self.validation_examples = self._examples(validation_dataset, "validation")
         self.extra_validation: ExtraMetrics | None = None
@@ -202,12 +307,12 @@ class HuggingFaceTrainer(BaseTrainer):
         if checkpoints is not None:
             return self._train_in(checkpoints, name, started, lasting=True, finish=finish)
         with tempfile.TemporaryDirectory(prefix="fedrag-") as directory:
-            shared = self.processes.main_does(lambda: Path(directory))
+            shared = self.processes.run_on_rank_0(lambda: Path(directory))
             return self._train_in(shared, name, started, lasting=False, finish=finish)
 
     def _train_in(self, directory: Path, phase: str, started: float, *, lasting: bool, finish: bool) -> TrainResult:
-        resuming = self.processes.main_does(lambda: _newest_in(directory))
-        start = PhaseStart(self.model, directory, writes=self.processes.is_main)
+        resuming = self.processes.run_on_rank_0(lambda: _newest_in(directory))
+        start = PhaseStart(self.model, directory, writes=self.processes.is_rank_0)
         instances = self._prepare_once(self.cache_directory or (directory if lasting else None), resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
@@ -239,7 +344,7 @@ class HuggingFaceTrainer(BaseTrainer):
         if self.config.validation.keep_best and callback.validates:
             loop.load_best()
         # A folder that does not last may go when all have read the best weights.
-        self.processes.meet()
+        self.processes.barrier()
         self.model.eval()
         require_moved(start.fingerprint, tensors_fingerprint(trainable(self.model)), self.what, loop.state.log_history)
         require_finite(self.model, self.what)
@@ -272,20 +377,20 @@ class HuggingFaceTrainer(BaseTrainer):
         )
 
     def _prepare_once(self, cache_directory: Path | None, resuming: Path | None) -> Sequence[Any]:
-        instances, prepared = self.processes.main_does(
+        instances, prepared = self.processes.run_on_rank_0(
             lambda: (self._prepare(cache_directory, resuming), self._prepared())
         )
-        if not self.processes.is_main:
+        if not self.processes.is_rank_0:
             self._take_over(prepared, resuming)
         return instances
 
     def _validate_once(self) -> dict[str, float]:
-        if not self.processes.is_main:
+        if not self.processes.is_rank_0:
             self._on_validation()
-        return self.processes.main_does(self.validate)
+        return self.processes.run_on_rank_0(self.validate)
 
     def _collate_share(self, instances: list[Any]) -> dict[str, Any]:
-        own = self.processes.share_of(instances)
+        own = self.processes.shard(instances)
         if own:
             return self._collate(list(own))
         # Gradients are averaged over all processes, so one without an instance takes part with one that has no loss.

@@ -1,11 +1,8 @@
-"""What the objectives share in which the frozen language model teaches the retriever: its likelihoods, and the index.
-
-LSR, perplexity distillation, EMDR2 and LOOP retrieve top_k passages for a query, score the answer with the language
-model, and differ in what they make of the two rows of numbers.
-"""
+"""The objectives in which the frozen language model teaches the retriever."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,9 +15,10 @@ from torch import Tensor
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.rag.prompts import TruncationCount
+from fedrag_cli.losses import emdr2_loss, loop_loss, lsr_loss
+from fedrag_cli.rag.lengths import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.trainers.config import LMSupervisedConfig
+from fedrag_cli.trainers.config import EMDR2Config, LMSupervisedConfig, LOOPConfig, LSRConfig, PDistConfig
 from fedrag_cli.trainers.huggingface.checks import require_peaked_targets
 from fedrag_cli.trainers.huggingface.retriever import HuggingFaceTrainerForRetriever
 from fedrag_cli.trainers.huggingface.scoring import LikelihoodScorer
@@ -42,7 +40,6 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         super().__init__(rag_system, *args, **kwargs)
         self._scorer: LikelihoodScorer | None = None
         self._truncation = TruncationCount()
-        self._prompt_tokens = 0
 
     @property
     @abstractmethod
@@ -123,7 +120,7 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
         embeddings = self._retriever.encode_queries([example.query for example in self.train_examples])
         positions = store.search_positions(embeddings, self.config.top_k)[1]
         scores = self._lm_scores(self.train_examples, positions, show=True)
-        self._truncation, self._prompt_tokens = self._scoring().truncation, self._scoring().prompt_tokens
+        self._truncation = dataclasses.replace(self._scoring().truncation)
         require_peaked_targets(self._log_targets(scores).exp(), getattr(self.config, "lm_temperature", None))
         self._restore_index(resuming)
         return range(len(self.train_examples))
@@ -157,8 +154,8 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     def _exchange_likelihoods(self) -> None:
         """Let each process know what the others have scored, and the main one keep it for a resume."""
         cache = self._scoring().cache
-        for number, scored in enumerate(self.processes.gather(cache.take_new())):
-            if number != self.processes.number and scored:
+        for number, scored in enumerate(self.processes.all_gather(cache.take_new())):
+            if number != self.processes.rank and scored:
                 cache.put(list(scored), list(scored.values()))
         cache.take_new()
 
@@ -171,10 +168,101 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
             save_file({"embeddings": self.rag_system.knowledge_store.embeddings.contiguous()}, directory / INDEX_FILE)
 
     def _counts(self) -> dict[str, Any]:
-        scoring = {**self._truncation.to_dict(), "tokens": self._prompt_tokens}
-        return {"scoring": scoring, "scored_pairs": len(self._scoring().cache)}
+        return {"scoring": self._truncation.to_dict(), "scored_pairs": len(self._scoring().cache)}
 
 
 def _entropy(log_probabilities: Tensor) -> float:
     """Return the mean entropy of the rows in nats."""
     return -(log_probabilities.exp() * log_probabilities).sum(dim=1).mean().item()
+
+
+class HuggingFaceTrainerForLSR(HuggingFaceTrainerForLMSupervision):
+    """Tunes the retriever by LM-supervised retrieval; arguments as `HuggingFaceTrainer`.
+
+    With `train: query` queries get a copy of the shared encoder and only that copy is tuned, so the knowledge store
+    never goes stale. With `train: both` the retrieved passages are encoded anew with gradient, and the whole store is
+    refreshed every `refresh_every` steps, before each validation, and at the end.
+    """
+
+    config: LSRConfig
+
+    def _default_config(self) -> LSRConfig:
+        return LSRConfig()
+
+    @property
+    def likelihood(self) -> Literal["mean", "sum"]:
+        """As the config says."""
+        return self.config.likelihood
+
+    def _loss(self, scores: Tensor, lm_scores: Tensor) -> Tensor:
+        return lsr_loss(
+            scores, lm_scores, self.config.retriever_temperature, self.config.lm_temperature, self.config.divergence
+        )
+
+    def _log_targets(self, lm_scores: Tensor) -> Tensor:
+        return torch.log_softmax(lm_scores / self.config.lm_temperature, dim=1)
+
+
+class HuggingFaceTrainerForPDist(HuggingFaceTrainerForLMSupervision):
+    """Tunes the retriever by perplexity distillation; arguments as `HuggingFaceTrainer`."""
+
+    config: PDistConfig
+
+    def _default_config(self) -> PDistConfig:
+        return PDistConfig()
+
+    @property
+    def likelihood(self) -> Literal["mean", "sum"]:
+        """The mean, which is minus the logarithm of the perplexity."""
+        return "mean"
+
+    def _loss(self, scores: Tensor, lm_scores: Tensor) -> Tensor:
+        return lsr_loss(scores, lm_scores, self.config.retriever_temperature, self.config.lm_temperature, "forward")
+
+    def _log_targets(self, lm_scores: Tensor) -> Tensor:
+        return torch.log_softmax(lm_scores / self.config.lm_temperature, dim=1)
+
+
+class HuggingFaceTrainerForEMDR2(HuggingFaceTrainerForLMSupervision):
+    """Tunes the retriever by the marginal likelihood of the answer; arguments as `HuggingFaceTrainer`."""
+
+    config: EMDR2Config
+
+    def _default_config(self) -> EMDR2Config:
+        return EMDR2Config()
+
+    @property
+    def likelihood(self) -> Literal["mean", "sum"]:
+        """As the config says."""
+        return self.config.likelihood
+
+    def _loss(self, scores: Tensor, lm_scores: Tensor) -> Tensor:
+        return emdr2_loss(scores, lm_scores, self.config.retriever_temperature)
+
+    def _log_targets(self, lm_scores: Tensor) -> Tensor:
+        # The posterior of the passages under a retriever that prefers none: where it is flat, the gradient is 0.
+        return torch.log_softmax(lm_scores, dim=1)
+
+
+class HuggingFaceTrainerForLOOP(HuggingFaceTrainerForLMSupervision):
+    """Tunes the retriever by leaving one passage out; arguments as `HuggingFaceTrainer`."""
+
+    config: LOOPConfig
+
+    def _default_config(self) -> LOOPConfig:
+        return LOOPConfig()
+
+    @property
+    def likelihood(self) -> Literal["mean", "sum"]:
+        """As the config says."""
+        return self.config.likelihood
+
+    def _contexts(self, nodes: Sequence[KnowledgeNode]) -> list[Sequence[KnowledgeNode]]:
+        """Return, for each passage, all others, best first."""
+        return [[*nodes[:left_out], *nodes[left_out + 1 :]] for left_out in range(len(nodes))]
+
+    def _loss(self, scores: Tensor, lm_scores: Tensor) -> Tensor:
+        return loop_loss(scores, lm_scores, self.config.retriever_temperature, self.config.lm_temperature)
+
+    def _log_targets(self, lm_scores: Tensor) -> Tensor:
+        return torch.log_softmax(-lm_scores / self.config.lm_temperature, dim=1)

@@ -17,12 +17,10 @@ from torch import Tensor
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import DataError, TrainingError
-from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.generators.likelihood import TokenPair
-from fedrag_cli.rag.prompts import EncodedPrompt, TruncationCount
-from fedrag_cli.runs.atomic import os_errors
-from fedrag_cli.runs.json_lines import append_line, whole_lines
-from fedrag_cli.runs.reporting import Reporter, SilentReporter
+from fedrag_cli.rag.generators.base import Generator, TokenPair
+from fedrag_cli.rag.lengths import TruncationCount
+from fedrag_cli.runs.files import append_line, os_errors, whole_lines
+from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
 Pair = tuple[Example, Sequence[KnowledgeNode]]
 
@@ -93,28 +91,21 @@ class LikelihoodScorer:
         cache_directory: Where the cache file goes; without it the cache lives in memory.
     """
 
-    def __init__(self, generator: CausalLMGenerator, cache_directory: Path | None = None) -> None:
+    def __init__(self, generator: Generator, cache_directory: Path | None = None) -> None:
         """Open the cache that belongs to the generator's weights and prompt."""
         self.generator = generator
         self.fingerprint = generator.fingerprint()
-        self.prompt_tokens = 0
-        """Tokens of all prompts so far, before they were cut."""
+        self.truncation = TruncationCount()
+        """How many of the prompts so far were cut."""
         self._identified: dict[tuple[str, ...], tuple[str, int]] = {}
-        self._truncated: dict[tuple[str, ...], EncodedPrompt] = {}
         self._cache_directory = cache_directory
         path = cache_directory / f"likelihoods-{self._identity()}.jsonl" if cache_directory is not None else None
         self.cache = LikelihoodCache(path)
 
-    def serves(self, generator: CausalLMGenerator, cache_directory: Path | None) -> bool:
+    def serves(self, generator: Generator, cache_directory: Path | None) -> bool:
         """Return whether this scorer's likelihoods are those of a generator as it is now, kept in the given folder."""
         same_place = cache_directory == self._cache_directory
         return same_place and generator is self.generator and generator.fingerprint() == self.fingerprint
-
-    @property
-    def truncation(self) -> TruncationCount:
-        """How many of the prompts so far were cut."""
-        dropped = sum(prompt.dropped_tokens for prompt in self._truncated.values())
-        return TruncationCount(len(self._identified), len(self._truncated), dropped)
 
     def score(self, pairs: Sequence[Pair], reporter: Reporter | None = None) -> tuple[Tensor, Tensor]:
         """Return log p(response | passages, query) and the response's length for each pair.
@@ -129,12 +120,21 @@ class LikelihoodScorer:
         Returns:
             Sums of log-probabilities (float32) and numbers of tokens (int64), each of shape (len(pairs),).
         """
-        known = [self._identify(example, nodes) for example, nodes in pairs]
-        missing = {
-            key: self._encode(example, nodes)
-            for (key, _), (example, nodes) in zip(known, pairs, strict=True)
-            if self.cache.get(key) is None
-        }
+        known: list[tuple[str, int]] = []
+        missing: dict[str, TokenPair] = {}
+        for example, nodes in pairs:
+            texts = (example.query, example.response, self.generator.context(nodes))
+            identity = self._identified.get(texts)
+            if identity is None or self.cache.get(identity[0]) is None:
+                prompt = self.generator.encode_pair(example.query, nodes, example.response, with_end=False)
+                pair = (prompt.ids, prompt.answer)
+                if identity is None:
+                    self.truncation.add(prompt.tokens, prompt.dropped_tokens)
+                    key = hashlib.blake2b(json.dumps(pair).encode(), digest_size=12).hexdigest()
+                    identity = self._identified[texts] = (key, len(prompt.answer))
+                if self.cache.get(identity[0]) is None:
+                    missing[identity[0]] = pair
+            known.append(identity)
         self._score_missing(missing, reporter or SilentReporter())
         totals = torch.tensor([self.cache.get(key) for key, _ in known], dtype=torch.float32)
         return totals, torch.tensor([length for _, length in known])
@@ -154,29 +154,7 @@ class LikelihoodScorer:
         with reporter.task("Scoring answers", len(pairs), "pair") as advance:
             self.generator.log_probs_of_ids(pairs, keep)
 
-    def _identify(self, example: Example, nodes: Sequence[KnowledgeNode]) -> tuple[str, int]:
-        """Return a pair's key in the cache and its number of answer tokens, tokenised only once."""
-        texts = self._texts(example, nodes)
-        if texts not in self._identified:
-            prompt, target = self._encode(example, nodes)
-            self.prompt_tokens += len(prompt)
-            if texts in self._truncated:
-                self.prompt_tokens += self._truncated[texts].dropped_tokens
-            key = hashlib.blake2b(json.dumps([prompt, target]).encode(), digest_size=12).hexdigest()
-            self._identified[texts] = (key, len(target))
-        return self._identified[texts]
-
-    def _encode(self, example: Example, nodes: Sequence[KnowledgeNode]) -> TokenPair:
-        prompt = self.generator.prompts.encode_pair(example.query, nodes, example.response, with_end=False)
-        if prompt.dropped_tokens:
-            self._truncated[self._texts(example, nodes)] = prompt
-        return prompt.ids, prompt.answer
-
-    def _texts(self, example: Example, nodes: Sequence[KnowledgeNode]) -> tuple[str, ...]:
-        return (example.query, example.response, self.generator.prompts.context(nodes))
-
     def _identity(self) -> str:
         # The keys hold the token ids themselves, so the prompt's settings need no mention here.
-        config = self.generator.config
-        settings = [self.fingerprint, config.batch_tokens, self.generator.computes_in_bfloat16]
+        settings = [self.fingerprint, *self.generator.scoring_settings]
         return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()

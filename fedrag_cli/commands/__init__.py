@@ -1,0 +1,1 @@
+"""What each command does: one life cycle of a run, and one file a command."""
