@@ -68,13 +68,7 @@ class RunInterruptedError(FedRAGError):
 
 
 class OtherProcessError(FedRAGError):
-    """Another process of a training that runs in several has failed, and has said why.
-
-    Args:
-        message: Which process, and what is wrong.
-        hint: What to do next.
-        exit_code: That of the process that failed.
-    """
+    """Another process of a training that runs in several has failed, and has said why."""
 
     def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_FAILED) -> None:
         """End with the same code as the process that failed."""

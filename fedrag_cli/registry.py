@@ -11,7 +11,8 @@ Components answer for themselves: nothing else asks for a type by its name. Conf
 - `retriever`: `builder(config, device=)` returns a `rag.retrievers.base.Retriever`.
 - `lexical`: `builder(config, nodes, folder, progress=)` opens or builds a `rag.lexical.LexicalIndex`, or what searches
   and scores passages as it does.
-- `generator`: `builder(config, prompt=, device=, seed=)` returns a `rag.generators.base.Generator`.
+- `generator`: `builder(config, prompt=, device=, seed=)` returns a `rag.generators.base.Generator`. Where one of the
+  two can be tuned, `config.tuned_in(directory)` returns the config of what it has saved there.
 - `knowledge_store`: the config is a `rag.config.KnowledgeStoreConfig`, and `builder(config, device=)` returns a
   `rag.knowledge_stores.base.KnowledgeStore`.
 - `corpus`: `builder(config)` returns a list of `data.nodes.KnowledgeNode`.
@@ -52,7 +53,7 @@ BASES = {
     "retriever": None,
     "lexical": None,
     "generator": None,
-    "knowledge_store": None,
+    "knowledge_store": "fedrag_cli.rag.config.KnowledgeStoreConfig",
     "corpus": None,
     "examples": None,
     "retriever_trainer": "fedrag_cli.trainers.config.RetrieverTrainingConfig",
@@ -130,7 +131,7 @@ class Registry:
                 f"'{self._origin}' registers the {kind} '{name}', which '{taken.origin}' has registered already.",
                 f"Uninstall one of '{self._origin}' and '{taken.origin}'.",
             )
-        # The default alone, because resolving the annotations of all config classes would slow every command's start.
+        # The default alone: resolving the annotations of all config classes would slow every command's start.
         fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
         if not any(field.name == "type" and field.default == name for field in fields):
             raise ConfigError(

@@ -22,11 +22,8 @@ def printable(text: object, limit: int = LONGEST) -> str:
     r"""Return a foreign text on one line, with escapes such as `\x1b` in place of what cannot be seen.
 
     Control and escape codes, line ends, marks that turn the direction of writing, zero-width characters, lone
-    surrogates and unassigned code points all become visible.
-
-    Args:
-        text: A text that came from elsewhere, or anything else, which is shown as Python shows it.
-        limit: Most characters; a longer text is cut, and ends in three dots.
+    surrogates and unassigned code points all become visible. What is longer than the limit is cut, and ends in dots;
+    what is no text is shown as Python shows it.
     """
     # What is cut off costs nothing, however long it is.
     known = text if isinstance(text, str) else _short_repr(text, limit)
@@ -38,14 +35,7 @@ def printable(text: object, limit: int = LONGEST) -> str:
 
 
 def readable(text: str, limit: int | None = None) -> str:
-    """Return a text as it may go to a terminal: line ends and tabs stay, what steers terminals does not.
-
-    For questions, answers and messages of several lines.
-
-    Args:
-        text: The text.
-        limit: Most characters of it that are shown; all by default.
-    """
+    """Return a text, of several lines perhaps, as it may go to a terminal: what steers terminals becomes visible."""
     if limit is not None and len(text) > limit:
         return f"{readable(text[:limit])}..."
     if text.isascii() and text.isprintable():
@@ -106,14 +96,7 @@ LONGEST_CELL = 2000
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), code: Sequence[int] = ()
 ) -> str:
-    """Write a table.
-
-    Args:
-        header: Names of the columns.
-        rows: A text for each column, which is shown as it is and on one line.
-        numbers: Positions of the columns that are aligned right.
-        code: Positions of the columns that are shown as code.
-    """
+    """Return a table in Markdown; `numbers` and `code` are columns that are aligned right or shown as code."""
 
     def shown(cell: str, column: int) -> str:
         if column in code and cell:
@@ -126,7 +109,7 @@ def table(
 
 
 def fenced(text: str, language: str) -> str:
-    """Write lines of code, between more backticks than they have in a row."""
+    """Return lines of code in Markdown, between more backticks than they have in a row."""
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{readable(text).rstrip()}\n{fence}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedrag_cli.config.fields import FileStr, NonEmptyStr, PositiveFloat, config_class
 from fedrag_cli.config.problems import Finding, KeyPath
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class LinesConfig:
     """A text file with a passage or a question a line."""
 
+    encoding: ClassVar[str] = "utf-8"
+    """No setting."""
+
     path: FileStr
     """The file."""
     separator: NonEmptyStr = " | "
@@ -33,7 +36,7 @@ class LinesConfig:
 
     def lines(self) -> list[list[str]]:
         """Return the parts of each line."""
-        return [line.split(self.separator) for line in Path(self.path).read_text(encoding="utf-8").splitlines()]
+        return [line.split(self.separator) for line in Path(self.path).read_text(self.encoding).splitlines()]
 
 
 @config_class

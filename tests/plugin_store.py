@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, check_search
-from fedrag_cli.rag.knowledge_stores.exact_search import top_in_order
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, check_new
 
 
 class PlainStore(KnowledgeStore):
@@ -33,11 +32,6 @@ class PlainStore(KnowledgeStore):
     def delete(self, ids: Sequence[str]) -> int:
         self._passages.remove(ids)
         return sum(self._rows.pop(id, None) is not None for id in ids)
-
-    def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
-        check_search(query_embeddings, top_k, len(self), self.dimension)
-        scores, positions = top_in_order(query_embeddings.detach().float().cpu() @ self.embeddings.cpu().T, top_k)
-        return scores.to(self.device), positions.to(self.device)
 
     def embeddings_at(self, positions: Tensor) -> Tensor:
         rows = [self._rows[node.id] for node in self.nodes_at(positions.flatten().tolist())]

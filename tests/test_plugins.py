@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config
+from fedrag_cli.config.json_schema import config_json_schema
 from fedrag_cli.config.problems import InvalidConfigError
 from fedrag_cli.errors import EXIT_INTERRUPTED, ConfigError
 from fedrag_cli.runs.metrics_log import read_events
@@ -62,14 +63,6 @@ print(build("examples", load_config(sys.argv[1]).dataset.train)[1].response)
 """
 
 
-def package(folder: Path, name: str, source: str) -> Path:
-    """Put a package with a module and an entry point into a folder."""
-    module = name.replace("-", "_")
-    install(folder, name, f"{module}:register")
-    (folder / f"{module}.py").write_text(source, encoding="utf-8")
-    return folder
-
-
 def python(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a process that sees the packages in a folder."""
     command = [sys.executable, "-c", program, *arguments]
@@ -83,7 +76,7 @@ def fedrag(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_plugin_is_listed_validated_and_built(tmp_path: Path) -> None:
-    packages = package(tmp_path / "packages", "fedrag-trivia", PLUGIN)
+    packages = install(tmp_path / "packages", "fedrag-trivia", PLUGIN)
     done = fedrag(packages, "components", "trivia", "--json")
     assert done.returncode == 0, done.stderr
     [component] = json.loads(done.stdout)["components"]
@@ -109,7 +102,7 @@ def test_plugin_is_listed_validated_and_built(tmp_path: Path) -> None:
 
 
 def test_plugin_errors_are_reported_like_those_of_built_in_components(tmp_path: Path) -> None:
-    packages = package(tmp_path / "packages", "fedrag-trivia", PLUGIN)
+    packages = install(tmp_path / "packages", "fedrag-trivia", PLUGIN)
     config = tmp_path / "c.yaml"
     wrong = "  train:\n    type: trivia\n    cuont: 2\n  test: {type: trivai}\n"
     config.write_text(CONFIG.replace("  train: {type: trivia, path: questions, count: 2}\n", wrong), encoding="utf-8")
@@ -133,7 +126,7 @@ def test_plugin_errors_are_reported_like_those_of_built_in_components(tmp_path: 
     ],
 )
 def test_broken_plugin(tmp_path: Path, source: str, reason: str) -> None:
-    packages = package(tmp_path, "fedrag-broken", source)
+    packages = install(tmp_path, "fedrag-broken", source)
     done = fedrag(packages, "components")
     assert done.returncode == 2
     message = f"Error: The plug-in 'fedrag-broken' of 'fedrag-broken' cannot be loaded: {reason}"
@@ -143,7 +136,7 @@ def test_broken_plugin(tmp_path: Path, source: str, reason: str) -> None:
 
 
 def test_plugin_whose_builder_is_missing_is_named_when_it_is_built(tmp_path: Path) -> None:
-    packages = package(tmp_path, "fedrag-trivia", PLUGIN.replace("fedrag_trivia:load", "fedrag_trivia:nothing"))
+    packages = install(tmp_path, "fedrag-trivia", PLUGIN.replace("fedrag_trivia:load", "fedrag_trivia:nothing"))
     assert fedrag(packages, "components").returncode == 0
     config = tmp_path / "c.yaml"
     config.write_text(CONFIG, encoding="utf-8")
@@ -155,8 +148,8 @@ def test_plugin_whose_builder_is_missing_is_named_when_it_is_built(tmp_path: Pat
 
 
 def test_two_plugins_that_register_the_same_name(tmp_path: Path) -> None:
-    package(tmp_path, "fedrag-trivia", PLUGIN)
-    package(tmp_path, "fedrag-xtrivia", PLUGIN)
+    install(tmp_path, "fedrag-trivia", PLUGIN)
+    install(tmp_path, "fedrag-xtrivia", PLUGIN)
     done = fedrag(tmp_path, "components")
     assert done.returncode == 2
     assert "registers the examples 'trivia', which 'fedrag-" in done.stderr
@@ -166,7 +159,7 @@ def test_two_plugins_that_register_the_same_name(tmp_path: Path) -> None:
 @pytest.fixture
 def parts(tmp_path: Path) -> Any:
     """Install the plug-in of `plugin_components`."""
-    with installed(tmp_path / "packages", "fedrag-parts", "plugin_components:register"):
+    with installed(tmp_path / "packages", "fedrag-parts", entry_point="plugin_components:register"):
         yield
 
 
@@ -265,6 +258,15 @@ def test_objective_of_a_plugin_is_checked_as_those_that_it_derives_from(config: 
     load_config(config, [*overrides, "trainer.mode=generator"])
 
 
+def test_settings_of_a_plugin_are_in_the_schema(parts: None) -> None:
+    properties = config_json_schema()["$defs"]["LinesCorpusConfig"]["properties"]
+    assert {name: setting["description"] for name, setting in properties.items()} == {
+        "path": "The file.",
+        "separator": "What separates the parts of a line.",
+        "type": "Names this source.",
+    }
+
+
 def test_checks_of_a_plugins_sources_name_the_setting(config: Path) -> None:
     override = 'dataset.test.separator="\\n"'
     assert problems(config, override) == [("dataset.test.separator", "must not have a line end")]
@@ -300,7 +302,7 @@ def test_plugin_whose_check_is_broken_is_named(
 
 def test_config_that_lacks_what_its_kind_is_asked_for_is_refused(tmp_path: Path) -> None:
     source = PLUGIN.replace('"examples"', '"strategy"')
-    done = fedrag(package(tmp_path, "fedrag-trivia", source), "components")
+    done = fedrag(install(tmp_path, "fedrag-trivia", source), "components")
     assert done.returncode == 2
     base = "fedrag_cli.federated.config.StrategyConfig"
     message = f"The config class of the strategy 'trivia' of 'fedrag-trivia' does not derive from {base}."

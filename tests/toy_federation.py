@@ -6,8 +6,10 @@ Run as a program it is one stress run: `python toy_federation.py ROUNDS CLIENTS`
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +38,7 @@ from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.keys import PrivateKey
 from fedrag_cli.federated.messages import ACTION, AGREEMENT, FINAL, NAME, STOP
+from fedrag_cli.federated.privacy import epsilon_of_ledger
 from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.federated.weights import Weights, from_wire, update_to_wire
 from fedrag_cli.registry import build
@@ -120,6 +123,11 @@ def asking(content: RecordDict, kind: str = "train", node: int = 2) -> Message:
     return Message(content, node, kind)
 
 
+def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
+    """Return the epsilon that rounds of clipped updates with the same noise have spent."""
+    return epsilon_of_ledger([{"noise_multiplier": noise_multiplier}] * rounds, delta)
+
+
 def common(size: int = 3) -> Agreement:
     """Return what toy clients and their server have in common."""
     return Agreement(1, "retriever", {"w": [size]}, {}, {})
@@ -140,23 +148,69 @@ def node(server: FleetServer, key: PrivateKey | None = None, **options: Any) -> 
     return FleetNode(address, key or new_key(), SilentReporter(), **{"connect_timeout": 20.0, **options})
 
 
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def request_bytes(signer: Signer, path: str, body: bytes) -> bytes:
+    """Return a signed request."""
+    headers = {"Host": "x", "Content-Length": str(len(body)), **signer.headers(path, body)}
+    return (
+        f"POST {path} HTTP/1.1\r\n".encode()
+        + "".join(f"{k}: {v}\r\n" for k, v in headers.items()).encode()
+        + b"\r\n"
+        + body
+    )
+
+
+def answered(connection: socket.socket) -> bool:
+    """Return whether a request on a connection is taken; the end of an answer before may come first."""
+    found = b""
+    while b"HTTP/1.1 200" not in found and (data := connection.recv(4096)):
+        found += data
+    return b"HTTP/1.1 200" in found
+
+
+def ended(connection: socket.socket) -> bool:
+    """Return whether the server has ended a connection, after what it had to say."""
+    connection.settimeout(20.0)
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
 class Raw:
     """A client that is written by hand, and may do what ours never does."""
 
-    def __init__(self, signer: Signer) -> None:
+    def __init__(self, signer: Signer, source: str = "127.0.0.1") -> None:
         self.signer, self.node_id = signer, 0
-        self._base = ""
+        self._base, self._source = "", source
 
     def connect(self, server: FleetServer) -> None:
         """Introduce itself."""
         self._base = f"http://127.0.0.1:{server.address[1]}"
-        self.node_id = self.post(ACTIVATE, public_key=self.signer.public_key, heartbeat_interval=1800).node_id
+        hello = {"public_key": self.signer.public_key, "heartbeat_interval": 1800}
+        try:
+            self.node_id = self.post(ACTIVATE, **hello).node_id
+        except httpx.HTTPStatusError as error:
+            self.signer.begin(error.response.json()["challenge"])
+            self.node_id = self.post(ACTIVATE, **hello).node_id
 
     def post(self, path: str, **fields: Any) -> Any:
         """Send a signed request."""
         asked, answered = TYPES[path]
         body = asked(**fields).SerializeToString()
-        response = httpx.post(self._base + path, content=body, headers=self.signer.headers(path, body), timeout=30)
+        with httpx.Client(transport=httpx.HTTPTransport(verify=False, local_address=self._source), timeout=30) as line:
+            response = line.post(self._base + path, content=body, headers=self.signer.headers(path, body))
         response.raise_for_status()
         return answered.FromString(response.content)
 

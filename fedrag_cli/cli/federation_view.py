@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedrag_cli.cli.progress import progress_bars, task_bar
 from fedrag_cli.runs.reporter import epsilon_text
 from fedrag_cli.text import LONGEST_NOTE, printable, readable
 
@@ -114,15 +115,13 @@ class Board:
 
     headline: str = "Starting"
     rounds: int = 0
-    clients: dict[str, ClientRow] = field(default_factory=dict)
+    clients: defaultdict[str, ClientRow] = field(default_factory=lambda: defaultdict(ClientRow))
     finished: dict[int, dict[str, Any]] = field(default_factory=dict)
     measured: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def apply(self, name: str, fields: Mapping[str, Any]) -> None:
         """Take one event in."""
-        handler = getattr(self, f"_on_{name}", None)
-        if handler is not None:
-            handler(fields)
+        getattr(self, f"_on_{name}", lambda fields: None)(fields)
 
     def render(self) -> RenderableType:
         """Return headline, rounds and clients."""
@@ -140,18 +139,18 @@ class Board:
         self.headline = federation_line("waiting", fields)
 
     def _on_client(self, fields: Mapping[str, Any]) -> None:
-        row = self.clients.setdefault(fields["client"], ClientRow())
+        row = self.clients[fields["client"]]
         row.status, row.reason = fields["status"], fields["reason"]
 
     def _on_round_started(self, fields: Mapping[str, Any]) -> None:
         self.rounds = fields["rounds"]
         self.headline = f"Round {fields['round']} of {fields['rounds']}"
         for name in fields["clients"]:
-            row = self.clients.setdefault(name, ClientRow())
+            row = self.clients[name]
             row.status, row.round, row.sent = "training", fields["round"], row.sent + fields["bytes"]
 
     def _on_client_update(self, fields: Mapping[str, Any]) -> None:
-        row = self.clients.setdefault(fields["client"], ClientRow())
+        row = self.clients[fields["client"]]
         if not fields["accepted"]:
             row.status, row.reason, row.refusals = "refused", fields["reason"], row.refusals + 1
             return
@@ -160,7 +159,7 @@ class Board:
         row.received += fields["bytes_received"]
 
     def _on_client_outlier(self, fields: Mapping[str, Any]) -> None:
-        row = self.clients.setdefault(fields["client"], ClientRow())
+        row = self.clients[fields["client"]]
         row.reason, row.outliers = fields["reason"], row.outliers + 1
 
     def _on_round(self, fields: Mapping[str, Any]) -> None:
@@ -172,7 +171,7 @@ class Board:
         known |= {f"{fields['by']}: {name}": value for name, value in fields["metrics"].items()}
 
     def _on_client_final(self, fields: Mapping[str, Any]) -> None:
-        row = self.clients.setdefault(fields["client"], ClientRow())
+        row = self.clients[fields["client"]]
         row.status, row.reason = ("final model" if fields["received"] else "failed"), fields["reason"]
 
     def _rounds_table(self) -> Table:
@@ -225,16 +224,7 @@ class LiveFederationReporter:
     def __init__(self, console: Console) -> None:
         """Draw on the given console."""
         self._board = Board()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = progress_bars(console)
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> LiveFederationReporter:
@@ -256,29 +246,12 @@ class LiveFederationReporter:
         """Print a line above the table."""
         self._live.console.print(readable(message, LONGEST_NOTE), markup=False)
 
-    @contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
+    def task(self, description: str, total: int, unit: str) -> AbstractContextManager[Advance]:
         """Show a bar below the table."""
-        task = self._progress.add_task(escape(printable(description)), total=total, unit=unit)
-        try:
-            yield _Bar(self._progress, task)
-        finally:
-            self._progress.remove_task(task)
+        return task_bar(self._progress, description, total, unit)
 
     def _render(self) -> RenderableType:
         return Group(self._board.render(), self._progress) if self._progress.tasks else self._board.render()
-
-
-class _Bar:
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress = progress
-        self._task = task
-
-    def __call__(self, done: int) -> None:
-        self._progress.advance(self._task, done)
-
-    def total(self, total: int) -> None:
-        self._progress.update(self._task, total=total)
 
 
 def _number(value: float | None) -> str:

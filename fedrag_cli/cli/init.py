@@ -25,7 +25,6 @@ def command(
     from fedrag_cli.config.templates import write_template
 
     written = write_template(template, directory)
+    next_step = f"Next: cd {directory} && {NEXT.get(template, 'fedrag train')}"
     document = {"template": template, "files": [str(path) for path in written]}
-    current.result(
-        document, lambda renderer: renderer.initialised(directory, written, NEXT.get(template, "fedrag train"))
-    )
+    current.result(document, lambda renderer: renderer.written(written, next_step))

@@ -1,4 +1,21 @@
-"""The entry point: one command a file, registered here."""
+"""The entry point: one command a file, registered here.
+
+A start takes a fraction of a second, though torch and its like take many to import, because:
+
+- Only the module of the command that is given is imported (`application`), and what a module needs for a part of its
+  work alone, it imports there: no command imports a model library before its config is known to be right. The public
+  names of `fedrag_cli` are loaded when they are used (PEP 562).
+- The registry imports the config classes of a kind when somebody asks for the kind, never their builders, and a
+  component's slot in the config makes a validator for the class that is chosen alone. `config_class` gives all classes
+  the same methods rather than let `dataclasses` compile them for each, and help texts stay in the source until asked
+  for.
+- Help is plain: Rich's needs a Markdown parser, whose import takes as long as all the rest together.
+- What a start makes lives on, so that looking for garbage in it is lost time (7 %): that is off until long work begins
+  (`Session.reporter`) and at the end of the process.
+- What the libraries read from the environment when they are imported is set before (`_quiet_environment`).
+
+`tests/test_import_hygiene.py` holds what is imported to this, and `scripts/bench/startup.py` measures it.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +67,7 @@ typer.core.HAS_RICH = False
 
 
 def application(names: Sequence[str] = COMMANDS) -> typer.Typer:
-    """Return the command line with some commands; all of them take a fifth of the time of a start.
-
-    Args:
-        names: Some of `COMMANDS`.
-    """
-    # Plain help: Rich's needs a Markdown parser, whose import takes as long as all the rest together.
+    """Return the command line with some of `COMMANDS`."""
     app = typer.Typer(
         name="fedrag",
         help=HELP,
@@ -85,18 +97,12 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Args:
-        arguments: The arguments after the program's name; those of the process by default.
-    """
+    """Run the command line with arguments, those of the process by default, and return its exit code."""
     _usable_streams()
     _quiet_environment()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
-        # The process ends after this, and collecting the libraries' thousands of objects then is wasted time.
         atexit.register(gc.freeze)
-    # What a start makes lives on, and looking for garbage in it takes 7 % of a start; long work turns this on again.
     gc.disable()
     try:
         with terminable():

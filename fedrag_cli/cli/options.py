@@ -50,13 +50,7 @@ _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)*=")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Positional arguments by meaning.
-
-    Args:
-        path: The config or run directory; None where none was given.
-        overrides: `key.path=value` texts.
-        rest: What is neither, in order.
-    """
+    """Positional arguments by meaning: a config or run directory, `key.path=value` texts, and what is neither."""
 
     path: Path | None
     overrides: list[str]
@@ -64,17 +58,10 @@ class Arguments:
 
 
 def sort_arguments(arguments: Sequence[str] | None, *, most_rest: int = 0) -> Arguments:
-    """Tell path, overrides and the rest apart.
+    """Tell path, overrides and at most so many further texts apart.
 
     Where a command takes further texts, such as a question, an override is what names a setting of the config: a
     question may have an equals sign too.
-
-    Args:
-        arguments: The positional arguments of a command.
-        most_rest: How many further arguments the command takes.
-
-    Raises:
-        ConfigError: There are more arguments than the command takes.
     """
     from fedrag_cli.config.fields import is_there
 

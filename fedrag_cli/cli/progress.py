@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,53 +22,73 @@ if TYPE_CHECKING:
     from fedrag_cli.runs.reporter import Advance
 
 
-def rate_of(task: Task) -> float | None:
+class _Column(ProgressColumn):
+    """Shows a text about a task."""
+
+    def __init__(self, text: Callable[[Task], str], style: str) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._text, self._style = text, style
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text(task), style=self._style)
+
+
+def _count(task: Task) -> str:
+    return f"{int(task.completed)}/{int(task.total or 0)} {task.fields['unit']}s"
+
+
+def _rate_of(task: Task) -> float | None:
     """Return the units a second: the newest estimate, and that over the whole task where units are too slow for one."""
     return task.speed or task.fields["rate"]
 
 
-class _Line(ProgressColumn):
-    def __init__(self) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
+def _rate(task: Task) -> str:
+    rate = _rate_of(task)
+    return rate_text(rate, task.fields["unit"]) if rate else ""
 
 
-class CountColumn(_Line):
-    """Units done of all, such as 26/52 steps."""
-
-    def render(self, task: Task) -> Text:
-        """Return the text of a task."""
-        return Text(f"{int(task.completed)}/{int(task.total or 0)} {task.fields['unit']}s", style="progress.download")
+def _elapsed(task: Task) -> str:
+    return f"{_clock(task.elapsed or 0)} elapsed"
 
 
-class RateColumn(_Line):
-    """Units a second; nothing before there is an estimate."""
-
-    def render(self, task: Task) -> Text:
-        """Return the text of a task."""
-        rate = rate_of(task)
-        return Text(rate_text(rate, task.fields["unit"]) if rate else "", style="progress.data.speed")
-
-
-class ElapsedColumn(_Line):
-    """The time that a task has taken so far."""
-
-    def render(self, task: Task) -> Text:
-        """Return the text of a task."""
-        return Text(f"{_clock(task.elapsed or 0)} elapsed", style="progress.elapsed")
-
-
-class LeftColumn(_Line):
-    """The time that a task will still take; nothing before there is an estimate."""
-
-    def render(self, task: Task) -> Text:
-        """Return the text of a task."""
-        rate = rate_of(task)
-        left = f"{_clock((task.remaining or 0) / rate)} left" if rate and task.remaining is not None else ""
-        return Text(left, style="progress.remaining")
+def _left(task: Task) -> str:
+    rate = _rate_of(task)
+    return f"{_clock((task.remaining or 0) / rate)} left" if rate and task.remaining is not None else ""
 
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+def progress_bars(console: Console) -> Progress:
+    """Return bars with counts, rate, time and a note; `task_bar` adds them."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    # On a narrow terminal the bar gives way to the numbers.
+    width = min(30, console.width - WIDTH_OF_NUMBERS)
+    return Progress(
+        TextColumn("{task.description}"),
+        *([BarColumn(width)] if width >= SHORTEST_BAR else []),
+        _Column(_count, "progress.download"),
+        _Column(_rate, "progress.data.speed"),
+        _Column(_elapsed, "progress.elapsed"),
+        _Column(_left, "progress.remaining"),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def task_bar(
+    progress: Progress, description: str, total: int, unit: str, *, stays: bool = False
+) -> Iterator[BarAdvance]:
+    """Show a bar for as long as a task lasts, or until the bars end."""
+    task = progress.add_task(escape(printable(description)), total=total, unit=unit, note="", rate=None)
+    try:
+        yield BarAdvance(progress, task)
+    finally:
+        if not stays:
+            progress.remove_task(task)
 
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -96,78 +116,59 @@ class TerminalReporter:
         """Draw on the given console."""
         self._console = console
         self._live: Progress | None = None
-        self._task: TaskID | None = None
+        self._bars: list[BarAdvance] = []
 
     def event(self, name: str, **fields: Any) -> None:
         """Show the newest loss beside the bar, and other events as lines."""
-        if name == "train_step" and self._live is not None and self._task is not None:
-            self._live.update(self._task, note=f"loss {fields['loss']:.4f}")
+        if name == "train_step" and self._bars:
+            self._bars[-1].note(f"loss {fields['loss']:.4f}")
         elif text := _event_line(name, fields):
             self.note(text)
 
     def note(self, message: str) -> None:
         """Print a line above the bars."""
-        (self._live.console if self._live is not None else self._console).print(
-            readable(message, LONGEST_NOTE), markup=False
-        )
+        console = self._live.console if self._live is not None else self._console
+        console.print(readable(message, LONGEST_NOTE), markup=False)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
         """Show a bar; a task inside another one is shown below it."""
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        name = escape(printable(description))
-        if self._live is not None:
-            progress, outer = self._live, self._task
-            self._task = progress.add_task(name, total=total, unit=unit, note="", rate=None)
-            try:
-                yield _BarAdvance(progress, self._task)
-            finally:
-                progress.remove_task(self._task)
-                self._task = outer
-            return
-        # On a narrow terminal the bar gives way to the numbers.
-        bar_width = min(30, self._console.width - WIDTH_OF_NUMBERS)
-        bar = [BarColumn(bar_width)] if bar_width >= SHORTEST_BAR else []
-        columns = (
-            TextColumn("{task.description}"),
-            *bar,
-            CountColumn(),
-            RateColumn(),
-            ElapsedColumn(),
-            LeftColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self._console) as progress:
-            self._live = progress
-            self._task = progress.add_task(name, total=total, unit=unit, note="", rate=None)
-            try:
-                yield _BarAdvance(progress, self._task)
-            finally:
-                self._live = self._task = None
+        with ExitStack() as stack:
+            is_outer = self._live is None
+            if self._live is None:
+                self._live = stack.enter_context(progress_bars(self._console))
+                stack.callback(setattr, self, "_live", None)
+            bar = stack.enter_context(task_bar(self._live, description, total, unit, stays=is_outer))
+            self._bars.append(bar)
+            stack.callback(self._bars.pop)
+            yield bar
 
 
-class _BarAdvance:
+class BarAdvance:
+    """Moves one bar."""
+
     def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+        """Start the bar's rate now."""
+        self._progress, self._task = progress, task
         self._rate = _Rate()
 
     def __call__(self, done: int) -> None:
+        """Count `done` more units."""
         self._progress.update(self._task, advance=done, rate=self._rate.after(done))
 
     def total(self, total: int) -> None:
+        """Correct the number of units."""
         # A training says its total before its first call, which tells the steps of earlier parts of the run.
         self._rate = _Rate(skips_first=True)
         self._progress.update(self._task, total=total)
 
+    def note(self, text: str) -> None:
+        """Show a text beside the bar."""
+        self._progress.update(self._task, note=text)
+
 
 class _Rate:
-    """Units a second over a whole task.
-
-    Args:
-        skips_first: Whether the first call tells what was done before the task, by an earlier part of the run.
-    """
+    """Units a second over a whole task; the first call may tell what an earlier part of the run has done."""
 
     def __init__(self, *, skips_first: bool = False) -> None:
         self._skips = skips_first
@@ -237,7 +238,7 @@ class _LineAdvance:
             self._reporter.progress(f"{self._counts()}{left}")
 
     def total(self, total: int) -> None:
-        # As in _BarAdvance.
+        # As in BarAdvance.
         self._rate = _Rate(skips_first=True)
         self._total = total
 
@@ -266,12 +267,7 @@ def _metrics(metrics: Mapping[str, float]) -> str:
 
 
 def rate_text(rate: float, unit: str) -> str:
-    """Return units a second, or seconds a unit where a unit takes minutes.
-
-    Args:
-        rate: Units a second, above 0.
-        unit: Name of one unit.
-    """
+    """Return units a second, or seconds a unit where a unit takes minutes."""
     if rate < 0.01:
         return f"{1 / rate:.0f} s/{unit}"
     return f"{rate:.2f} {unit}s/s" if rate < 1 else f"{rate:.1f} {unit}s/s"

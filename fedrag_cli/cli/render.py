@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from fedrag_cli.cli.progress import PlainReporter, TerminalReporter, duration
 from fedrag_cli.errors import FedRAGError
 from fedrag_cli.runs.reporter import epsilon_text
 from fedrag_cli.text import printable, readable
@@ -36,6 +35,8 @@ class Renderer:
 
     def reporter(self) -> Reporter:
         """Return a reporter with live bars on a terminal, and plain lines elsewhere."""
+        from fedrag_cli.cli.progress import PlainReporter, TerminalReporter
+
         return TerminalReporter(self.console) if self.console.is_terminal else PlainReporter(self.console)
 
     def error(self, error: FedRAGError) -> None:
@@ -117,6 +118,8 @@ class Renderer:
 
     def training_summary(self, summary: Mapping[str, Any]) -> None:
         """Print what a training run ended with."""
+        from fedrag_cli.cli.progress import duration
+
         self.differences(summary)
         self.untuned(summary.get("untuned") or {})
         self.truncated(summary["truncated"], summary.get("lengths") or ())
@@ -225,12 +228,6 @@ class Renderer:
         self.text("Quickstart models: " + ", ".join(models))
         self.text(f"Free disk: {report['free_disk_bytes'] / 2**30:.1f} GiB")
         self.text("All is well." if report["healthy"] else "Something is wrong; see the states above.")
-
-    def initialised(self, directory: Path, written: Sequence[Path], command: str) -> None:
-        """Print what was written and which command comes next there."""
-        for path in written:
-            self.line(f"wrote {path}")
-        self.line(f"Next: cd {directory} && {command}")
 
     def answer(self, answer: Mapping[str, Any], *, sources: bool = True) -> None:
         """Print an answer to stdout and its sources to stderr."""

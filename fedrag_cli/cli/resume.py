@@ -21,7 +21,7 @@ def command(
 
     run = RunDirectory.open(run_dir)
     source = load_config_with_source(run.config_file)
-    with current.federation_reporter(live=run.federation_role() in ("server", "simulation")) as reporter:
+    with current.federation_reporter(live=run.role() in ("server", "simulation")) as reporter:
         from fedrag_cli.commands.resume import resume_run
 
         summary = resume_run(run, source, reporter)

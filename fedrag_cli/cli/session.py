@@ -28,7 +28,7 @@ from fedrag_cli.errors import (
     OtherProcessError,
     RunInterruptedError,
 )
-from fedrag_cli.runs.launch import local_rank, process_count, rank
+from fedrag_cli.runs.processes import local_rank, process_count, rank
 from fedrag_cli.text import json_text
 
 if TYPE_CHECKING:
@@ -90,11 +90,7 @@ class Session:
 
 
 def in_session(*, in_processes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a session as its first argument, and the options that choose it: --json, --quiet, --verbose.
-
-    Args:
-        in_processes: Whether the command can run in several processes.
-    """
+    """Give a command a session as its first argument, and the options that choose it: --json, --quiet, --verbose."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(*, json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.commands.job import Job, RunData, chosen_metrics, load_questions, open_job
+from fedrag_cli.commands.job import Job, open_job
+from fedrag_cli.commands.run_data import RunData, chosen_metrics, load_questions
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.fields import generator_metrics_of
 from fedrag_cli.config.validation import require_evaluation_split

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedrag_cli.commands.federation import require_federation, settings_of
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.commands.serve import task_without_data
 from fedrag_cli.config import ConfigSource, load_config
 from fedrag_cli.config.validation import require_training, trains_with_generator

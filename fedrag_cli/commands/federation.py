@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedrag_cli.commands.job import Job, RunData
+from fedrag_cli.commands.job import Job
+from fedrag_cli.commands.run_data import RunData
 from fedrag_cli.config import Config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.config.validation import require_generator_for_training, tuned_sides
@@ -142,7 +143,7 @@ def federation_summary(
     stored = job.source.to_dict()
     settings = {side: stored["trainer"][side] for side in tuned_sides(job.config)}
     known: dict[str, Any] = {
-        "role": job.run.federation_role(),
+        "role": job.run.role(),
         "loss": rounds[-1]["loss"] if rounds else None,
         "steps": None,
         "metrics": {},

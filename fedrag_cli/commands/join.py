@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedrag_cli.commands.federation import federation_summary, require_federation, settings_of
-from fedrag_cli.commands.job import (
-    Job,
-    chosen_metrics,
-    load_rag_system,
-    load_run_data,
-    open_job,
-    save_models,
-)
+from fedrag_cli.commands.job import Job, open_job, save_models
+from fedrag_cli.commands.run_data import chosen_metrics, load_rag_system, load_run_data
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.config.validation import require_training
@@ -32,7 +26,7 @@ from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import load_weights, save_weights
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.launch import resume_command
+from fedrag_cli.runs.processes import resume_command
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.build import build_manager
 

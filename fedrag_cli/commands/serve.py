@@ -15,14 +15,8 @@ from fedrag_cli.commands.federation import (
     settings_of,
     stored_evaluation,
 )
-from fedrag_cli.commands.job import (
-    Job,
-    RunData,
-    load_run_data,
-    open_job,
-    save_models,
-    uses_generator,
-)
+from fedrag_cli.commands.job import Job, open_job, save_models
+from fedrag_cli.commands.run_data import RunData, load_run_data, uses_generator
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.config.validation import trains_with_generator
@@ -43,7 +37,7 @@ from fedrag_cli.federated.weights import BYTES_OF
 from fedrag_cli.rag.build import build_rag_system, build_rag_system_without_passages
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.launch import resume_command
+from fedrag_cli.runs.processes import resume_command
 from fedrag_cli.runs.reporter import Reporter
 from fedrag_cli.trainer_managers.build import build_trainers
 

@@ -16,15 +16,8 @@ from fedrag_cli.commands.federation import (
     settings_of,
     stored_evaluation,
 )
-from fedrag_cli.commands.job import (
-    Job,
-    RunData,
-    chosen_metrics,
-    load_rag_system,
-    load_run_data,
-    open_job,
-    save_models,
-)
+from fedrag_cli.commands.job import Job, open_job, save_models
+from fedrag_cli.commands.run_data import RunData, chosen_metrics, load_rag_system, load_run_data
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.validation import require_training
 from fedrag_cli.data.examples import Example

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.commands.job import (
-    Job,
-    RunData,
-    chosen_metrics,
-    load_rag_system,
-    load_run_data,
-    measured_lengths,
-    open_job,
-    save_models,
-)
+from fedrag_cli.commands.job import Job, open_job, save_models
+from fedrag_cli.commands.run_data import RunData, chosen_metrics, load_rag_system, load_run_data, measured_lengths
 from fedrag_cli.config import Config, ConfigSource
 from fedrag_cli.config.validation import require_training
 from fedrag_cli.errors import ConfigError
@@ -26,8 +18,7 @@ from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.system import RAGSystem
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.interrupt import terminable
-from fedrag_cli.runs.launch import process_count
-from fedrag_cli.runs.processes import Processes, join_processes
+from fedrag_cli.runs.processes import Processes, join_processes, process_count
 from fedrag_cli.runs.reporter import Reporter, SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainers.base import TrainResult

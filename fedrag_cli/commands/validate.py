@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fedrag_cli.commands.job import RunData, chosen_metrics, load_rag_system, load_run_data, measured_lengths
+from fedrag_cli.commands.run_data import RunData, chosen_metrics, load_rag_system, load_run_data, measured_lengths
 from fedrag_cli.config import Config
 from fedrag_cli.config.validation import require_training
 from fedrag_cli.rag.generators.base import TrainableGenerator

@@ -31,13 +31,13 @@ def setting_help(config_class: type) -> dict[str, str]:
     help: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(base):
-            fields = {field.name for field in dataclasses.fields(base)}
-            help |= {name: text for name, text in _field_docstrings(base).items() if name in fields}
-    return help
+            help |= _docstrings(base)
+    settings = [field.name for field in dataclasses.fields(config_class)]
+    return {name: text for name, text in help.items() if name in settings}
 
 
 @functools.cache
-def _field_docstrings(owner: type) -> dict[str, str]:
+def _docstrings(owner: type) -> dict[str, str]:
     try:
         body = _class_bodies(inspect.getsourcefile(owner) or "").get(owner.__qualname__, [])
     except (OSError, TypeError, SyntaxError):

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,8 +51,7 @@ class ConfigSource:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `to_yaml` writes."""
-        values: dict[str, Any] = self._written(self.config, (), {})
-        return values
+        return self._written[0]
 
     def outside_values(self) -> dict[str, tuple[str, Any]]:
         """Return the settings that come from outside of the config, such as the environment.
@@ -59,12 +59,15 @@ class ConfigSource:
         Returns:
             By key path, the reference as `to_yaml` writes it, and the value that it has now as JSON can hold it.
         """
-        outside: dict[str, tuple[str, Any]] = {}
-        self._written(self.config, (), outside)
-        return outside
+        return self._written[1]
 
-    def _written(self, value: Any, path: KeyPath, outside: dict[str, tuple[str, Any]]) -> Any:
-        """Return a value as it is written down, and note what comes from outside."""
+    @cached_property
+    def _written(self) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+        outside: dict[str, tuple[str, Any]] = {}
+        return self._with_references(self.config, (), outside), outside
+
+    def _with_references(self, value: Any, path: KeyPath, outside: dict[str, tuple[str, Any]]) -> Any:
+        """Return a value as it is written, and note what comes from outside."""
         reference = expression(self.tree.tree, path) if path else None
         if reference is not None:
             reference = self._folder_of_reference(value, path) + reference
@@ -73,9 +76,9 @@ class ConfigSource:
             return reference
         if dataclasses.is_dataclass(value):
             names = [field.name for field in dataclasses.fields(value)]
-            return {name: self._written(getattr(value, name), (*path, name), outside) for name in names}
+            return {name: self._with_references(getattr(value, name), (*path, name), outside) for name in names}
         if isinstance(value, list | tuple):
-            return [self._written(item, (*path, index), outside) for index, item in enumerate(value)]
+            return [self._with_references(item, (*path, index), outside) for index, item in enumerate(value)]
         return escape(value) if isinstance(value, str) else value
 
     def _folder_of_reference(self, value: Any, path: KeyPath) -> str:

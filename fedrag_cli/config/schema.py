@@ -232,8 +232,8 @@ class FederatedConfig:
     round_timeout: PositiveFloat = 3600.0
     """Seconds a round may take; updates that come later are refused."""
     rejoin_timeout: PositiveFloat = 60.0
-    """Seconds that a client which vanished in a round is waited for, after it was found to be gone; as long at most
-    does a server wait for clients to hand the final model to."""
+    """Seconds that a client which vanished in a round is waited for, after it was found to be gone, and half as many
+    each time that it had not come back; as long at most does a server wait for clients to hand the final model to."""
     connect_timeout: PositiveFloat = 600.0
     """Seconds that a client tries to reach a server that does not answer."""
     transport_dtype: TransportDtype = "float32"

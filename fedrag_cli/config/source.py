@@ -150,7 +150,6 @@ def _apply_override(tree: DictConfig, positions: Positions, dropped: Dropped, ov
         raise ConfigError(
             f"'{override}' is no override.", "Write overrides as key.path=value, for instance trainer.mode=generator."
         )
-    path = tuple(part for part in key.strip().split(".") if part)
     try:
         change = OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
@@ -159,26 +158,26 @@ def _apply_override(tree: DictConfig, positions: Positions, dropped: Dropped, ov
             "Write its value as in YAML, in quotes where needed.",
         ) from error
     _drop_replaced_components(tree, change, positions, dropped)
-    place = Position(f"{COMMAND_LINE} ({override})", 0)
-    for length in range(1, len(path)):
-        positions.setdefault(path[:length], place)
-    value: Any = change
-    for part in path:
-        value = _raw(value, part)
-    _place_override(value, path, place, positions)
+    _place_override(change, (), Position(f"{COMMAND_LINE} ({override})", 0), positions)
     return _merge(tree, change)
 
 
-def _place_override(value: Any, path: KeyPath, place: Position, positions: Positions) -> None:
-    """Note that a value and all below it come from the command line; a section only adds to what is there."""
-    if isinstance(value, DictConfig):
-        positions.setdefault(path, place)
-        for key in value:
-            _place_override(_raw(value, key), (*path, str(key)), place, positions)
-        return
+def _place_override(section: DictConfig, path: KeyPath, place: Position, positions: Positions) -> None:
+    """Note that the values of a section come from the command line; a section itself only adds to what is there."""
+    for key in section:
+        inner, value = (*path, str(key)), _raw(section, key)
+        if isinstance(value, DictConfig):
+            positions.setdefault(inner, place)
+            _place_override(value, inner, place, positions)
+        else:
+            _forget(positions, inner)
+            positions[inner] = place
+
+
+def _forget(positions: Positions, path: KeyPath) -> None:
+    """Forget where a value and all below it came from."""
     for known in [known for known in positions if known[: len(path)] == path]:
         del positions[known]
-    positions[path] = place
 
 
 def _drop_replaced_components(
@@ -200,8 +199,7 @@ def _drop_replaced_components(
         if "type" in new and _raw(new, "type") != (_raw(old, "type") or default):
             dropped.setdefault(inner, []).extend(str(name) for name in old if name != "type")
             del base[key]
-            for known in [known for known in positions if known[: len(inner)] == inner]:
-                del positions[known]
+            _forget(positions, inner)
         else:
             section = next((slot for slot in slots if isinstance(slot, type)), None)
             _drop_replaced_components(old, new, positions, dropped, inner, section)

@@ -211,18 +211,18 @@ def require_training(config: Config) -> None:
 
 
 def trains_with_generator(config: Config) -> bool:
-    """Return whether an objective that is trained uses the generator; all do that do not say otherwise."""
-    return any(getattr(getattr(config.trainer, side), "needs_generator", True) for side in tuned_sides(config))
+    """Return whether an objective that is trained uses the generator."""
+    return any(getattr(config.trainer, side).needs_generator for side in tuned_sides(config))
 
 
 def trains_on_relevant_ids(config: Config) -> bool:
     """Return whether an objective that is trained needs examples with relevant ids."""
-    return any(getattr(getattr(config.trainer, side), "needs_relevant_ids", False) for side in tuned_sides(config))
+    return any(getattr(config.trainer, side).needs_relevant_ids for side in tuned_sides(config))
 
 
 def trains_on_responses(config: Config) -> bool:
-    """Return whether an objective that is trained needs examples with answers; all do that do not say otherwise."""
-    return any(getattr(getattr(config.trainer, side), "needs_responses", True) for side in tuned_sides(config))
+    """Return whether an objective that is trained needs examples with answers."""
+    return any(getattr(config.trainer, side).needs_responses for side in tuned_sides(config))
 
 
 def require_generator_for_training(config: Config) -> None:

@@ -210,7 +210,12 @@ def judged_examples(examples: Sequence[Example], nodes: Iterable[KnowledgeNode],
     Raises:
         DataError: No example has relevant ids, or ids name neither a passage nor a document.
     """
-    judged = [example for example in resolve_relevant_ids(examples, nodes) if example.relevant_ids]
+    return require_judged(resolve_relevant_ids(examples, nodes), split)
+
+
+def require_judged(examples: Sequence[Example], split: str) -> list[Example]:
+    """Return those of the examples that have relevant ids; raise DataError where none of them has any."""
+    judged = [example for example in examples if example.relevant_ids]
     if examples and not judged:
         raise DataError(
             f"None of the {len(examples)} examples of {split} has relevant ids, which this objective needs.",

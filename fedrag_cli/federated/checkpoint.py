@@ -35,6 +35,7 @@ PREFIX = "round-"
 WEIGHTS, STRATEGY, STATE = "weights.safetensors", "strategy.safetensors", "state.json"
 CLIENT_STATE, NOISY, ABOUT = "rounds.json", "noisy.safetensors", "about"
 KEPT = 2
+JSON_FIELDS = ("history", "evaluations", "missing", "final", "settings")
 
 
 @dataclass
@@ -60,12 +61,8 @@ class RoundState:
 
 def recorded_settings(settings: FederatedConfig, seed: int) -> dict[str, Any]:
     """Return what a federation that is resumed compares with the rounds before, as JSON gives it back."""
-    privacy = settings.privacy
-    recorded = {
-        "strategy": dataclasses.asdict(settings.strategy),
-        "privacy": None if privacy is None else dataclasses.asdict(privacy),
-        "seed": seed,
-    }
+    privacy = dataclasses.asdict(settings.privacy) if settings.privacy is not None else None
+    recorded = {"strategy": dataclasses.asdict(settings.strategy), "privacy": privacy, "seed": seed}
     known: dict[str, Any] = json.loads(json.dumps(recorded))
     return known
 
@@ -93,17 +90,8 @@ def load_newest_round(directory: Path) -> RoundState | None:
     newest = found[-1]
     try:
         known = json.loads((newest / STATE).read_text(encoding="utf-8"))
-        strategy = load_file(newest / STRATEGY)
-        return RoundState(
-            known["round"],
-            load_weights(newest / WEIGHTS),
-            strategy,
-            known["history"],
-            known["evaluations"],
-            known.get("missing"),
-            known.get("final", {}),
-            known.get("settings") or {},
-        )
+        own = {name: known[name] for name in JSON_FIELDS if known.get(name) is not None}
+        return RoundState(known["round"], load_weights(newest / WEIGHTS), load_file(newest / STRATEGY), **own)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"The round in '{newest}' is damaged: {error}",
@@ -112,15 +100,7 @@ def load_newest_round(directory: Path) -> RoundState | None:
 
 
 def _known(state: RoundState) -> str:
-    known = {
-        "round": state.number,
-        "history": state.history,
-        "evaluations": state.evaluations,
-        "missing": state.missing,
-        "final": state.final,
-        "settings": state.settings,
-    }
-    return json.dumps(known)
+    return json.dumps({"round": state.number} | {name: getattr(state, name) for name in JSON_FIELDS})
 
 
 def _rounds(directory: Path) -> list[Path]:
@@ -269,9 +249,8 @@ class ClientRounds:
 
 def _write_privately(path: Path, weights: Weights, about: dict[str, Any]) -> None:
     """Write tensors and what belongs to them into a file for its owner's eyes, all of it or nothing."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     with replace_file_atomically(path) as temporary:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        save_tensors(
-            {name: tensor.contiguous() for name, tensor in weights.items()}, temporary, {ABOUT: json.dumps(about)}
-        )
+        save_tensors(tensors, temporary, {ABOUT: json.dumps(about)})
         temporary.chmod(0o600)

@@ -353,7 +353,9 @@ class AgreedStrategy(ClassicStrategy):
             arrays = [joined(update.blocks(name), shape) for name, shape in self._manifest.items()]
             sent[cid].parameters = ndarrays_to_parameters(arrays)
             sent[cid].num_examples, sent[cid].metrics = update.examples, dict(update.metrics)
-        results = [(client, result) for client, result in results if client.cid in updates]
+        # Sums depend on nothing but who sent what, and not on who came first.
+        ordered = sorted(results, key=lambda item: item[0].cid)
+        results = [(client, result) for client, result in ordered if client.cid in updates]
         if not results:
             raise FederationError(
                 f"Round {server_round} has no usable update" + "".join(f"; {reason}" for reason in reasons) + ".",

@@ -58,19 +58,9 @@ def write_authority(directory: Path) -> tuple[Path, Path]:
     Raises:
         ConfigError: One of the files is there already.
     """
-    key = ec.generate_private_key(CURVE())
     private, certificate = directory / "ca.key", directory / "ca.crt"
     _require_absent(private, certificate)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedrag authority")])
-    built = (
-        _certificate(name, name, key.public_key(), AUTHORITY_DAYS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA384())
-    )
-    _write(private, _private_pem(key), secret=True)
-    _write(certificate, built.public_bytes(serialization.Encoding.PEM))
+    _write_certificate(private, certificate, "fedrag authority", AUTHORITY_DAYS)
     return private, certificate
 
 
@@ -93,20 +83,7 @@ def write_server_certificate(directory: Path, hosts: Sequence[str]) -> tuple[Pat
             f"Make one first: fedrag keys ca --dir {directory}",
         ) from error
     assert isinstance(authority_key, PrivateKey)
-    key = ec.generate_private_key(CURVE())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
-    built = (
-        _certificate(subject, authority.subject, key.public_key(), SERVER_DAYS)
-        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
-        .sign(authority_key, hashes.SHA384())
-    )
-    _write(private, _private_pem(key), secret=True)
-    _write(certificate, built.public_bytes(serialization.Encoding.PEM))
+    _write_certificate(private, certificate, hosts[0][:64], SERVER_DAYS, hosts, (authority.subject, authority_key))
     return private, certificate
 
 
@@ -245,33 +222,50 @@ def fingerprint(public_key: bytes) -> str:
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=days))
-    )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
+def _write_certificate(
+    private: Path,
+    certificate: Path,
+    name: str,
+    days: int,
+    hosts: Sequence[str] = (),
+    authority: tuple[x509.Name, PrivateKey] | None = None,
+) -> None:
+    """Make a key and its certificate: an authority's, which it signs itself, or that of hosts."""
+    key, now = ec.generate_private_key(CURVE()), datetime.now(UTC)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    issuer, signer = authority or (subject, key)
+    is_authority = authority is None
+    usage = x509.KeyUsage(
+        digital_signature=not is_authority,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
-        key_agreement=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
+        key_agreement=not is_authority,
+        key_cert_sign=is_authority,
+        crl_sign=is_authority,
         encipher_only=False,
         decipher_only=False,
     )
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=is_authority, path_length=0 if is_authority else None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    if not is_authority:
+        builder = (
+            builder.add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        )
+    _write(private, _private_pem(key), secret=True)
+    _write(certificate, builder.sign(signer, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
 
 
 def _general_name(host: str) -> x509.GeneralName:

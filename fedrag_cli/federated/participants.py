@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from fedrag_cli.text import printable
 Status = Literal["ready", "refused", "offline", "given up", "dismissed"]
 LONGEST_NAME = 64
 MOST_STRANGERS = 100
+# So many events a client that has worked makes, and all others together.
+MOST_TOLD = 1000
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Roster:
         self._participants: dict[str, Participant] = {}
         self._pending: dict[str, Member] = {}
         self._greeted: dict[int, int] = {}
+        self._given_up: Counter[int] = Counter()
+        self._told: Counter[int | None] = Counter()
 
     def refresh(self) -> None:
         """Look who is there, greet the new ones, and take the handshakes that came back."""
@@ -95,6 +100,14 @@ class Roster:
         participant = self._participants.get(name)
         if participant is not None and participant.status == "offline":
             participant.status = "given up"
+            self._given_up[participant.node_id] += 1
+
+    def patience(self, name: str, seconds: float) -> float:
+        """Return how much of a time to wait for a client that is gone: half as much each time that it was given up.
+
+        So one that comes and leaves in each round holds up all of them together no longer than two such times.
+        """
+        return seconds * float(0.5 ** self._given_up[self._participants[name].node_id])
 
     def dismiss(self, name: str) -> None:
         """Note that a client has all that it came for, so that its leaving is no news."""
@@ -125,6 +138,7 @@ class Roster:
         known = {participant.node_id for participant in self._participants.values()} | set(members)
         # Who comes back later is greeted again.
         self._greeted = {node_id: number for node_id, number in self._greeted.items() if node_id in known}
+        self._given_up = Counter({node_id: times for node_id, times in self._given_up.items() if node_id in known})
         lost = [message_id for message_id, member in self._pending.items() if member.node_id not in known]
         self._grid.forget(lost)
         for message_id in lost:
@@ -162,8 +176,10 @@ class Roster:
             # The same key under another name is still the same client.
             del self._participants[other.name]
         status: Status = "refused" if reason else "ready"
+        claimed = "" if member.name else claimed
+        has_worked = before is not None and before.has_worked
         self._participants[name] = Participant(
-            name, member.node_id, member.activation, status, reason, "" if member.name else claimed
+            name, member.node_id, member.activation, status, reason, claimed, has_worked
         )
         if before is None or (before.name, before.status, before.reason) != (name, status, reason):
             self._tell(self._participants[name])
@@ -189,7 +205,16 @@ class Roster:
         return f"{name}-{member.key}"
 
     def _tell(self, participant: Participant) -> None:
-        self._reporter.event("client", client=participant.name, status=participant.status, reason=participant.reason)
+        """Record how a client stands, but not for ever where it comes and goes: strangers must not fill the disk."""
+        teller = participant.node_id if participant.has_worked else None
+        self._told[teller] += 1
+        if self._told[teller] <= MOST_TOLD:
+            self._reporter.event(
+                "client", client=participant.name, status=participant.status, reason=participant.reason
+            )
+        elif self._told[teller] == MOST_TOLD + 1:
+            who = "clients that have not worked yet" if teller is None else f"client {participant.name}"
+            self._reporter.note(f"{MOST_TOLD} comings and goings of {who} are recorded; further ones are not")
 
 
 # Beyond the time that clients have, so that time is up by our clock and not by Flower's.
@@ -210,7 +235,8 @@ class _Outstanding:
     activation: int
     sent: float
     ttl: float
-    gone_since: float | None = None
+    gone: float = 0.0
+    gone_at: float | None = None
 
 
 class Exchange:
@@ -246,12 +272,12 @@ class Exchange:
                     self._look_after(name, on_failure)
                 self._grid.wait(POLL_SECONDS)
 
-    def _send(self, participant: Participant, message: Message) -> None:
+    def _send(self, participant: Participant, message: Message, gone: float = 0.0) -> None:
         kind, content, ttl = message.metadata.message_type, message.content, message.metadata.ttl
         sent, participant.has_worked = time.monotonic(), True
         (message_id,) = self._grid.push_messages([message])
         self._outstanding[participant.name] = _Outstanding(
-            content, kind, message_id, participant.node_id, participant.activation, sent, ttl
+            content, kind, message_id, participant.node_id, participant.activation, sent, ttl, gone
         )
 
     def _collect(self, on_reply: OnReply, on_failure: OnFailure) -> bool:
@@ -270,22 +296,24 @@ class Exchange:
         return bool(replies)
 
     def _look_after(self, name: str, on_failure: OnFailure) -> None:
-        participant, item = self._roster.find(name), self._outstanding[name]
+        participant, item, now = self._roster.find(name), self._outstanding[name], time.monotonic()
         if participant is None:
             self._give_up(name, "it has joined again under another name", on_failure)
         elif participant.status == "refused":
             self._give_up(name, participant.reason, on_failure)
         elif participant.status in ("offline", "given up"):
-            item.gone_since = item.gone_since or time.monotonic()
-            if time.monotonic() - item.gone_since > self._rejoin_timeout:
+            # One that comes back only to leave again has the time once.
+            item.gone, item.gone_at = item.gone + now - (item.gone_at or now), now
+            patience = self._roster.patience(name, self._rejoin_timeout)
+            if item.gone > patience:
                 self._roster.give_up(name)
-                self._give_up(name, f"it went away and did not come back within {self._rejoin_timeout:g} s", on_failure)
+                self._give_up(name, f"it went away and did not come back within {patience:g} s", on_failure)
         else:
-            item.gone_since = None
+            item.gone_at = None
             if self._was_restarted(participant, item):
                 self._grid.forget([item.message_id])
                 again = Message(item.content, participant.node_id, item.message_type, ttl=item.ttl)
-                self._send(participant, again)
+                self._send(participant, again, item.gone)
 
     def _was_restarted(self, participant: Participant, item: _Outstanding) -> bool:
         return (participant.node_id, participant.activation) != (item.node_id, item.activation)

@@ -60,17 +60,7 @@ def gaussian_noise(count: int, deviation: float) -> NDArray[np.float64]:
 
 
 def protected(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], norm: float, deviation: float) -> Weights:
-    """Return weights whose difference to the received ones is clipped and has noise on it.
-
-    Args:
-        trained: Tensors by name after training.
-        received: The global weights that training began with.
-        norm: Largest L2 norm of the whole difference.
-        deviation: Standard deviation of the noise on each number.
-
-    Returns:
-        float32 tensors by name.
-    """
+    """Return float32 weights whose difference to the received ones is clipped to an L2 norm and has noise on it."""
     changes = {name: trained[name].detach().cpu().double() - received[name].detach().cpu().double() for name in trained}
     length = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
     scale = clip_scale(length, norm)
@@ -81,28 +71,14 @@ def protected(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], nor
     return weights
 
 
-def spent_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
-    """Return the epsilon that rounds of clipped updates with the same noise have spent; see `epsilon_of_ledger`.
-
-    Args:
-        noise_multiplier: Standard deviation of the noise on the sum of the updates, in clipping norms.
-        rounds: How many.
-        delta: In (0, 1).
-    """
-    return _epsilon(math.sqrt(rounds) / noise_multiplier, delta)
-
-
 def epsilon_of_ledger(ledger: Ledger, delta: float, replaced: bool = False) -> float:
     """Return the epsilon that rounds have spent, each with its own noise; infinity where one had none.
 
     Rounds with noise z_i are one with mu = sqrt(sum 1 / z_i^2) (arXiv 1905.02383, corollary 3.3), whose epsilon is
     exact (arXiv 1805.06530, theorem 8). Where not all clients take part in a round, that is not counted in its favour.
 
-    Args:
-        ledger: What stands in the records of the rounds, see `ledger_entry`; None for a round without privacy.
-        delta: In (0, 1).
-        replaced: Whether neighbouring federations are those in which a site's updates are replaced by any others,
-            which moves the sum by two clipping norms, instead of by zeros, which moves it by one.
+    Where updates are replaced by any others, and not by zeros, that moves their sum by two clipping norms instead of
+    one.
     """
     if any(entry is None for entry in ledger):
         return math.inf

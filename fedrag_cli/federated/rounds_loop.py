@@ -349,13 +349,15 @@ class Federation:
 
     def _await_absent(self) -> None:
         """Wait a while for clients that have taken part and are away just now, but not for those that were given up."""
-        end = time.monotonic() + self._settings.rejoin_timeout
+        started = time.monotonic()
         self.roster.refresh()
-        while self.roster.with_status("offline") and time.monotonic() < end:
+        while absent := self.roster.with_status("offline"):
+            waited = time.monotonic() - started
+            for participant in absent:
+                if waited >= self.roster.patience(participant.name, self._settings.rejoin_timeout):
+                    self.roster.give_up(participant.name)
             time.sleep(POLL_SECONDS)
             self.roster.refresh()
-        for participant in self.roster.with_status("offline"):
-            self.roster.give_up(participant.name)
 
     def _stop_clients(self) -> None:
         """Tell the clients that there will be no final model, as far as they can be reached."""

@@ -21,6 +21,7 @@ from fedrag_cli.federated.lora import freeze_a
 from fedrag_cli.federated.messages import NO_SERVER, PROXIMAL_MU, round_number
 from fedrag_cli.federated.privacy import noise_of_client, protected
 from fedrag_cli.federated.weights import Weights, weights_digest
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
 from fedrag_cli.rag.system import RAGSystem, refresh_store
 from fedrag_cli.text import printable
@@ -34,29 +35,6 @@ if TYPE_CHECKING:
     from flwr.server.strategy import Strategy as ClassicStrategy
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import Strategy
-
-
-def trainer_around(
-    trainer: HuggingFaceTrainer, model: nn.Module | None, train_dataset: Any, validation_dataset: Any
-) -> HuggingFaceTrainer:
-    """Return a trainer with the same settings around another model (its own where that is None) and other data.
-
-    Raises:
-        ModelError: The model is of another kind than the trainer's.
-        DataError: The trainer measures what needs relevant ids, and no validation example has any.
-    """
-    rag_system = trainer.rag_system if model is None else _with_model(trainer, model)
-    own = type(trainer)(
-        rag_system,
-        train_dataset=[] if train_dataset is None else train_dataset,
-        validation_dataset=[] if validation_dataset is None else validation_dataset,
-        config=trainer.config,
-        seed=trainer.seed,
-        reporter=trainer.reporter,
-    )
-    if trainer.extra_validation is not None and own.validation_examples:
-        own.extra_validation = trainer.extra_validation.around(own)
-    return own
 
 
 def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
@@ -79,14 +57,18 @@ def _with_model(trainer: HuggingFaceTrainer, model: nn.Module) -> RAGSystem:
     own = dataclasses.replace(rag_system, retriever=retriever.with_query_encoder(model, shared=shared))
     if both:
         # The passages' embeddings follow this model's weights, so they cannot be those of the other store.
-        store = rag_system.knowledge_store
-        own.knowledge_store = InMemoryKnowledgeStore(device=retriever.device)
-        own.knowledge_store.add(store.nodes, store.embeddings)
-        own.knowledge_store.corpus_fingerprint = store.corpus_fingerprint
-        if len(store):
+        own.knowledge_store = _copy_of(rag_system.knowledge_store, retriever.device)
+        if len(own.knowledge_store):
             refresh_store(own)
         own.knowledge_store.encoder_fingerprint = own.retriever.fingerprint()
     return own
+
+
+def _copy_of(store: KnowledgeStore, device: torch.device) -> InMemoryKnowledgeStore:
+    copy = InMemoryKnowledgeStore(device=device)
+    copy.add(store.nodes, store.embeddings)
+    copy.corpus_fingerprint = store.corpus_fingerprint
+    return copy
 
 
 @dataclass(frozen=True)
@@ -236,8 +218,23 @@ class FLTask:
                 task's own where it is None.
             train_dataset: A `datasets.Dataset` with `query` and `response`, or a list of examples.
             val_dataset: The same for validation.
+
+        Raises:
+            ModelError: The model is of another kind than the trainer's.
+            DataError: The trainer measures what needs relevant ids, and no validation example has any.
         """
-        return FLTask(trainer_around(self.trainer, model, train_dataset, val_dataset), self.settings)
+        trainer = self.trainer
+        own = type(trainer)(
+            trainer.rag_system if model is None else _with_model(trainer, model),
+            train_dataset=[] if train_dataset is None else train_dataset,
+            validation_dataset=[] if val_dataset is None else val_dataset,
+            config=trainer.config,
+            seed=trainer.seed,
+            reporter=trainer.reporter,
+        )
+        if trainer.extra_validation is not None and own.validation_examples:
+            own.extra_validation = trainer.extra_validation.around(own)
+        return FLTask(own, self.settings)
 
     def server(self, model: nn.Module, strategy: ClassicStrategy | None = None) -> Server:
         """Return a server of Flower's classic API, for `flwr.server.start_server`.

@@ -101,14 +101,9 @@ class _Section:
         return data
 
 
-def array_bytes(array: Array) -> int:
-    """Return how many bytes an array takes on the wire."""
-    return array.size if isinstance(array, FileArray) else len(array.data)
-
-
 def record_bytes(record: Mapping[str, Array]) -> int:
     """Return how many bytes the arrays of a record take on the wire."""
-    return sum(array_bytes(array) for array in record.values())
+    return sum(array.size if isinstance(array, FileArray) else len(array.data) for array in record.values())
 
 
 def blocks_of(array: Array) -> Iterator[NDArray[np.float32]]:

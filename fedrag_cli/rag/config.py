@@ -120,13 +120,19 @@ class CausalLMConfig:
     quantization. Training the generator then needs lora. Slow on a CPU; not for GGUF files."""
 
     def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
-        """Yield what does not go together with the device or the model's format."""
+        """Yield what does not go together with the device, the model's format, or tuning all weights."""
         if self.device_map is not None and config.run.device not in ("auto", "cuda"):
             message = f"takes all GPUs, but run.device is {config.run.device}; set that to auto or cuda, or remove it"
             yield (*path, "device_map"), message
         if self.quantization is not None and self.model.endswith(".gguf"):
             message = "is not for GGUF files, which transformers turns into plain weights; remove it"
             yield (*path, "quantization"), message
+        lora = ("trainer", "generator", "lora")
+        tunes_all_weights = config.trainer.mode != "retriever" and config.trainer.generator.lora is None
+        if tunes_all_weights and self.adapter is not None:
+            yield lora, "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
+        if tunes_all_weights and self.quantization is not None:
+            yield lora, "is needed, because the weights of a quantised generator cannot be tuned themselves"
 
     def tuned_in(self, directory: Path) -> CausalLMConfig:
         """Return the config of what the generator has saved in a directory: a model, or an adapter of this one."""

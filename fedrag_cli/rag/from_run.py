@@ -65,12 +65,22 @@ def with_tuned_models(config: Config, run: RunDirectory) -> Config:
         )
     rag_system = config.rag_system
     if run.retriever.is_dir():
-        rag_system = dataclasses.replace(rag_system, retriever=rag_system.retriever.tuned_in(run.retriever))
+        rag_system = dataclasses.replace(rag_system, retriever=_tuned(rag_system.retriever, run.retriever))
     if run.generator.is_dir():
-        tuned: Any = rag_system.generator
-        rag_system = dataclasses.replace(rag_system, generator=tuned.tuned_in(run.generator))
+        rag_system = dataclasses.replace(rag_system, generator=_tuned(rag_system.generator, run.generator))
     if run.knowledge_store.is_dir():
         # A run keeps its store in its own folder, also where it started from one on a server.
         store = rag_system.knowledge_store.in_folder(run.knowledge_store)
         rag_system = dataclasses.replace(rag_system, knowledge_store=store)
     return dataclasses.replace(config, rag_system=rag_system)
+
+
+def _tuned(settings: Any, directory: Path) -> Any:
+    """Return the settings of the model that a run has saved in a directory."""
+    if not hasattr(settings, "tuned_in"):
+        raise ConfigError(
+            f"What the run has saved in '{directory}' cannot be used: the config of type '{settings.type}' does not "
+            "say how (it has no method tuned_in).",
+            "Ask for it where the plug-in comes from.",
+        )
+    return settings.tuned_in(directory)

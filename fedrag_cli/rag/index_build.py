@@ -31,30 +31,22 @@ from fedrag_cli.runs.reporter import Reporter
 
 @dataclass(frozen=True)
 class Changes:
-    """How a corpus differs from the passages of an old store.
-
-    Args:
-        reused: The positions of embeddings in the old store that stay right, by the rows of their passages.
-        encoded: The rows of the passages that have to be encoded, ascending.
-        removed: How many of the old store's passages the corpus no longer has.
-        only_appends: Whether the corpus is the old store's passages with others behind them.
-    """
+    """How a corpus differs from the passages of an old store."""
 
     reused: dict[int, int]
+    """The positions of embeddings in the old store that stay right, by the rows of their passages."""
     encoded: list[int]
+    """The rows of the passages that have to be encoded, ascending."""
     removed: int
+    """How many of the old store's passages the corpus no longer has."""
     only_appends: bool
+    """Whether the corpus is the old store's passages with others behind them."""
 
 
 def find_changes(old: Sequence[KnowledgeNode], nodes: Sequence[KnowledgeNode], *, reusable: bool) -> Changes:
-    """Compare a corpus with the passages of an old store.
+    """Compare a corpus with the passages of an old store, whose embeddings may be those that the encoder would compute.
 
     An embedding depends on a passage's text alone, so that one that only has another id or other metadata keeps it.
-
-    Args:
-        old: The passages of the old store, in the order of their positions; their ids are unique.
-        nodes: The passages of the corpus, in its order; their ids are unique.
-        reusable: Whether the old store's embeddings are those that the encoder would compute.
     """
     position_of_id = {node.id: position for position, node in enumerate(old)}
     position_of_text = {node.text: position for position, node in enumerate(old)} if reusable else {}
@@ -86,9 +78,8 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
 
     Returns:
         Where the store is, its numbers of passages (all; encoded now; encoded by an interrupted call before; kept with
-        their embeddings; removed; cut to the encoder's limit), the share of all tokens that this
-        cuts off, whether the old store was of another encoder, its
-        fingerprints, what its kind reports (such as recall@10), and the time taken.
+        their embeddings; removed; cut to the encoder's limit), the share of all tokens that this cuts off, whether the
+        old store was of another encoder, its fingerprints, what its kind reports (such as recall@10), and the time.
 
     Raises:
         ConfigError: The config names no place, or a folder that holds anything else than a store.

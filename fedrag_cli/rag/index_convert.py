@@ -23,27 +23,18 @@ from fedrag_cli.runs.reporter import Reporter
 
 @dataclass(frozen=True)
 class PreviousStore:
-    """What a place holds that is to be indexed anew.
-
-    Args:
-        store: The store, with all its passages.
-        nodes: The passages, in the order of their positions.
-        is_as_wanted: Whether the config wants it of this type and with these settings, so that it may stay.
-        number_format: The format that it rounds embeddings to.
-    """
+    """What a place holds that is to be indexed anew: the store with all its passages, in their order."""
 
     store: KnowledgeStore
     nodes: list[KnowledgeNode]
     is_as_wanted: bool
+    """Whether the config wants it of this type and with these settings, so that it may stay."""
     number_format: str
+    """The format that it rounds embeddings to."""
 
 
 def open_store(config: KnowledgeStoreConfig, device: torch.device | str = "cpu") -> KnowledgeStore:
     """Open the store that a config names, or start an empty one where there is none yet.
-
-    Args:
-        config: The settings of the store.
-        device: Where embeddings and the results of searches are put.
 
     Raises:
         ConnectionFailedError: Its server cannot be reached, or refuses the key.
@@ -57,11 +48,6 @@ def open_store(config: KnowledgeStoreConfig, device: torch.device | str = "cpu")
 
 def open_previous(config: KnowledgeStoreConfig, reporter: Reporter, *, rebuild: bool) -> PreviousStore | None:
     """Open the store at the place that a config names, of whichever type and with whichever settings it was built.
-
-    Args:
-        config: The settings of the store that is wanted.
-        reporter: Told of a store that cannot be opened, where it is to be built anew.
-        rebuild: Whether it is to be built anew.
 
     Returns:
         The store; None where there is none, where it is empty, or where it cannot be opened and is built anew.
@@ -143,15 +129,7 @@ def _require_same_passages(wanted: KnowledgeStoreConfig, store: KnowledgeStore, 
 def store_report(
     written: KnowledgeStore, source: KnowledgeStore, config: KnowledgeStoreConfig, started: float, **counts: float
 ) -> dict[str, Any]:
-    """Return what there is to say of a store that was written.
-
-    Args:
-        written: The store at its place; a filter may hide a part of it.
-        source: What it was made of, all of it; or the same store.
-        config: The settings that name the place.
-        started: When the work began, by `time.monotonic()`.
-        counts: Further numbers about the passages.
-    """
+    """Return what there is to say of a store that was written; a filter may hide a part of it, not of its source."""
     about = written.build_report()
     if source.rounded_to is not None and about.get("dtype") != source.rounded_to:
         about["rounded_to"] = source.rounded_to

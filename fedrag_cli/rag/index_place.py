@@ -10,12 +10,7 @@ from fedrag_cli.registry import registry
 
 
 def require_named_place(config: KnowledgeStoreConfig, dropped: Sequence[str] = ()) -> str:
-    """Return the place of a store; raise ConfigError where the config names none.
-
-    Args:
-        config: The settings of the store.
-        dropped: Names of settings that another type has dropped; see `ConfigTree.dropped_settings`.
-    """
+    """Return the place of a store; raise ConfigError where the config names none, or has dropped the old type's."""
     if config.place is not None:
         return config.place
     missing = "The config does not say where to save the knowledge store."

@@ -29,12 +29,7 @@ _KEY_BYTES = 16
 
 
 class PartialIndex:
-    """Embeddings of passages by what the passages are.
-
-    Args:
-        folder: Where the files are.
-        place: What errors of writing name.
-    """
+    """Embeddings of passages by what the passages are; errors of writing name the place of the whole store."""
 
     def __init__(self, folder: Path, place: Path) -> None:
         """Read what is there; what cannot be read is encoded again."""
@@ -64,17 +59,9 @@ class PartialIndex:
         return _key(node) in self._place_of
 
     def begin(self, encoder: str, reporter: Reporter, *, rebuild: bool) -> None:
-        """Go on with what is encoded already, or discard what does not fit.
+        """Go on with what is encoded already, or discard what is of another encoder or does not fit.
 
         A rebuild that was interrupted stays one; a rebuild takes over only what another one has encoded.
-
-        Args:
-            encoder: The fingerprint of the encoder.
-            reporter: Told what is discarded.
-            rebuild: Whether a rebuild is asked for.
-
-        Raises:
-            FedRAGError: A file cannot be removed.
         """
         if len(self) and self._encoder == encoder and (self.is_rebuild or not rebuild):
             return
@@ -88,15 +75,7 @@ class PartialIndex:
         self._encoder, self.is_rebuild = encoder, rebuild
 
     def append(self, nodes: Sequence[KnowledgeNode], embeddings: Tensor) -> None:
-        """Write the embeddings of a batch; when this returns, a kill no longer loses them.
-
-        Args:
-            nodes: The passages.
-            embeddings: float32 tensor of shape (len(nodes), dimension), on the CPU.
-
-        Raises:
-            FedRAGError: The disk is full, or the file cannot be written.
-        """
+        """Write the embeddings of a batch, float32 on the CPU; when this returns, a kill no longer loses them."""
         keys = [_key(node) for node in nodes]
         # No passage is encoded twice, so that no other batch begins with this one.
         file = self._folder / f"{keys[0].hex()}.safetensors"
@@ -112,12 +91,7 @@ class PartialIndex:
         self._take(keys, embeddings)
 
     def copy_embeddings(self, nodes: Mapping[int, KnowledgeNode], target: Tensor) -> None:
-        """Copy the embeddings of passages.
-
-        Args:
-            nodes: The passages by the rows of `target` that are theirs.
-            target: float32 tensor of shape (any, dimension) on the CPU.
-        """
+        """Copy the embeddings of passages into the rows of a float32 tensor on the CPU that are theirs."""
         rows_of_part: dict[int, list[tuple[int, int]]] = {}
         for row, node in nodes.items():
             number, position = self._place_of[_key(node)]
@@ -138,13 +112,7 @@ class PartialIndex:
 def partial_index(folder: Path, place: Path, reporter: Reporter) -> Iterator[PartialIndex]:
     """Lock the folder of a place's partial index; it is removed when the enclosed code has ended well.
 
-    Args:
-        folder: The folder; missing parents are made, and removed again where nothing came of it.
-        place: What errors of writing name.
-        reporter: Told what an earlier version has left that is discarded.
-
-    Yields:
-        What is encoded already; no other process can have it meanwhile.
+    Missing parents are made, and removed again where nothing came of it.
 
     Raises:
         FedRAGError: It cannot be written.

@@ -17,7 +17,7 @@ from fedrag_cli.config.fields import ModelLocation as ModelLocation
 from fedrag_cli.config.fields import locate_model as locate_model
 from fedrag_cli.errors import ConfigError, FedRAGError, ModelError
 from fedrag_cli.rag.config import CausalLMConfig
-from fedrag_cli.runs.launch import local_rank, process_count
+from fedrag_cli.runs.processes import local_rank, process_count
 
 _SAMPLED_VALUES = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

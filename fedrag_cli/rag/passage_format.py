@@ -18,35 +18,39 @@ LABEL = re.compile(r"\w[\w ]*[:=][ \t]*\Z")
 # A tag with attributes up to the value of one of them, and the name of that one.
 TAG = re.compile(r"<([\w:-]+)\s[^<>]*\Z")
 ATTRIBUTE = re.compile(r"\s+[\w:-]+=([\"']?)\Z")
+HEADING = re.compile(r"\s*#.*|.*:\s*")
 # What stands under a heading in Markdown.
 UNDERLINE = re.compile(r"\s*(?:-{3,}|={3,})?\s*")
 _ABSENT: Any = object()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Field:
-    """A field of the template; arguments as in `str.format`."""
+    """A field of the template, with the label and the brackets around it; arguments as in `str.format`."""
 
     name: str
     conversion: str | None
     spec: str
-
-
-@dataclass
-class _Part:
-    """A field, or several that brackets hold together, with the label and the brackets around it."""
-
-    content: _Field | _Line
     before: str = ""
     after: str = ""
 
+    def fields(self) -> Iterator[_Field]:
+        """Yield itself."""
+        yield self
 
-@dataclass
+    def written(self, texts: Mapping[_Field, str]) -> str:
+        """Return its text, without what stands around it."""
+        return texts[self]
+
+
+@dataclass(eq=False)
 class _Line:
-    """A line of the template, or a tag with attributes: its parts, and the texts before, between and after them."""
+    """A line of the template, a tag with attributes, or fields in brackets: its parts, and the texts around them."""
 
     texts: list[str]
-    parts: list[_Part] = dataclass_field(default_factory=list)
+    parts: list[_Field | _Line] = dataclass_field(default_factory=list)
+    before: str = ""
+    after: str = ""
     is_tag: bool = False
     """Whether it is a tag, which stays without its empty attributes."""
     opens: bool = False
@@ -55,7 +59,18 @@ class _Line:
     def fields(self) -> Iterator[_Field]:
         """Yield the fields from left to right."""
         for part in self.parts:
-            yield from part.content.fields() if isinstance(part.content, _Line) else (part.content,)
+            yield from part.fields()
+
+    def written(self, texts: Mapping[_Field, str]) -> str:
+        """Return it; an empty field goes with what joins it to the part before, or after it where it is first."""
+        written: list[str] = []
+        for number, (part, joint) in enumerate(zip(self.parts, self.texts, strict=False)):
+            text = part.written(texts)
+            if number and (self.is_tag or (text and written)):
+                written.append(joint)
+            if text:
+                written.append(part.before + text + part.after)
+        return "".join([self.texts[0], *written, *self.texts[1:][-1:]])
 
 
 class PassageFormat:
@@ -135,7 +150,7 @@ def _lines(template: str) -> list[_Line]:
         lines[-1].texts[-1] += first
         lines += [_Line([text]) for text in others]
         if name is not None:
-            lines[-1].parts.append(_Part(_Field(name, conversion, spec or "")))
+            lines[-1].parts.append(_Field(name, conversion, spec or ""))
             lines[-1].texts.append("")
     for line in lines:
         while _take_tag(line):
@@ -154,7 +169,8 @@ def _take_tag(line: _Line) -> bool:
         if not tag or last is None:
             continue
         end = line.texts[last].index(">") + 1
-        inner = _Line([tag[0], *line.texts[first + 1 : last], line.texts[last][:end]], line.parts[first:last], True)
+        texts = [tag[0], *line.texts[first + 1 : last], line.texts[last][:end]]
+        inner = _Line(texts, line.parts[first:last], is_tag=True)
         for number, part in enumerate(inner.parts):
             if name := ATTRIBUTE.search(inner.texts[number]):
                 inner.texts[number] = inner.texts[number][: name.start()]
@@ -162,7 +178,7 @@ def _take_tag(line: _Line) -> bool:
                 part.before, part.after = name[0], name[1]
         line.texts[first], line.texts[last] = left[: tag.start()], line.texts[last][end:]
         line.opens |= not inner.texts[-1].endswith("/>") and f"</{tag[1]}>" not in "".join(line.texts[last:])
-        line.parts[first:last] = [_Part(inner)]
+        line.parts[first:last] = [inner]
         del line.texts[first + 1 : last]
         return True
     return False
@@ -177,8 +193,8 @@ def _group(line: _Line) -> bool:
         for last, right in enumerate(line.texts[first + 1 :], start=first) if closing else ():
             if right.startswith(closing):
                 line.texts[first], line.texts[last + 1] = left.removesuffix(opening), right.removeprefix(closing)
-                inner = _Line(["", *line.texts[first + 1 : last + 1], ""], line.parts[first : last + 1])
-                line.parts[first : last + 1] = [_Part(inner, opening, closing)]
+                texts = ["", *line.texts[first + 1 : last + 1], ""]
+                line.parts[first : last + 1] = [_Line(texts, line.parts[first : last + 1], opening, closing)]
                 del line.texts[first + 1 : last + 1]
                 return True
     return False
@@ -197,32 +213,15 @@ def _joined(lines: Sequence[_Line], texts: Mapping[_Field, str]) -> str:
     skipping = False
     for line in lines:
         if line.parts and not line.opens and not any(texts[field] for field in line.fields()):
-            while kept and _is_heading(kept[-1][0]):
+            while kept and not kept[-1][0].parts and HEADING.fullmatch(kept[-1][0].texts[0]):
                 kept.pop()
             skipping = True
         elif not skipping or line.parts or not UNDERLINE.fullmatch(line.texts[0]):
-            kept.append((line, _written(line, texts)))
+            kept.append((line, line.written(texts)))
             skipping = False
     while skipping and kept and not kept[-1][1].strip():
         kept.pop()
     return "\n".join(text for _, text in kept)
-
-
-def _is_heading(line: _Line) -> bool:
-    text = line.texts[0].strip()
-    return not line.parts and (text.endswith(":") or text.startswith("#"))
-
-
-def _written(line: _Line, texts: Mapping[_Field, str]) -> str:
-    """Return a line; an empty field goes with what joins it to the part before it, or after it where it is first."""
-    written: list[str] = []
-    for number, (part, joint) in enumerate(zip(line.parts, line.texts, strict=False)):
-        text = _written(part.content, texts) if isinstance(part.content, _Line) else texts[part.content]
-        if number and (line.is_tag or (text and written)):
-            written.append(joint)
-        if text:
-            written.append(part.before + text + part.after)
-    return "".join([line.texts[0], *written, *line.texts[1:][-1:]])
 
 
 def _values(passage: KnowledgeNode) -> dict[str, Any]:

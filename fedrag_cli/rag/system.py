@@ -160,7 +160,17 @@ class RAGSystem:
     def batch_query(
         self, queries: Sequence[str], top_k: int | None = None, progress: Progress | None = None
     ) -> list[RAGAnswer]:
-        """Answer questions from their passages, the way `inference` says; see `batch_retrieve` and `answer`."""
+        """Answer questions from their passages, the way `inference` says.
+
+        Args:
+            queries: The questions.
+            top_k: Passages of a prompt; the system's own by default.
+            progress: Called with the number of questions answered after each batch.
+
+        Raises:
+            DataError: A question is longer than the context window.
+            KnowledgeStoreError: See `batch_retrieve`.
+        """
         return self.answer(queries, self.batch_retrieve(queries, top_k), progress)
 
     def answer(
@@ -170,16 +180,13 @@ class RAGSystem:
         progress: Progress | None = None,
         on_answers: OnAnswers | None = None,
     ) -> list[RAGAnswer]:
-        """Answer questions from passages that were retrieved already.
+        """Answer questions from passages that were retrieved already; see `batch_query`.
 
         Args:
             queries: The questions.
             sources: Their passages, best first; a question without any is asked without context.
             progress: Called with the number of questions answered after each batch.
             on_answers: Called after each batch with positions in `queries` and their answers.
-
-        Raises:
-            DataError: A question is longer than the context window.
         """
         generator = self.require_generator()
         prompts = [

@@ -34,9 +34,6 @@ def compare_runs(
         thresholds: What each metric of every compared run must reach (or, where lower is better, not exceed).
         fail_if_worse: Whether a metric that is shown to be worse counts as a failure.
 
-    Returns:
-        The metrics of each run, the comparisons, and in `failures` what did not hold.
-
     Raises:
         ConfigError: A threshold names no metric of a run.
         DataError: They have no question or no metric in common.
@@ -61,16 +58,17 @@ def compare_runs(
 
 
 def load_compared(names: Sequence[str]) -> list[Evaluated]:
-    """Read what runs have recorded of each question; a single run is compared with itself before training.
-
-    Args:
-        names: Run directories, or RUN:STAGE for another evaluation of the run than its last.
+    """Read what runs, or RUN:STAGE, have recorded of each question; one alone is compared with itself before training.
 
     Raises:
         ConfigError: There is nothing to compare, or a folder is no run or one that is not finished.
         DataError: Records are missing or damaged.
     """
-    compared = with_baseline(names)
+    compared = [name.rstrip("/") for name in names]
+    if len(compared) == 1:
+        if split_stage(compared[0])[1] is not None:
+            raise ConfigError(f"There is nothing to compare '{compared[0]}' with.", "Name another run.")
+        compared = [f"{compared[0]}:before", *compared]
     for name in compared:
         # Half of a run must not pass for the whole in CI.
         RunDirectory.open(split_stage(name)[0]).require_finished()
@@ -78,10 +76,7 @@ def load_compared(names: Sequence[str]) -> list[Evaluated]:
 
 
 def load_evaluated(name: str) -> Evaluated:
-    """Read what a run has recorded of each question.
-
-    Args:
-        name: A run directory, or RUN:STAGE.
+    """Read what a run, or RUN:STAGE, has recorded of each question.
 
     Raises:
         ConfigError: The folder is no run, or it has no such evaluation.
@@ -116,12 +111,7 @@ def load_evaluated(name: str) -> Evaluated:
 
 
 def interval_settings(name: str, confidence: float | None) -> EvaluationConfig:
-    """Return confidence and resamples with which a run draws its own intervals, so that they come out the same here.
-
-    Args:
-        name: A run directory, or RUN:STAGE.
-        confidence: A level that wins over the run's; None for the run's.
-    """
+    """Return the resamples, and unless another is given the confidence, with which a run draws its own intervals."""
     run, default = RunDirectory.open(split_stage(name)[0]), EvaluationConfig()
     try:
         stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["evaluation"]
@@ -141,20 +131,6 @@ def _whole(value: Any, default: int) -> int:
 def questions_of(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the records of each question by the runs' names and the questions' ids."""
     return {item.name: {str(row["id"]): dict(row) for row in item.predictions} for item in evaluated}
-
-
-def with_baseline(names: Sequence[str]) -> list[str]:
-    """Return what is compared; a single run is compared with itself before training.
-
-    Raises:
-        ConfigError: A single evaluation is named.
-    """
-    names = [name.rstrip("/") for name in names]
-    if len(names) > 1:
-        return names
-    if split_stage(names[0])[1] is not None:
-        raise ConfigError(f"There is nothing to compare '{names[0]}' with.", "Name another run.")
-    return [f"{names[0]}:before", names[0]]
 
 
 def short_name(run: RunDirectory) -> str:

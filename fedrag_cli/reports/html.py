@@ -52,16 +52,10 @@ EXPLANATIONS = {
 
 
 def render_report(report: Mapping[str, Any]) -> str:
-    """Write a report.
+    """Return the page that shows what `build_report` has collected.
 
     Every value is escaped. Should one ever not be, the page's policy forbids to load anything and to run any script
     but its own.
-
-    Args:
-        report: What the page shows, as `fedrag_cli.reports.html.build_report` collects it.
-
-    Returns:
-        The whole page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -76,12 +70,13 @@ def render_report(report: Mapping[str, Any]) -> str:
     filters: dict[str, Callable[..., str | int]] = {
         "number": lambda value: f"{value:.4f}",
         "signed": lambda value: f"{value:+.4f}",
-        "interval": _interval,
-        "signed_interval": _signed_interval,
+        "interval": lambda item: f"[{item['low']:.4f}, {item['high']:.4f}]",
+        "signed_interval": lambda item: f"[{item['low']:+.4f}, {item['high']:+.4f}]",
         "percent": lambda share: f"{100 * share:g} %",
         "score": lambda value: f"{value:.3f}",
-        "data_uri": _data_uri,
-        "width": _width,
+        "data_uri": lambda picture: "data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
+        # So that the texts in all pictures have the size of the page's; a PNG's first chunk begins with its width.
+        "width": lambda picture: round(int.from_bytes(picture[16:20], "big") * 0.55),
         "verdict_mark": VERDICT_MARKS.__getitem__,
         "verdict_class": VERDICT_CLASSES.__getitem__,
         "explained": explain_metric,
@@ -110,15 +105,7 @@ def explain_metric(name: str) -> str:
 
 
 def require_replaceable(path: Path, *, force: bool) -> None:
-    """Make sure that a report may be written into a file.
-
-    Args:
-        path: The file.
-        force: Whether a file that is no report may be overwritten.
-
-    Raises:
-        ConfigError: It is a folder, or a file that is no report of ours.
-    """
+    """Raise ConfigError where a file is a folder, or, unless it is forced, no report of ours."""
     if is_folder(path):
         raise ConfigError(f"'{path}' is a folder.", "Name a file, such as report.html, with --output.")
     if force or not is_there(path):
@@ -132,35 +119,14 @@ def require_replaceable(path: Path, *, force: bool) -> None:
         )
 
 
-def _interval(item: Mapping[str, float]) -> str:
-    return f"[{item['low']:.4f}, {item['high']:.4f}]"
-
-
-def _signed_interval(item: Mapping[str, float]) -> str:
-    return f"[{item['low']:+.4f}, {item['high']:+.4f}]"
-
-
-def _data_uri(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
-
-
-def _width(picture: bytes) -> int:
-    """Return how wide a PNG is shown, so that the texts in all pictures have the size of the page's."""
-    # The first chunk of a PNG begins with the width in pixels.
-    return round(int.from_bytes(picture[16:20], "big") * 0.55)
-
-
 def write_report(names: Sequence[str], path: Path, confidence: float | None, examples: int) -> dict[str, Any]:
-    """Write a report of runs.
+    """Write a report of runs, and return its path and what it says of each comparison.
 
     Args:
         names: Run directories or RUN:STAGE, as for `build_report`.
         path: The HTML file.
         confidence: Level of the intervals; None for that of the first run's config.
         examples: How many questions won and lost are shown for each metric.
-
-    Returns:
-        The path of the report, and what it says of each comparison.
 
     Raises:
         ConfigError: A folder is no run, or it has evaluated nothing.
@@ -179,14 +145,6 @@ def build_report(names: Sequence[str], confidence: float | None, examples: int) 
 
     The first run is compared with; a single one with itself before training where it was trained, and with nothing
     where it was only evaluated.
-
-    Args:
-        names: Run directories, or RUN:STAGE for another evaluation of the run than its last.
-        confidence: Level of the intervals; None for that of the first run's config.
-        examples: How many questions won and lost are shown for each metric.
-
-    Returns:
-        What `render_report` takes.
     """
     names = [name.rstrip("/") for name in names]
     comparing = len(names) > 1 or _was_trained(names[0])

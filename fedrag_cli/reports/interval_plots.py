@@ -49,16 +49,7 @@ def _draw_interval(
 
 
 def plot_difference(differences: Sequence[Mapping[str, Any]], path: Path | str) -> None:
-    """Draw what a run changed: each metric before and after, and the difference with its interval.
-
-    Args:
-        differences: For each metric `metric`, `n`, `before`, `after`, `difference` (with `mean`, `low` and `high`),
-            `verdict` and `confidence`, as `MetricDifference.to_dict` gives them. At least one.
-        path: The PNG file.
-
-    Raises:
-        FedRAGError: If there is no difference to draw, or the file cannot be written.
-    """
+    """Draw what a run changed, as `MetricDifference.to_dict` gives it: metrics before and after, and the difference."""
     if not differences:
         raise FedRAGError("There is no difference to draw.", "Evaluate at least one metric before and after.")
     size = (10, 1.5 + 0.55 * len(differences))
@@ -95,12 +86,7 @@ def plot_difference(differences: Sequence[Mapping[str, Any]], path: Path | str) 
 
 
 def plot_evaluation(summary: Mapping[str, Any], path: Path) -> None:
-    """Draw an evaluation's metrics as dots with intervals, a panel a metric, a row a group.
-
-    Args:
-        summary: `metrics` and `groups` with `mean`, `low`, `high` and `n`, and the `confidence`.
-        path: The PNG file.
-    """
+    """Draw the metrics of an evaluation's summary as dots with intervals, a panel a metric, a row a group."""
     metrics = summary["metrics"]
     rows = {ALL: metrics, **summary["groups"]}
     labels = []
@@ -124,12 +110,7 @@ def plot_evaluation(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_baselines(comparison: Mapping[str, Any], path: Path) -> None:
-    """Draw each way's metrics with their intervals, and write the paired difference to the untuned model beside them.
-
-    Args:
-        comparison: `rows` with `name`, `metrics` and `to_untuned`, and the `confidence`.
-        path: The PNG file.
-    """
+    """Draw the metrics of each way to tune with their intervals, and the paired difference to the untuned model."""
     rows = comparison["rows"]
     metrics = rows[0]["metrics"]
     figure, panels = new_panels(len(metrics), 3, (2.2, 0), (3.6, 1.1 + 0.36 * len(rows)), sharey=True)
@@ -155,26 +136,13 @@ def plot_baselines(comparison: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw comparisons as `Comparison.to_dict` gives them.
-
-    Args:
-        comparisons: At least one; each becomes a block of rows, one a metric.
-        path: The file; its ending says the format, as `require_plot_file` checks it.
-    """
+    """Draw comparisons as `Comparison.to_dict` gives them, in the format that the file's ending names."""
     format = _format_of(path)
     write_bytes_atomically(path, picture_of(draw_comparisons(comparisons), format, METADATA[format]))
 
 
 def require_plot_file(path: Path, *, force: bool) -> None:
-    """Make sure that a plot may be written into a file.
-
-    Args:
-        path: The file.
-        force: Whether a file that is no plot of `fedrag compare` may be overwritten.
-
-    Raises:
-        ConfigError: Its ending names no format, or it is a folder, or a file that is no plot of ours.
-    """
+    """Raise ConfigError where a file ends in no format of plots, is a folder, or, unless forced, no plot of ours."""
     format = _format_of(path)
     if format not in METADATA:
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import yaml
 
@@ -13,102 +13,17 @@ from fedrag_cli.reports.diagnostics import diagnostics_section
 from fedrag_cli.runs.reporter import epsilon_text
 from fedrag_cli.text import LONGEST_CELL, fenced, markdown_code, markdown_text, table
 
-
-class TunedRetriever(TypedDict):
-    """What became of the retriever."""
-
-    model: str
-    """The model that was tuned."""
-    trainer: str
-    """Name of the trainer, such as lsr."""
-    train: NotRequired[str]
-    """query where the query encoder alone was tuned, both where passages were tuned too."""
+ENCODERS = {"query": "query encoder only", "both": "query and passage encoder"}
 
 
-class TunedGenerator(TypedDict):
-    """What became of the generator."""
-
-    model: str
-    """The model that was tuned."""
-    trainer: str
-    """Name of the trainer, such as ralt."""
-    adapter: bool
-    """Whether the run saved a LoRA adapter rather than all weights."""
-
-
-class Tuned(TypedDict):
-    """Which sides were tuned; None for a side that was left alone."""
-
-    retriever: TunedRetriever | None
-    generator: TunedGenerator | None
-
-
-class RunSummary(TypedDict):
-    """What a model card is written from. What a run does not have is left out or empty."""
-
-    run_name: str
-    """Name of the run."""
-    status: str
-    """`done`, or how the run ended otherwise."""
-    mode: str
-    """retriever, generator or alternating."""
-    seed: int
-    """Seed of the run."""
-    command: Sequence[str]
-    """The command line, one string an argument."""
-    tuned: Tuned
-    """Which sides were tuned."""
-    data: Mapping[str, int]
-    """Number of examples of each split, and of `passages`."""
-    fingerprints: NotRequired[Mapping[str, str]]
-    """Fingerprints of the same data, and of the models."""
-    split: NotRequired[str | None]
-    """The split that the differences were measured on."""
-    role: NotRequired[str]
-    """Which part of a federation the run was: server, client or simulation."""
-    rounds: NotRequired[Sequence[Mapping[str, Any]]]
-    """What happened in each round of a federation."""
-    comparison: NotRequired[Mapping[str, Any] | None]
-    """The federation beside pooled data and single sites, where they were compared."""
-    differences: NotRequired[Sequence[Mapping[str, Any]]]
-    """The metrics before and after, as `MetricDifference.to_dict` gives them."""
-    untuned: NotRequired[Mapping[str, Any]]
-    """Untuned retrieval beside the tuned system, as `compare_to_baselines` gives it."""
-    overlaps: NotRequired[Sequence[Mapping[str, Any]]]
-    """Splits that share questions, as `Overlap.to_dict` gives them."""
-    loss: NotRequired[float | None]
-    """Mean training loss over all steps, of all phases; that of the last round in a federation."""
-    phases: NotRequired[Mapping[str, Mapping[str, float]]]
-    """Mean loss and steps of each phase, where there are several."""
-    steps: NotRequired[int | None]
-    """Optimizer steps that were taken."""
-    seconds: NotRequired[float | None]
-    """Time of the training."""
-    settings: NotRequired[Mapping[str, Any]]
-    """The trainer's part of the config."""
-    truncated: NotRequired[Mapping[str, int]]
-    """How many texts were cut to the models' lengths, by kind."""
-    lengths: NotRequired[Sequence[Mapping[str, Any]]]
-    """How much of the texts that was, as `Lengths.to_dict` gives it."""
-    versions: NotRequired[Mapping[str, str]]
-    """Versions of Python and of the libraries."""
-    diagnostics: NotRequired[Mapping[str, Mapping[str, Any]]]
-    """What the log tells beside the loss, as `diagnostics.summarise` gives it."""
-    plots: NotRequired[Sequence[str]]
-    """Names of the files in `plots/`."""
-
-
-def model_card(summary: RunSummary | Mapping[str, Any]) -> str:
-    """Write the model card of a run.
+def model_card(summary: Mapping[str, Any]) -> str:
+    """Return the model card of a run in Markdown, with YAML front matter.
 
     The same summary gives the same card. Absolute paths are cut to their last part, because they say nothing on another
     machine and may name people.
 
     Args:
-        summary: What is known of the run, of the shape of `RunSummary`.
-
-    Returns:
-        Markdown, with YAML front matter.
+        summary: What is known of the run, as `summary.json` has it; what a run does not have is left out or empty.
     """
     sections = [
         _head(summary),
@@ -143,14 +58,16 @@ def _tuned(tuned: Mapping[str, Any]) -> str:
         if part is None:
             lines.append(f"- **{side.capitalize()}**: not tuned.")
             continue
-        details = [f"trainer {markdown_code(part['trainer'])}"]
-        if part.get("train"):
-            encoders = {"query": "query encoder only", "both": "query and passage encoder"}
-            details.append(encoders.get(part["train"], part["train"]))
-        if "adapter" in part:
-            details.append("LoRA adapter" if part["adapter"] else "all weights")
-        lines.append(f"- **{side.capitalize()}**: {markdown_code(portable(part['model']))}, {', '.join(details)}.")
+        details = ", ".join([f"trainer {markdown_code(part['trainer'])}", *tuning_details(part)])
+        lines.append(f"- **{side.capitalize()}**: {markdown_code(portable(part['model']))}, {details}.")
     return "\n".join(lines)
+
+
+def tuning_details(part: Mapping[str, Any]) -> list[str]:
+    """Return what of a model was tuned, in words."""
+    encoders = [ENCODERS.get(part["train"], part["train"])] if part.get("train") else []
+    adapter = ["LoRA adapter" if part["adapter"] else "all weights"] if "adapter" in part else []
+    return encoders + adapter
 
 
 def _difference_row(item: Mapping[str, Any]) -> list[str]:
@@ -190,26 +107,11 @@ def _federation(summary: Mapping[str, Any]) -> str:
     rounds = summary.get("rounds") or ()
     if not rounds:
         return ""
-    rows = []
-    for row in rounds:
-        loss = row.get("loss")
-        clients = ", ".join(row["clients"]) if "clients" in row else "this one"
-        refused = "; ".join(f"{name}: {reason}" for name, reason in row.get("refused", {}).items())
-        outliers = "; ".join(f"{name}: {reason}" for name, reason in row.get("outliers", {}).items())
-        rows.append(
-            [
-                str(row["round"]),
-                clients,
-                refused,
-                outliers,
-                str(row["examples"]),
-                f"{loss:.4f}" if loss is not None else "",
-            ]
-        )
-    columns = ["Round", "Clients", "Refused", "Outliers", "Examples", "Loss"]
-    used = [place for place, name in enumerate(columns) if name != "Outliers" or any(row[place] for row in rows)]
-    cells = [[row[place] for place in used] for row in rows]
-    listed = table([columns[place] for place in used], cells, numbers=(0, len(used) - 2, len(used) - 1))
+    cells = [round_cells(row) for row in rounds]
+    outliers = ["Outliers"] if any(row["Outliers"] for row in cells) else []
+    columns = ["Round", "Clients", "Refused", *outliers, "Examples", "Loss"]
+    rows = [[row[name] for name in columns] for row in cells]
+    listed = table(columns, rows, numbers=(0, len(columns) - 2, len(columns) - 1))
     if spent := epsilon_text(rounds[-1], long=True):
         listed += (
             f"\n\nDifferential privacy of each client's part in these weights: {spent}, over all rounds. The noise on "
@@ -224,6 +126,25 @@ def _federation(summary: Mapping[str, Any]) -> str:
         "simulation": "This is the global model of a federation that was simulated in one process.",
     }
     return f"## Federation\n\n{parts.get(summary.get('role', ''), '')}\n\n{listed}"
+
+
+def round_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return what tables of rounds show of one, by the names of their columns."""
+    loss, seconds = row.get("loss"), row.get("seconds")
+
+    def listed(name: str) -> str:
+        return "; ".join(f"{client}: {reason}" for client, reason in (row.get(name) or {}).items())
+
+    return {
+        "Round": str(row["round"]),
+        "Clients": ", ".join(row["clients"]) if "clients" in row else "this one",
+        "Refused": listed("refused"),
+        "Examples": str(row.get("examples", "")),
+        "Loss": f"{loss:.4f}" if loss is not None else "",
+        "Seconds": f"{seconds:.0f}" if seconds is not None else "",
+        "Epsilon": epsilon_text(row),
+        "Outliers": listed("outliers"),
+    }
 
 
 def _comparison(summary: Mapping[str, Any]) -> str:

@@ -145,25 +145,13 @@ def plot_log(events: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]
 
 
 def plot_curves(events: Iterable[Mapping[str, Any]], directory: Path | str) -> list[Path]:
-    """Draw the curves of a run, one panel a phase.
+    """Draw the curves of a run's log, one panel a phase, and return the files.
 
     - `loss.png`: the training loss of each step, faint, with a running mean; the validation loss as markers.
     - `validation.png`: the other validation metrics, where there are any.
     - `learning_rate.png`: the course of the learning rate.
 
     Steps that a resumed run repeated are drawn once, and values that are not finite are left out.
-
-    Args:
-        events: The events of the run's log: `train_step` with `phase`, `step`, `loss` and `learning_rate`, and
-            `validation` with `phase`, `step` and `metrics`. Others are passed over.
-        directory: Where the files go; it is made where it is missing.
-
-    Returns:
-        The files that were written; none for a log without such events.
-
-    Raises:
-        DataError: If an event has no step.
-        FedRAGError: If a file cannot be written.
     """
     log = list(events)
     steps, validations = latest_by_step(log, "train_step"), latest_by_step(log, "validation")

@@ -13,9 +13,8 @@ import yaml
 from fedrag_cli.errors import DataError
 from fedrag_cli.federated.config import public_settings
 from fedrag_cli.reports.compare import short_name
-from fedrag_cli.reports.model_card import portable, portable_argument
+from fedrag_cli.reports.model_card import portable, portable_argument, round_cells, tuning_details
 from fedrag_cli.runs.directory import RunDirectory
-from fedrag_cli.runs.reporter import epsilon_text
 
 KINDS = {
     None: "Training on one machine",
@@ -35,7 +34,6 @@ CAPTIONS = {
 UNSET = json.dumps(None)
 # A run's name and folder say nothing about what it did.
 NAMING = ("run.name", "run.output_dir")
-ENCODERS = {"query": "query encoder only", "both": "query and passage encoder"}
 WHOSE = {
     "server": "server's questions",
     "clients": "clients' validation questions",
@@ -46,19 +44,13 @@ WHOSE = {
 def describe_run(path: Path) -> dict[str, Any]:
     """Read what a report says of a run, also of one that has not finished.
 
-    Args:
-        path: The run directory.
-
-    Returns:
-        Its name, facts, settings, rounds, column of groups, plots and config.
-
     Raises:
         ConfigError: The folder is no run.
         DataError: A file of the run is damaged.
     """
     run = RunDirectory.open(path)
     known = run.manifest() | (run.read_json_if_there("summary.json") or {})
-    role = "evaluation" if known.get("evaluation") is not None else run.federation_role()
+    role = run.role()
     config = _config(run)
     try:
         return {
@@ -132,12 +124,7 @@ def _model(component: Mapping[str, Any] | None, tuned: Mapping[str, Any] | None)
     name = portable(component.get("model") or component.get("query_model") or component.get("type"))
     if tuned is None:
         return f"{name}"
-    details = [f"trainer {tuned['trainer']}"]
-    if "train" in tuned:
-        details.append(ENCODERS.get(tuned["train"], tuned["train"]))
-    if "adapter" in tuned:
-        details.append("LoRA adapter" if tuned["adapter"] else "all weights")
-    return f"{name}, tuned: {', '.join(details)}"
+    return ", ".join([f"{name}, tuned: trainer {tuned['trainer']}", *tuning_details(tuned)])
 
 
 def _rounds(rounds: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -147,28 +134,20 @@ def _rounds(rounds: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any])
     measured = list(
         dict.fromkeys((name, who) for by in evaluations.values() for who in by for name in by[who]["metrics"])
     )
-    metrics = [f"{name}, {WHOSE.get(who, who)}" for name, who in measured]
     first = [{"round": 0, "clients": [], "before": True}] if "0" in evaluations else []
     rows = []
     for row in [*first, *rounds]:
         found = evaluations.get(str(row["round"]), {})
-        cells = [
-            "before" if row.get("before") else str(row["round"]),
-            ", ".join(row["clients"]) if "clients" in row else "this one",
-            "; ".join(f"{name}: {reason}" for name, reason in (row.get("refused") or {}).items()),
-            str(row.get("examples", "")),
-            _number(row.get("loss")) or "",
-            f"{row['seconds']:.0f}" if row.get("seconds") is not None else "",
-            epsilon_text(row),
-            "; ".join(f"{name}: {reason}" for name, reason in (row.get("outliers") or {}).items()),
-        ]
-        rows.append(cells + [_number(found.get(who, {}).get("metrics", {}).get(name)) or "" for name, who in measured])
-    columns = ["Round", "Clients", "Refused", "Examples", "Loss", "Seconds", "Epsilon", "Outliers", *metrics]
-    used = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+        cells = round_cells(row) | ({"Round": "before"} if row.get("before") else {})
+        for name, who in measured:
+            value = found.get(who, {}).get("metrics", {}).get(name)
+            cells[f"{name}, {WHOSE.get(who, who)}"] = _number(value) or ""
+        rows.append(cells)
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
     return {
-        "columns": [columns[place] for place in used],
+        "columns": columns,
         "numbers": [name for name in columns if name not in ("Clients", "Refused", "Outliers")],
-        "rows": [[row[place] for place in used] for row in rows],
+        "rows": [[row[name] for name in columns] for row in rows],
     }
 
 
@@ -227,13 +206,7 @@ Questions = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def won_and_lost(comparison: Mapping[str, Any], questions: Questions, most: int) -> list[dict[str, Any]]:
-    """Return the questions that a run has won and lost, for each metric, the largest differences first.
-
-    Args:
-        comparison: As `Comparison.to_dict` gives it.
-        questions: The records of both runs.
-        most: How many are shown of each.
-    """
+    """Return the questions that a run has won and lost by each metric, the largest `most` differences first."""
     before, after = questions[comparison["baseline"]], questions[comparison["name"]]
     found = []
     for metric in (difference["metric"] for difference in comparison["differences"]):

@@ -27,15 +27,17 @@ LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "datasets
 
 
 class RunDirectory:
-    """One run's folder: `runs/<name>/<UTC time>-<short id>/`.
-
-    Args:
-        path: The folder; it holds `config.yaml` and `manifest.json`.
-    """
+    """One run's folder: `runs/<name>/<UTC time>-<short id>/`; `create` makes one, and `open` checks that it is one."""
 
     def __init__(self, path: Path) -> None:
-        """Open an existing run directory; see `create` and `open`."""
         self.path = path
+        self.config_file = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        # What was tuned, or its adapter, and the store that fits it.
+        self.retriever = path / "retriever"
+        self.generator = path / "generator"
+        self.knowledge_store = path / "knowledge_store"
+        self.plots = path / "plots"
 
     @classmethod
     def create(
@@ -60,9 +62,6 @@ class RunDirectory:
             outside: References and values of settings that come from outside of the config, by key path. Texts among
                 the values are kept as hashes, as they may be secrets; a number or a switch is none.
             fields: What else the manifest says.
-
-        Raises:
-            FedRAGError: The folder cannot be written.
         """
         time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         path = Path(output_dir) / name / f"{time}-{uuid.uuid4().hex[:6]}"
@@ -97,53 +96,18 @@ class RunDirectory:
             DataError: Its manifest is damaged.
         """
         run = cls(path)
+        hint = "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID."
         if not is_there(path):
-            raise ConfigError(
-                f"'{path}' does not exist.", "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID."
-            )
+            raise ConfigError(f"'{path}' does not exist.", hint)
         try:
             is_run = run.config_file.is_file() and (path / "manifest.json").is_file()
         except OSError as error:
-            raise DataError(
-                f"The run in '{path}' cannot be read: {error.strerror}.", "Check who may read there."
-            ) from error
+            reason = f"The run in '{path}' cannot be read: {error.strerror}."
+            raise DataError(reason, "Check who may read there.") from error
         if not is_run:
-            raise ConfigError(
-                f"'{path}' is no run directory (config.yaml or manifest.json is missing).",
-                "Give a folder that 'fedrag train' made, such as runs/NAME/TIME-ID.",
-            )
+            raise ConfigError(f"'{path}' is no run directory (config.yaml or manifest.json is missing).", hint)
         run.manifest()
         return run
-
-    @property
-    def config_file(self) -> Path:
-        """The config as resolved."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the phases' checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def retriever(self) -> Path:
-        """The tuned retriever."""
-        return self.path / "retriever"
-
-    @property
-    def generator(self) -> Path:
-        """The tuned generator, or its adapter."""
-        return self.path / "generator"
-
-    @property
-    def knowledge_store(self) -> Path:
-        """The knowledge store that fits the tuned retriever."""
-        return self.path / "knowledge_store"
-
-    @property
-    def plots(self) -> Path:
-        """Folder of the pictures."""
-        return self.path / "plots"
 
     def manifest(self) -> dict[str, Any]:
         """Return what the manifest says."""
@@ -156,15 +120,9 @@ class RunDirectory:
         write_json_atomically(self.path / "manifest.json", {**known, **fields, "updated": now})
 
     def require_same_outside(self, outside: Mapping[str, tuple[str, Any]]) -> None:
-        """Compare settings that come from outside of the config with those that the run started with.
+        """Raise ConfigError where settings from outside of the config are others than those that the run started with.
 
         One whose reference is another by now was changed in the run's config on purpose.
-
-        Args:
-            outside: References and values by key path, as `create` takes them.
-
-        Raises:
-            ConfigError: The environment gives other values.
         """
         known = self.manifest().get("outside")
         if known is None:
@@ -173,10 +131,7 @@ class RunDirectory:
             bytes.fromhex(known["salt"])
             references = {key: setting["reference"] for key, setting in known["settings"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"'{self.path / 'manifest.json'}' cannot be read: its section 'outside' is damaged.",
-                "Restore the file, or start a new run with 'fedrag train'.",
-            ) from error
+            raise self._damaged("manifest.json", "its section 'outside' is damaged.") from error
         # Where a run is kept does not matter to what it computes, and it may have been moved.
         now = _record({key: found for key, found in outside.items() if key != "run.output_dir"}, known["salt"])
         changed = [
@@ -200,9 +155,12 @@ class RunDirectory:
                 f"Go on with: fedrag resume {self.path}",
             )
 
-    def federation_role(self) -> str | None:
-        """Return which part of a federation the run is (server, client or simulation); None for a training."""
-        federation = self.manifest().get("federation")
+    def role(self) -> str | None:
+        """Return what the run is: evaluation, or server, client or simulation of a federation; None for a training."""
+        manifest = self.manifest()
+        if manifest.get("evaluation") is not None:
+            return "evaluation"
+        federation = manifest.get("federation")
         return federation.get("role") if isinstance(federation, dict) else None
 
     def summary(self) -> dict[str, Any]:
@@ -217,10 +175,7 @@ class RunDirectory:
         """Return the folders of models that the run has tuned, by its summary, and that are not there."""
         tuned = (self.read_json_if_there("summary.json") or {}).get("tuned") or {}
         if not isinstance(tuned, dict):
-            raise DataError(
-                f"'{self.path / 'summary.json'}' cannot be read: its section 'tuned' is damaged.",
-                "Restore the file, or start a new run with 'fedrag train'.",
-            )
+            raise self._damaged("summary.json", "its section 'tuned' is damaged.")
         folders = {"retriever": self.retriever, "generator": self.generator}
         return [f"{name}/" for name, folder in folders.items() if tuned.get(name) and not folder.is_dir()]
 
@@ -254,11 +209,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from working in the directory at the same time, and clean up after a kill.
-
-        Raises:
-            FedRAGError: Another process works in it.
-        """
+        """Clean up after a kill, and keep other processes out; raise FedRAGError where one works in the directory."""
         with os_errors(self.path), (self.path / ".lock").open("wb") as file:
             try:
                 lock(file)
@@ -268,14 +219,17 @@ class RunDirectory:
             yield
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        hint = "Restore the file, or start a new run with 'fedrag train'."
         try:
             value = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"'{self.path / name}' cannot be read: {error}", hint) from error
+            raise self._damaged(name, str(error)) from error
         if not isinstance(value, dict):
-            raise DataError(f"'{self.path / name}' cannot be read: it holds no JSON object", hint)
+            raise self._damaged(name, "it holds no JSON object")
         return value
+
+    def _damaged(self, name: str, reason: str) -> DataError:
+        hint = "Restore the file, or start a new run with 'fedrag train'."
+        return DataError(f"'{self.path / name}' cannot be read: {reason}", hint)
 
 
 def _record(outside: Mapping[str, tuple[str, Any]], salt: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Writes files and directories so that a kill leaves the old or the new, never half."""
+"""Writes files and directories so that a kill leaves the old or the new, never half; and checkpoints, which say so."""
 
 from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -16,17 +17,21 @@ from io import IOBase
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.errors import FedRAGError
+from fedrag_cli.errors import FedRAGError, ModelError
 
+CHECKPOINT_PREFIX = "checkpoint-"
+CHECKPOINT_MARKER = "complete.json"
 LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>[0-9a-f]{8}|old)\.tmp")
+_ATTEMPTS = 5
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
+# What torch's archive writer says where fewer bytes arrived than it wrote; it has no word of the system's reason.
+_TORCH_WROTE_TOO_LITTLE = "unexpected pos"
 
 
 def lock(file: IOBase) -> None:
-    """Lock an open file for this process until it is closed.
-
-    Raises:
-        BlockingIOError: Another process has locked it.
-    """
+    """Lock an open file for this process until it is closed; raise BlockingIOError where another one has locked it."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -61,14 +66,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Make a temporary directory for a target and hold it.
-
-    Args:
-        path: The target; its parent is there.
-
-    Yields:
-        The directory, empty.
-    """
+    """Make an empty temporary directory beside a target and hold it."""
     while True:
         temporary = temporary_name(path)
         temporary.mkdir()
@@ -93,12 +91,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def discard(set_aside: Path, path: Path) -> None:
-    """Remove what was set aside, under a name by which nobody gives back to the target what is half removed.
-
-    Args:
-        set_aside: It may be missing.
-        path: The target.
-    """
+    """Remove what was set aside, under a name by which nobody gives back to the target what is half removed."""
     doomed = temporary_name(path)
     with _held(set_aside):
         try:
@@ -110,12 +103,7 @@ def discard(set_aside: Path, path: Path) -> None:
 
 @contextmanager
 def _held(directory: Path, *, waits: bool = False) -> Iterator[bool]:
-    """Lock a directory; yield whether that was possible, which it is not everywhere.
-
-    Args:
-        directory: It may be missing, or be no directory.
-        waits: Whether to wait for another process that holds it.
-    """
+    """Lock a directory that may be missing; yield whether that was possible, which it is not everywhere."""
     # Windows can lock no directory.
     if os.name == "nt":
         yield False
@@ -138,27 +126,9 @@ def _held(directory: Path, *, waits: bool = False) -> Iterator[bool]:
         os.close(descriptor)
 
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_ATTEMPTS = 5
-# What torch's archive writer says where fewer bytes arrived than it wrote; it has no word of the system's reason.
-_TORCH_WROTE_TOO_LITTLE = "unexpected pos"
-_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
-
-
 @contextmanager
 def os_errors(path: Path | str) -> Iterator[None]:
-    """Turn errors of the operating system into a FedRAGError that names a path and says what to do.
-
-    Args:
-        path: What the enclosed code writes.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FedRAGError: If the enclosed code raises OSError, or any other error that tells of a full disk.
-    """
+    """Turn errors of the operating system, and others that tell of a full disk, into FedRAGErrors that name a path."""
     try:
         yield
     except OSError as error:
@@ -185,14 +155,9 @@ def os_errors(path: Path | str) -> Iterator[None]:
 
 
 def write_bytes_atomically(path: Path | str, content: bytes) -> None:
-    """Write a file: afterwards it holds the whole new content, or still the old one.
+    """Write a file, and missing folders above it: afterwards it holds the whole new content, or still the old one.
 
-    Args:
-        path: The file; missing parent folders are made. Where it is a link, what it leads to is written.
-        content: The new content.
-
-    Raises:
-        FedRAGError: If the file cannot be written.
+    Where it is a link, what it leads to is written.
     """
     path = Path(path)
     with os_errors(path):
@@ -207,17 +172,7 @@ def write_bytes_atomically(path: Path | str, content: bytes) -> None:
 
 @contextmanager
 def replace_file_atomically(path: Path) -> Iterator[Path]:
-    """Write a temporary file and put it in the place of another when all went well.
-
-    Args:
-        path: The file; missing parent folders are made. Where it is a link, what it leads to is replaced.
-
-    Yields:
-        The temporary file's path, which the enclosed code makes and closes.
-
-    Raises:
-        FedRAGError: If the enclosed code or the renaming meets an error of the operating system.
-    """
+    """Yield a path whose file, once made and closed, takes the place of another, or of what that one links to."""
     with os_errors(path):
         path = Path(os.path.realpath(path))
         temporary = temporary_name(path)
@@ -234,14 +189,7 @@ def replace_file_atomically(path: Path) -> Iterator[Path]:
 
 
 def require_writable(path: Path) -> None:
-    """Make sure, before long work, that its result can be written to a file.
-
-    Args:
-        path: The file; missing parent folders are made.
-
-    Raises:
-        FedRAGError: It is a folder, or no file can be made there.
-    """
+    """Make sure, before long work, that its result can be written to a file; raise FedRAGError where it cannot."""
     with os_errors(path):
         if path.exists() and not path.is_file():
             path.open("wb").close()
@@ -254,29 +202,13 @@ def require_writable(path: Path) -> None:
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:
-    """Write a UTF-8 text file: afterwards it holds the whole new text, or still the old one.
-
-    Args:
-        path: The file; missing parent folders are made.
-        text: The new text.
-
-    Raises:
-        FedRAGError: If the file cannot be written.
-    """
+    """Write a UTF-8 text file, as `write_bytes_atomically` does."""
     # Texts of data sets hold lone surrogates now and then, which UTF-8 cannot; their escape is valid JSON as well.
     write_bytes_atomically(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json_atomically(path: Path | str, value: Any) -> None:
-    """Write a JSON file, indented, with keys in the order of insertion.
-
-    Args:
-        path: The file; missing parent folders are made.
-        value: What to write; made of dict, list, str, int, float, bool and None, with finite numbers only.
-
-    Raises:
-        FedRAGError: If a number is not finite, or the file cannot be written.
-    """
+    """Write a JSON file, indented; raise FedRAGError where a number is not finite."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
@@ -288,20 +220,11 @@ def write_json_atomically(path: Path | str, value: Any) -> None:
 
 @contextmanager
 def replace_directory_atomically(path: Path | str) -> Iterator[Path]:
-    """Fill a temporary directory and put it in the place of another when all went well.
+    """Yield an empty temporary directory that takes the place of another when all went well.
 
     The old directory is set aside by one rename and the new one takes its name by a second. A kill between the two
     leaves the old one set aside; `restore_interrupted` and `remove_leftovers` put it back. What kills left of earlier
     replacements of the same directory is removed.
-
-    Args:
-        path: The directory to replace or to make; missing parent folders are made.
-
-    Yields:
-        The temporary directory, empty, beside the target.
-
-    Raises:
-        FedRAGError: If the enclosed code or the renaming meets an error of the operating system.
     """
     path = Path(path)
     with os_errors(path):
@@ -319,17 +242,7 @@ def replace_directory_atomically(path: Path | str) -> Iterator[Path]:
 
 
 def restore_interrupted(path: Path | str) -> bool:
-    """Give a directory its name back that a kill has left set aside while it was being replaced.
-
-    Args:
-        path: The directory, as it was given to `replace_directory_atomically`.
-
-    Returns:
-        Whether it had been set aside.
-
-    Raises:
-        FedRAGError: If it cannot be renamed.
-    """
+    """Give a directory its name back that a kill has left set aside; return whether it had been."""
     path = Path(path)
     set_aside = name_aside(path)
     if os.path.lexists(path) or not set_aside.is_dir():
@@ -347,19 +260,9 @@ def restore_interrupted(path: Path | str) -> bool:
 
 
 def remove_leftovers(directory: Path | str) -> list[Path]:
-    """Remove what interrupted writes left behind in a directory and below it.
+    """Remove what interrupted writes left in a directory and below it, where no other process is writing.
 
-    No other process may be writing there meanwhile. An old directory that was set aside and never replaced gets its
-    name back.
-
-    Args:
-        directory: For instance a run directory; it may be missing.
-
-    Returns:
-        The paths that were removed, sorted.
-
-    Raises:
-        FedRAGError: If one cannot be removed.
+    An old directory that was set aside and never replaced gets its name back.
     """
     removed = []
     with os_errors(directory):
@@ -427,11 +330,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the complete lines of a file, and remove from its end what a kill cut off.
-
-    Args:
-        path: The file.
-    """
+    """Return the complete lines of a file, and remove from its end what a kill cut off."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -440,14 +339,57 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def append_line(path: Path, record: Any) -> None:
-    """Append one record, and return when it is on the disk.
-
-    Args:
-        path: The file; it is made where it is missing.
-        record: Anything that JSON can hold.
-    """
+    """Append one record as JSON, and return when it is on the disk."""
     with path.open("ab") as file:
         # Lone surrogates, which UTF-8 cannot hold, become the escapes that JSON has for them.
         file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
+
+
+def mark_complete(directory: Path) -> None:
+    """Write the list of a checkpoint's files with their hashes, which says that all of them are there."""
+    files = {
+        str(file.relative_to(directory)): _hash(file)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != CHECKPOINT_MARKER
+    }
+    write_json_atomically(directory / CHECKPOINT_MARKER, {"files": files})
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest whole of the checkpoints in a directory, and remove those that a kill left half-written.
+
+    Raises:
+        ModelError: The newest checkpoint was whole once and is damaged now.
+    """
+    names = (path.name.removeprefix(CHECKPOINT_PREFIX) for path in directory.glob(f"{CHECKPOINT_PREFIX}*"))
+    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+        path = directory / f"{CHECKPOINT_PREFIX}{step}"
+        if (path / CHECKPOINT_MARKER).is_file():
+            _check_whole(path)
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+def _check_whole(directory: Path) -> None:
+    """Raise ModelError where a file of a checkpoint is missing or differs from what was written."""
+    hint = f"Remove the folder '{directory}' to go on from the checkpoint before it."
+    try:
+        files = json.loads((directory / CHECKPOINT_MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"The checkpoint '{directory}' is damaged: {CHECKPOINT_MARKER} cannot be read ({error}).", hint
+        ) from error
+    for name, expected in files.items():
+        file = directory / name
+        if not file.is_file():
+            raise ModelError(f"The checkpoint '{directory}' is damaged: {name} is missing.", hint)
+        if _hash(file) != expected:
+            raise ModelError(f"The checkpoint '{directory}' is damaged: {name} differs from what was saved.", hint)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -22,14 +22,7 @@ Points = list[tuple[float, float]]
 
 
 class MetricsLog:
-    """Appends events to a log.
-
-    Args:
-        path: The log; it is made where it is missing, and a line that a kill cut off is removed from its end.
-
-    Raises:
-        FedRAGError: If the log cannot be written.
-    """
+    """Appends events to a log, which is made where it is missing, and whose end is removed where a kill cut it off."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -39,14 +32,10 @@ class MetricsLog:
             whole_lines(self.path)
 
     def append(self, event: str, **fields: Any) -> None:
-        """Append one event.
+        """Append one event, with fields made of dict, list, tuple, str, int, float, bool and None.
 
         JSON has no NaN and no infinity: such numbers are written as null, and `non_finite` lists their names
         (`metrics.loss` for one inside a mapping).
-
-        Args:
-            event: Name of the event, such as train_step.
-            **fields: Its fields, made of dict, list, tuple, str, int, float, bool and None.
 
         Raises:
             FedRAGError: If the line cannot be written, or a field is named `time` or `non_finite`.
@@ -77,13 +66,7 @@ class MetricsLog:
 
 
 def read_events(path: Path | str) -> list[dict[str, Any]]:
-    """Read the events of a log.
-
-    Args:
-        path: The log.
-
-    Returns:
-        The events in the order of the file, without what a kill cut off at its end.
+    """Return the events of a log in their order, without what a kill cut off at its end.
 
     Raises:
         DataError: If the log is missing or cannot be read, or a complete line is no JSON object.
@@ -97,14 +80,10 @@ def read_events(path: Path | str) -> list[dict[str, Any]]:
 
 
 def latest_by_step(events: Iterable[Mapping[str, Any]], event: str) -> list[dict[str, Any]]:
-    """Keep the last event of each step, because a resumed run repeats the steps after its checkpoint.
+    """Return the last event of this name of each step, because a resumed run repeats the steps after its checkpoint.
 
-    Args:
-        events: Events in the order of the log.
-        event: Name of the events to keep. They have a `step`; those without a `phase` are one phase of their own.
-
-    Returns:
-        The kept events: phases in the order in which they first appear, steps rising within each.
+    Events without a `phase` are one phase of their own. Phases stand in the order in which they first appear, and steps
+    rise within each.
 
     Raises:
         DataError: If such an event has no step.
@@ -135,9 +114,8 @@ def values_by_phase(
 def seconds_spent(events: Iterable[Mapping[str, Any]]) -> float:
     """Return how long a run has worked so far, without the pauses between its parts.
 
-    Args:
-        events: All events so far. A part begins with `started`, and counts up to the last event before the next one,
-            as a part that was killed could not write down its end.
+    A part begins with `started`, and counts up to the last event before the next one, as a part that was killed could
+    not write down its end.
     """
     total, start, last = 0.0, None, None
     for record in events:

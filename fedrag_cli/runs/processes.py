@@ -1,24 +1,26 @@
-"""Several processes at one training: rank 0 decides and writes, all of them compute.
+"""Several processes at one training, as a launcher starts them: rank 0 decides and writes, all of them compute.
 
 What rank 0 alone does may take hours, so the others wait for its results at the launcher's key-value store,
-where waiting has no time limit and notices failures, and not in a collective operation of torch.
+where waiting has no time limit and notices failures, and not in a collective operation of torch. Every command asks
+for its rank when it starts, so torch is imported only where there are others.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-from torch import distributed
-from torch.distributed.rendezvous import rendezvous
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedrag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConnectionFailedError, OtherProcessError, TrainingError
-from fedrag_cli.runs.launch import process_count
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 # Of one step: the slowest process may have passages to score that the others have not.
@@ -27,6 +29,35 @@ LONGEST_PAUSE = 0.25
 # The store is shared with torch, whose keys begin otherwise.
 _FAILURE = "fedrag-failure"
 _joined: list[Processes] = []
+
+
+def process_count() -> int:
+    """Return how many processes the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Return which of them this one is, from 0; the first one is the main process."""
+    return int(os.environ["RANK"]) if process_count() > 1 else 0
+
+
+def local_rank() -> int:
+    """Return which of the processes on this machine this one is, from 0; each takes the GPU of its number."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if process_count() > 1 else 0
+
+
+def resume_command(run_dir: Path) -> str:
+    """Return the command that goes on with a run, started by the launcher that has started this process."""
+    arguments = f"resume {shlex.quote(str(run_dir))}"
+    if process_count() == 1:
+        return f"fedrag {arguments}"
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        launcher = f"accelerate launch --multi_gpu --num_processes {process_count()}"
+    else:
+        launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', process_count())}"
+    on_several_machines = process_count() != int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
+    addition = " (with the launcher's options for several machines, on each of them)" if on_several_machines else ""
+    return f"{launcher} -m fedrag_cli {arguments}{addition}"
 
 
 class Processes:
@@ -41,7 +72,6 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None) -> None:
-        """Keep the place among the others."""
         self.rank = rank
         self.count = count
         self._store = store
@@ -53,17 +83,14 @@ class Processes:
         return self.rank == 0
 
     def run_on_rank_0(self, work: Callable[[], T]) -> T:
-        """Let rank 0 alone do some work, and return its result in all of them.
-
-        Args:
-            work: Called in rank 0; the others wait, however long it takes.
+        """Let rank 0 alone do some work, however long it takes, and return its result in all of them.
 
         Raises:
             OtherProcessError: Another process failed while this one waited.
         """
         if not self.is_rank_0:
-            heard: T = self.receive()
-            return heard
+            result: T = self.receive()
+            return result
         result = work()
         if self.count > 1:
             self._results += 1
@@ -84,11 +111,7 @@ class Processes:
         return result
 
     def wait_for_all(self) -> None:
-        """Wait until all processes are here, which is noticed at once where one of them fails instead.
-
-        Raises:
-            OtherProcessError: Another process failed while this one waited.
-        """
+        """Wait until all processes are here; raise OtherProcessError at once where one of them fails instead."""
         here = self._store.add("fedrag-here", 1)
         while here < self.count:
             self._raise_if_told()
@@ -99,6 +122,9 @@ class Processes:
         """Return whether the flag is set in any of the processes."""
         if self.count == 1:
             return flag
+        import torch
+        from torch import distributed
+
         flags = torch.tensor([int(flag)])
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
         return bool(flags.item())
@@ -107,6 +133,8 @@ class Processes:
         """Return the values of all processes, in their order."""
         if self.count == 1:
             return [value]
+        from torch import distributed
+
         values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value)
         return values
@@ -168,17 +196,19 @@ def join_processes(choose_device: Callable[[], torch.device]) -> Processes:
     """Return the processes of this launch, after connecting them when it is called for the first time.
 
     Args:
-        choose_device: Returns where this process computes. Rank 0 asks first, so that what is wrong for all
-            of them is told once.
+        choose_device: Returns where this process computes. Rank 0 asks first, so that what is wrong for all of them is
+            told once.
 
     Raises:
         ConnectionFailedError: They cannot reach each other.
         OtherProcessError: Another process has failed before it has joined.
-        FedRAGError: As `choose_device`.
     """
     if process_count() == 1:
         return Processes()
     if not _joined:
+        import torch
+        from torch.distributed.rendezvous import rendezvous
+
         with _connection_errors():
             store, rank, count = next(iter(rendezvous("env://")))
         processes = Processes(rank, count, store)
@@ -193,6 +223,9 @@ def join_processes(choose_device: Callable[[], torch.device]) -> Processes:
 
 
 def _connect(processes: Processes, store: Any, device: torch.device) -> None:
+    import torch
+    from torch import distributed
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group(
@@ -221,5 +254,7 @@ def have_joined() -> bool:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
+    from torch import distributed
+
     text = str(error).lower()
     return isinstance(error, distributed.DistError) or any(name in text for name in ("gloo", "nccl", "by peer"))

@@ -244,17 +244,6 @@ class GeneratorTrainingConfig(TrainingConfig):
     """Put instances of similar length into the same step, which saves padding; the order of the steps stays random and
     follows from the seed."""
 
-    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
-        """Yield also where the generator's weights cannot be tuned themselves."""
-        generator = config.rag_system.generator
-        if self.lora is None and getattr(generator, "adapter", None):
-            message = "null tunes all weights, but rag_system.generator has an adapter; remove one of the two"
-            yield (*path, "lora"), message
-        if self.lora is None and getattr(generator, "quantization", None):
-            message = "is needed, because the weights of a quantised generator cannot be tuned themselves"
-            yield (*path, "lora"), message
-        yield from super().check(config, path)
-
 
 @config_class
 class RALTConfig(GeneratorTrainingConfig):

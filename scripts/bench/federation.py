@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import machine, write_section
+from common import machine, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("0", "1", "2", "3")
@@ -179,7 +179,7 @@ def train(name: str, data: Path, everything: Path, cache: Path, sites: int) -> d
     """
     import dataclasses
 
-    from fedrag_cli.commands.job import load_run_data
+    from fedrag_cli.commands.run_data import load_run_data
     from fedrag_cli.commands.simulate import with_all_passes
     from fedrag_cli.config import load_config
     from fedrag_cli.evaluation.evaluator import evaluate

@@ -17,12 +17,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from results import machine, write_section
+from common import machine, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -31,7 +31,8 @@ ROUNDS = 3
 NUMBERS = 1000
 WAITING_SECONDS = 30.0
 TENSORS = 24
-SLOW_NUMBERS = 2_000_000
+SLOW_NUMBERS, SLOW_RATE = 6_000_000, 150_000
+NEW_CLIENTS = 3000
 
 
 def main() -> None:
@@ -39,7 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", nargs="*", type=int, default=[10, 50, 100, 200])
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--slow-line", action="store_true", help="measure the slow line alone, and print only")
     options = parser.parse_args()
+    if options.slow_line:
+        print(slow_line())
+        return
     lines = ["| what | figure |", "| --- | ---: |"]
     for count in options.clients:
         a_round, waiting = processor_time(count)
@@ -52,17 +57,28 @@ def main() -> None:
             f"| seconds of 2 rounds with {TENSORS} tensors, {1000 * latency:.0f} ms there and back | {seconds:.1f} |"
         )
         print(lines[-1], flush=True)
-    size = SLOW_NUMBERS
-    seconds, megabytes = over_a_line(latency=0.0, rate=150_000, size=size, rounds=1, tensors=1)
-    what = f"seconds of a round and the final model with {4 * size / 1e6:.0f} MB over 150 kB/s"
-    lines.append(f"| {what} (MB that passed) | {f'{seconds:.0f}' if seconds else 'never'} ({megabytes:.0f}) |")
+    lines.append(slow_line())
     print(lines[-1], flush=True)
     for count in (1, 200):
-        grown = memory_of_half_sent_bodies(count)
+        grown = growth(lambda port, count=count: half_sent(port, count))
         lines.append(f"| MB that the server grows by with {count} bodies that never end, of one client | {grown:.0f} |")
         print(lines[-1], flush=True)
+    grown = growth(lambda port: new_clients(port, NEW_CLIENTS))
+    lines.append(f"| MB that the server grows by with {NEW_CLIENTS} clients with new keys | {grown:.0f} |")
+    print(lines[-1], flush=True)
     if not options.no_write:
         write_section("Federation, load and lines", "\n".join([(__doc__ or "").strip(), "", *lines, "", machine()]))
+
+
+def slow_line() -> str:
+    """Return the row of a model over a slow line that is cut where half of the update has passed."""
+    megabytes = 4 * SLOW_NUMBERS / 1e6
+    seconds, passed = over_a_line(
+        latency=0.0, rate=SLOW_RATE, size=SLOW_NUMBERS, rounds=1, tensors=1, cut_at=round(1.5e6 * megabytes)
+    )
+    what = f"seconds of a round and the final model with {megabytes:.0f} MB over {SLOW_RATE / 1000:.0f} kB/s"
+    took = f"{seconds:.0f}" if seconds else "never"
+    return f"| {what}, cut in the middle of the update (MB that passed) | {took} ({passed:.1f}) |"
 
 
 class ManyTensors:
@@ -138,7 +154,7 @@ def federate(server: Any, count: int, manifest: dict[str, list[int]], rounds: in
 
     marks: dict[int, tuple[float, float]] = {}
     settings = FederatedConfig(
-        rounds=rounds, min_clients=count, gather_timeout=600.0, round_timeout=300.0, rejoin_timeout=60.0
+        rounds=rounds, min_clients=count, gather_timeout=600.0, round_timeout=900.0, rejoin_timeout=60.0
     )
     federation = Federation(
         server.grid,
@@ -171,8 +187,13 @@ def processor_time(count: int) -> tuple[float, float]:
     return (marks[ROUNDS][1] - marks[1][1]) / (ROUNDS - 1), waiting
 
 
-def over_a_line(*, latency: float, rate: float, size: int, rounds: int, tensors: int = TENSORS) -> tuple[float, float]:
-    """Return the seconds of a federation of one client behind a line, or 0 where it failed, and the MB that passed."""
+def over_a_line(
+    *, latency: float, rate: float, size: int, rounds: int, tensors: int = TENSORS, cut_at: int | None = None
+) -> tuple[float, float]:
+    """Return the seconds of a federation of one client behind a line, or 0 where it failed, and the MB that passed.
+
+    Its connections are cut once so many bytes have passed.
+    """
     from line import Line
     from toy_federation import serving
 
@@ -186,6 +207,8 @@ def over_a_line(*, latency: float, rate: float, size: int, rounds: int, tensors:
     ):
         while not server.state.members():
             time.sleep(0.1)
+        if cut_at is not None:
+            threading.Thread(target=cut_once, args=(line, cut_at), daemon=True).start()
         started = time.perf_counter()
         try:
             federate(server, 1, manifest, rounds)
@@ -194,15 +217,22 @@ def over_a_line(*, latency: float, rate: float, size: int, rounds: int, tensors:
         return time.perf_counter() - started, line.passed / 1e6
 
 
-def memory_of_half_sent_bodies(count: int) -> float:
-    """Return how many MB a server process grows by while bodies of one client are sent by half."""
+def cut_once(line: Any, passed: int) -> None:
+    """Cut a line once so many bytes have passed."""
+    while line.passed < passed:
+        time.sleep(0.1)
+    line.cut()
+
+
+def growth(disturb: Callable[[int], list[socket.socket]]) -> float:
+    """Return how many MB a server process grows by while somebody disturbs it at its port."""
     command = [sys.executable, "-W", "ignore", __file__, "server"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
     assert process.stdout is not None
     port = int(process.stdout.readline())
     try:
         before = resident(process.pid)
-        connections = half_sent(port, count)
+        connections = disturb(port)
         time.sleep(5.0)
         after = resident(process.pid)
         for connection in connections:
@@ -211,6 +241,19 @@ def memory_of_half_sent_bodies(count: int) -> float:
         process.kill()
         process.wait()
     return (after - before) / 1e6
+
+
+def new_clients(port: int, count: int) -> list[socket.socket]:
+    """Introduce so many clients with new keys."""
+    from types import SimpleNamespace
+
+    from toy_federation import Raw, new_key
+
+    from fedrag_cli.federated.fleet.auth import Signer
+
+    for _ in range(count):
+        Raw(Signer(new_key())).connect(SimpleNamespace(address=("127.0.0.1", port)))
+    return []
 
 
 def half_sent(port: int, count: int) -> list[socket.socket]:

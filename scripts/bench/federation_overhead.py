@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from results import machine, write_section
+from common import machine, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import machine, write_section
+from common import machine, write_section
 from sentence_transformers import SentenceTransformer
 
 from fedrag_cli.config import load_config

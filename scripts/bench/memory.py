@@ -21,8 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import build_system, prepare_data, resident
-from results import machine, write_section
+from common import build_system, machine, prepare_data, resident, write_section
 
 QUIET = ("validation.every=never", "save_every=never", "scheduler=constant", "learning_rate=1e-5")
 FEW = "dataset.train.limit=48"

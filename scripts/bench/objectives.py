@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import prepare_data
-from results import machine, write_section
+from common import machine, prepare_data, write_section
 
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.evaluation.comparison import Comparison, Evaluated, compare
 from fedrag_cli.evaluation.evaluator import evaluate

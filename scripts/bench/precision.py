@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CONFIGS, prepare_data
-from results import machine, write_section
+from common import CONFIGS, machine, prepare_data, write_section
 from torch import Tensor
 from torch.nn import functional
 
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.evaluation.evaluator import evaluate
 from fedrag_cli.rag.build import build_rag_system

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from results import machine, write_section
+from common import machine, write_section
 from torch import Tensor
 
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode

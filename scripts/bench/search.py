@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import resident
-from results import machine, write_section
+from common import machine, resident, write_section
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import machine, write_section
+from common import machine, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 FEDRAG = (sys.executable, "-m", "fedrag_cli")

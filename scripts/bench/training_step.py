@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import build_system, prepare_data, target
-from results import machine, write_section
+from common import build_system, machine, prepare_data, target, write_section
 from torch import Tensor, nn
 
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForLSR, HuggingFaceTrainerForRALT

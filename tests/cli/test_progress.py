@@ -78,6 +78,23 @@ def test_a_narrow_terminal_shows_all_but_the_bar(clock: Clock) -> None:
     assert "0.03 steps/s 0:08:40 elapsed 0:26:00 left" in line
 
 
+def test_the_bar_of_a_task_stays_when_it_ends_and_those_inside_it_go() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    reporter = TerminalReporter(console)
+    with reporter.task("outer", 2, "step") as advance:
+        with reporter.task("inner", 3, "text") as inner:
+            inner(3)
+        reporter.event("train_step", loss=0.25)
+        advance(2)
+    assert isinstance(console.file, io.StringIO)
+    # What stands after the last line was wiped.
+    last = console.file.getvalue().rpartition("\x1b[2K")[2]
+    assert last.startswith("outer ")
+    assert "2/2 steps" in last
+    assert "loss 0.2500" in last
+    assert "inner" not in last
+
+
 def test_the_first_line_of_slow_units_has_a_rate(clock: Clock) -> None:
     console = Console(file=io.StringIO(), width=200)
     with PlainReporter(console).task("Answering", 135, "question") as advance:

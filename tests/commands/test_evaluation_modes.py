@@ -321,25 +321,29 @@ def test_a_window_without_room_for_passages_is_told(
     assert document(capsys)["without_context"] is False
 
 
+@pytest.mark.parametrize("loading", ["load_corpus", "build_rag_system"])
 @pytest.mark.parametrize("command", ["evaluate", "train"])
 def test_an_interruption_while_loading_says_that_nothing_was_computed(
     write_config: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     command: str,
+    loading: str,
 ) -> None:
-    config = write_config()
+    config, runs = write_config(), []
 
     def terminated(*arguments: Any, **options: Any) -> None:
+        runs.extend((config.parent / "runs").glob("*/*"))
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    for module in ("evaluate", "job"):
-        monkeypatch.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
+    for module in ("evaluate", "run_data"):
+        monkeypatch.setattr(f"fedrag_cli.commands.{module}.{loading}", terminated)
     assert main([command, str(config)]) == 130
     shown = capsys.readouterr().err
-    run = shown.partition("Run directory: ")[2].splitlines()[0]
-    assert f"Interrupted while the models were loaded. Nothing was computed yet; '{run}' was removed." in shown
+    [run] = runs
+    assert f"Interrupted while data and models were loaded. Nothing was computed yet; '{run}' was removed." in shown
+    assert (f"Run directory: {run}" in shown) is (loading == "build_rag_system")
     assert not (config.parent / "runs").exists()
 
 
@@ -361,7 +365,7 @@ def test_a_resume_that_is_interrupted_while_loading_can_be_given_again(
     (run,) = (config.parent / "runs").glob("*/*")
     assert f"fedrag resume {run}\n" in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        for module in ("evaluate", "job"):
+        for module in ("evaluate", "run_data"):
             patched.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
         assert main(["resume", str(run)]) == 130
     shown = capsys.readouterr().err

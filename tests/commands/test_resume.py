@@ -340,10 +340,3 @@ def test_a_run_whose_model_has_changed_is_not_resumed(
     shutil.copytree(models["other_retriever"], model)
     assert main(["resume", str(run)]) == 1
     assert "The base models of this run have changed since it started: retriever" in capsys.readouterr().err
-
-
-def test_a_run_fixes_its_models(write_config: Callable[..., Path], models: dict[str, Path], capsys: Any) -> None:
-    assert main(["train", str(write_config()), "--json"]) == 0
-    run = json.loads(capsys.readouterr().out)["run_dir"]
-    assert main(["evaluate", run, f"rag_system.retriever.model={models['other_retriever']}"]) == 2
-    assert "rag_system.retriever.model is fixed by the run" in " ".join(capsys.readouterr().err.split())

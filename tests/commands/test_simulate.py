@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import SIMULATED_TRAINER
 from federation import assert_same_weights, events, tuned_weights
+from toy_federation import spent_epsilon
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.federated.privacy import spent_epsilon
 
 
 def test_owners_are_the_clients_and_the_same_seed_gives_the_same_weights(simulate: Callable[..., Any]) -> None:
@@ -89,13 +89,13 @@ def test_a_federation_that_is_interrupted_while_loading_leaves_nothing(
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    for module in ("serve", "job"):
+    for module in ("serve", "run_data"):
         monkeypatch.setattr(f"fedrag_cli.commands.{module}.build_rag_system", terminated)
     address = [] if command == "simulate" else ["--address", "127.0.0.1:0"]
     assert main([command, str(config), *address]) == 130
     shown = capsys.readouterr().err
     run = shown.partition("Run directory: ")[2].splitlines()[0]
-    assert f"Interrupted while the models were loaded. Nothing was computed yet; '{run}' was removed." in shown
+    assert f"Interrupted while data and models were loaded. Nothing was computed yet; '{run}' was removed." in shown
     assert "What to do: Give the command again." in shown
     assert not (config.parent / "runs").exists()
 
@@ -112,7 +112,7 @@ def test_a_resume_that_was_killed_and_is_interrupted_while_loading_is_told_as_in
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("fedrag_cli.commands.job.build_rag_system", terminated)
+    monkeypatch.setattr("fedrag_cli.commands.run_data.build_rag_system", terminated)
     assert main(["resume", str(run)]) == 130
     assert "Interrupted before the run went on; it is as it was." in capsys.readouterr().err
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
@@ -247,18 +247,18 @@ def test_the_federation_beside_pooled_and_single_sites(simulate: Callable[..., A
 def test_a_comparison_is_resumed_where_it_stopped(
     simulate: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedrag_cli.commands import simulate as federation_baselines
+    from fedrag_cli.commands import simulate as command
 
     _, whole = simulate("--compare")
-    original, calls = federation_baselines._train, []
+    original, calls = command._train, []
 
     def interrupted(*arguments: Any) -> None:
-        calls.append(arguments[2].name)
+        calls.append(arguments[1].name)
         if len(calls) == 2:
             raise KeyboardInterrupt
         original(*arguments)
 
-    monkeypatch.setattr(federation_baselines, "_train", interrupted)
+    monkeypatch.setattr(command, "_train", interrupted)
     _, stopped = simulate("--compare", folder="b", code=130)
     run = stopped["error"]["hint"].removeprefix("Go on with: fedrag resume ")
     assert main(["resume", run, "--json", "--quiet"]) == 0

@@ -14,7 +14,7 @@ from federation import Federation, events, tuned_weights
 from safetensors.torch import load_file
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.commands.simulate import site_name
 from fedrag_cli.config import load_config
 from fedrag_cli.data.nodes import KnowledgeNode

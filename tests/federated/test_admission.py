@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from federation import Federation, tuned_weights
-from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from toy_federation import Raw, new_key, serving
 
 from fedrag_cli.federated.fleet import http
 from fedrag_cli.federated.fleet._flower import PIECE_BYTES, PUSH_MESSAGES, PUSH_OBJECT
-from fedrag_cli.federated.fleet.auth import SESSION_HEADER, Signer
+from fedrag_cli.federated.fleet.auth import COUNT_HEADER, SESSION_HEADER, Signer
 from fedrag_cli.federated.keys import write_authority, write_node_key, write_server_certificate
 
 pytestmark = pytest.mark.fl
@@ -90,7 +89,7 @@ def test_a_large_body_of_an_unknown_key_is_refused_before_it_is_read(path: str) 
             "a false signature": signed(**{FLEET_HTTP_SIGNATURE_HEADER: theirs[FLEET_HTTP_SIGNATURE_HEADER]}),
             "no signature": signed(**{FLEET_HTTP_SIGNATURE_HEADER: ""}),
             "another session": signed(**{SESSION_HEADER: "0" * 32}),
-            "another time": signed(**{TIMESTAMP_HEADER: "1.0"}),
+            "another number": signed(**{COUNT_HEADER: "1000"}),
             "garbage": signed(**{FLEET_HTTP_PUBLIC_KEY_HEADER: "?"}),
         }
         answers = {what: first_answer(port, path, headers, PIECE_BYTES) for what, headers in refused.items()}

@@ -22,7 +22,7 @@ from flwr.server.strategy import FedAvg, FedProx, Strategy
 from flwr.serverapp.strategy import FedAvg as MessageFedAvg
 from toy_federation import asking
 
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError, DataError, FederationError

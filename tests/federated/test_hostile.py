@@ -14,10 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common import Code, EvaluateRes, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.server.strategy import FedAvg as ClassicFedAvg
-from flwr.serverapp.strategy import FedAvg
-from toy_federation import Recorder, ToyClient, asking, common, serving
+from toy_federation import Recorder, ToyClient, asking, serving
 from toy_federation import federate as federate_over_the_wire
 from toy_strategies import federate, moved, strategy
 
@@ -25,7 +22,6 @@ from fedrag_cli import federated
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.checkpoint import RoundState
-from fedrag_cli.federated.flower_api import AgreedStrategy, ScreenedStrategy
 from fedrag_cli.federated.handshake import Agreement, differences
 from fedrag_cli.federated.task import round_number
 from fedrag_cli.federated.weights import to_wire
@@ -235,92 +231,6 @@ def test_a_hostile_client_over_the_transport() -> None:
     assert state.weights["w"].tolist() == pytest.approx([30 / 130, 500 / 130, 0.0], rel=1e-5)
     reason = f"its {2**40} examples count as 100; its norm 1e+06 is scaled down to 5"
     assert state.history[0]["outliers"] == {"liar": reason}
-
-
-class Server:
-    """A round of Flower's two own APIs around hand-written clients."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = FederatedConfig(min_clients=2, metrics=("loss", "mrr"), **settings)
-        self.told = Recorder()
-        trainer = SimpleNamespace(reporter=self.told)
-        self.task: Any = SimpleNamespace(settings=self.settings, agreement=common(), trainer=trainer)
-        self.message = ScreenedStrategy(FedAvg(), self.task)
-        self.message._reference = to_wire({"w": torch.zeros(3)})
-        self.classic = AgreedStrategy(ClassicFedAvg(accept_failures=True), self.task)
-        self.classic._reference = self.message._reference
-
-    def trained(self, clients: dict[str, tuple[list[float], int, dict[str, Any]]]) -> list[list[float]]:
-        """Return the global weights of the message API and of the classic API."""
-        replies = []
-        for node, (step, examples, values) in enumerate(clients.values(), start=2):
-            content = RecordDict({"arrays": to_wire({"w": torch.tensor(step)}), "metrics": MetricRecord()})
-            metrics(**{"num-examples": examples, **values})(content)
-            replies.append(Message(content, reply_to=asking(RecordDict(), node=node)))
-        arrays, _ = self.message.aggregate_train(1, replies)
-        assert arrays is not None
-        results: Any = [
-            (SimpleNamespace(cid=name), FitRes(OK, ndarrays_to_parameters([np.float32(step)]), examples, values))
-            for name, (step, examples, values) in clients.items()
-        ]
-        parameters, _ = self.classic.aggregate_fit(1, results, [])
-        assert parameters is not None
-        return [arrays["w"].numpy().tolist(), parameters_to_ndarrays(parameters)[0].tolist()]
-
-
-OK = Status(Code.OK, "")
-LOSS = {"loss": 1.0}
-
-
-def test_flowers_own_apis_bound_what_is_far_off() -> None:
-    server = Server()
-    usual = {"a": ([1.0, 0.0, 0.0], 10, LOSS), "b": ([1.0, 0.0, 0.0], 10, LOSS)}
-    for found in server.trained({**usual, "liar": ([0.0, 1e6, 0.0], 2**40, LOSS)}):
-        assert found == pytest.approx([20 / 120, 500 / 120, 0.0], rel=1e-5)
-    reason = f"is an outlier: its {2**40} examples count as 100; its norm 1e+06 is scaled down to 5"
-    assert [note.partition(" is an")[2] for note in server.told.notes] == [reason.removeprefix("is an")] * 2
-
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        (([float("nan")] * 3, 1, LOSS), "w holds values that are not finite"),
-        (([3e38] * 3, 1, LOSS), "its norm 5.196e+38 is beyond any training"),
-        (([1.0] * 4, 1, LOSS), "w"),
-        (([1.0] * 3, -5, LOSS), "its number of examples is no whole number, or too large"),
-        (([1.0] * 3, 5, {"loss": -1.0}), "its loss -1.0 is not between 0 and 1e+06"),
-        (([1.0] * 3, 5, {"loss": 1.0, "mrr": 123456.0}), "its mrr 123456.0 is not between 0 and 1"),
-    ],
-)
-def test_flowers_own_apis_refuse_by_name(reply: Any, reason: str) -> None:
-    server = Server()
-    usual = {"a": ([1.0, 0.0, 0.0], 1, LOSS), "b": ([0.0, 1.0, 0.0], 1, LOSS)}
-    for found in server.trained({**usual, "liar": reply}):
-        assert found == pytest.approx([0.5, 0.5, 0.0])
-    assert len(server.told.notes) == 2
-    assert all(f"refused: {reason}" in note for note in server.told.notes)
-
-
-def test_measurements_of_flowers_own_apis_are_bounded() -> None:
-    rows = {"a": (4, 0.25), "b": (6, 0.5), "liar": (2**40, 1.0), "fool": (5, 123456.0), HOSTILE: (3, float("nan"))}
-    server = Server()
-    replies = [
-        Message(
-            RecordDict({"m": MetricRecord({"num-examples": n, "mrr": value})}), reply_to=asking(RecordDict(), node=node)
-        )
-        for node, (n, value) in enumerate(rows.values(), start=2)
-    ]
-    found = server.message.aggregate_evaluate(1, replies)
-    mean = (4 * 0.25 + 6 * 0.5 + 60 * 1.0) / 70
-    assert found is not None
-    assert dict(found) == {"mrr": pytest.approx(mean)}
-    results: Any = [
-        (SimpleNamespace(cid=name), EvaluateRes(OK, value, n, {"mrr": value})) for name, (n, value) in rows.items()
-    ]
-    loss, _ = server.classic.aggregate_evaluate(1, results, [])
-    assert loss == pytest.approx(mean)
-    assert len(server.told.notes) == 6
-    assert all(note.isprintable() for note in server.told.notes)
 
 
 def test_a_strategy_whose_state_is_not_finite_fails_the_round_though_its_weights_are() -> None:

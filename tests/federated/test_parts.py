@@ -336,8 +336,7 @@ def test_a_message_that_lies_about_its_size_is_none(tmp_path: Path) -> None:
 
 def test_a_disk_that_takes_no_reply_ends_the_round_in_words(tmp_path: Path) -> None:
     state = FleetState(tmp_path / "never made", 2**30)
-    claim = Claim(b"key", "session", 1, "", 0.0)
-    client = state.activate(claim)
+    client = state.activate(Claim(b"key", f"{state._start}-0-session", 1, "", "127.0.0.1"))
     question = asking(RecordDict())
     question.metadata.__dict__["_dst_node_id"] = client.member.node_id
     message_id = state.ask(question)

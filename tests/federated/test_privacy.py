@@ -15,7 +15,7 @@ import torch
 from fl_tasks import make_manager
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
-from toy_federation import ToyClient, asking, common
+from toy_federation import ToyClient, asking, common, spent_epsilon
 from toy_strategies import federate, moved, strategy, toys
 
 from fedrag_cli.cli.federation_view import federation_line
@@ -35,7 +35,6 @@ from fedrag_cli.federated.privacy import (
     noise_of_client,
     privacy_record,
     protected,
-    spent_epsilon,
 )
 from fedrag_cli.federated.weights import from_wire, to_wire
 from fedrag_cli.runs.reporter import SilentReporter

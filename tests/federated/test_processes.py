@@ -14,12 +14,12 @@ import pytest
 import torch
 from federation import PATIENCE, Federation, assert_same_weights, events, tuned_weights
 from flwr.app import ConfigRecord, Message, RecordDict
+from toy_federation import spent_epsilon
 
 from fedrag_cli.commands.serve import task_without_data
 from fedrag_cli.config import load_config
 from fedrag_cli.federated.fleet.server import FleetServer
 from fedrag_cli.federated.participants import Exchange, Roster
-from fedrag_cli.federated.privacy import spent_epsilon
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.runs.metrics_log import read_events, seconds_spent
 from fedrag_cli.runs.reporter import SilentReporter

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fl_tasks import largest_difference, make_task
 
+from fedrag_cli.federated.checkpoint import FitResult
 from fedrag_cli.federated.weights import Weights
 
 RATE, MU = 0.05, 3.0
@@ -35,6 +36,23 @@ def test_every_round_pulls_towards_its_own_global_weights(write_config: Callable
         pull = {name: RATE * MU * (one[name] - weights[name]) for name in one}
         assert max(float(tensor.abs().max()) for tensor in pull.values()) > 1e-4
         assert largest_difference(held, {name: free[name] - pull[name] for name in free}) <= 1e-6
+
+
+@pytest.mark.parametrize("side", ["retriever", "generator"])
+def test_the_loss_that_is_told_leaves_the_penalty_out(write_config: Callable[..., Path], side: str) -> None:
+    """Both steps of gradient descent on all examples start from weights that the penalty has not changed yet."""
+
+    def trained(mu: float, steps: int = 2) -> FitResult:
+        task = make_task(write_config, side, max_steps=steps, **PLAIN, batch_size=64)
+        return task.fit(task.weights(), {"server-round": 1, "proximal-mu": mu})
+
+    start, one = trained(0.0).metrics["loss"], trained(0.0, steps=1)
+    first = make_task(write_config, side).weights()
+    moved = sum(float((one.weights[name] - first[name]).square().sum()) for name in first)
+    strong = 10.0 / moved
+    # The mean of the two steps' losses would be higher by a quarter of that.
+    assert strong / 2 * moved / 2 == pytest.approx(2.5)
+    assert trained(strong).metrics["loss"] == pytest.approx(start, rel=1e-5)
 
 
 @pytest.mark.parametrize("side", ["retriever", "generator"])

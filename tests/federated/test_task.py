@@ -15,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from toy_federation import asking
 
 from fedrag_cli.commands.federation import run_federation
-from fedrag_cli.commands.job import Job, load_run_data
+from fedrag_cli.commands.job import Job
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config, load_config_with_source
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import (

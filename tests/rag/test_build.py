@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,12 @@ import pytest
 import torch
 from conftest import data_rows, write_rows
 
+from fedrag_cli.cli.main import main
+from fedrag_cli.commands import job
 from fedrag_cli.config import Config, load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError, ModelError
+from fedrag_cli.rag import build
 from fedrag_cli.rag.build import build_rag_system, corpus_fingerprint
 from fedrag_cli.rag.index_build import build_index
 from fedrag_cli.runs.reporter import SilentReporter
@@ -202,3 +205,16 @@ def test_the_fingerprint_of_a_corpus_sees_where_a_passage_ends() -> None:
     ]
     assert len(set(variants)) == len(variants)
     assert variants[0] == fingerprint(("a", "bc"), ("d", "e"))
+
+
+def test_a_run_hashes_its_corpus_once(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def counting(nodes: Sequence[KnowledgeNode]) -> str:
+        hashed.extend(node.id for node in nodes)
+        return corpus_fingerprint(nodes)
+
+    for module in (build, job):
+        monkeypatch.setattr(module, "corpus_fingerprint", counting)
+    assert main(["evaluate", str(write_config()), "-q"]) == 0
+    assert [hashed.count(row["id"]) for row in data_rows()["corpus"]] == [1] * 24

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.commands.train import train
 from fedrag_cli.config import PromptConfig, load_config, load_config_with_source
 from fedrag_cli.errors import ConfigError, ModelError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,120 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import data_rows
-from plugins import install
+from plugins import installed
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.registry import registry
-
-PLUGIN = '''\
-import hashlib
-from typing import Literal
-
-import torch
-
-from fedrag_cli.config.fields import PositiveInt, config_class
-from fedrag_cli.rag.generators.base import EncodedPrompt, Generator
-from fedrag_cli.rag.retrievers.base import Retriever
-
-
-@config_class
-class HashingConfig:
-    """Words as numbers."""
-
-    type: Literal["hashing"] = "hashing"
-    """Names it."""
-    size: PositiveInt = 256
-    """Length of an embedding."""
-
-
-@config_class
-class FirstSentenceConfig:
-    """The first sentence of the first passage."""
-
-    type: Literal["first_sentence"] = "first_sentence"
-    """Names it."""
-
-
-@config_class
-class PlainConfig:
-    """The same without likelihoods."""
-
-    type: Literal["plain"] = "plain"
-    """Names it."""
-
-
-class Hashing(Retriever):
-    def __init__(self, config, *, device):
-        self.size = config.size
-
-    @property
-    def dimension(self):
-        return self.size
-
-    def fingerprint(self):
-        return f"hashing-{self.size}"
-
-    def encode_queries(self, queries, progress=None):
-        return self.encode_passages(queries, progress)
-
-    def encode_passages(self, texts, progress=None):
-        rows = torch.zeros(len(texts), self.size)
-        for row, text in zip(rows, texts):
-            for word in text.lower().split():
-                row[int(hashlib.sha256(word.encode()).hexdigest(), 16) % self.size] += 1
-        if progress:
-            progress(len(texts))
-        return torch.nn.functional.normalize(rows, dim=-1)
-
-
-class FirstSentence(Generator):
-    def __init__(self, config, *, prompt, device, seed):
-        pass
-
-    def fingerprint(self):
-        return "first-sentence"
-
-    def context(self, passages):
-        return "\\n".join(passage.text for passage in passages)
-
-    def encode_prompt(self, query, passages):
-        return EncodedPrompt(list(self.context(passages).encode()))
-
-    def answer(self, prompts, on_batch=None):
-        texts = [bytes(prompt.ids).decode().split(".")[0].strip() for prompt in prompts]
-        if on_batch:
-            on_batch(list(range(len(texts))), texts)
-        return texts
-
-
-class Scoring(FirstSentence):
-    """An answer that stands in the prompt is likelier than another."""
-
-    def encode_pair(self, query, passages, answer, *, with_end=True):
-        return EncodedPrompt(list((self.context(passages) + " ").encode()), answer=list(answer.encode()))
-
-    def token_log_probs_of_ids(self, pairs, on_batch):
-        for position, (prompt, answer) in enumerate(pairs):
-            value = -0.5 if bytes(answer) in bytes(prompt) else -5.0
-            on_batch([position], [torch.full((len(answer),), value)])
-
-
-def register(registry):
-    registry.register("retriever", "hashing", HashingConfig, "fedrag_words:Hashing", "words as numbers")
-    registry.register("generator", "first_sentence", FirstSentenceConfig, "fedrag_words:Scoring", "first sentence")
-    registry.register("generator", "plain", PlainConfig, "fedrag_words:FirstSentence", "no likelihoods")
-'''
 
 
 @pytest.fixture(autouse=True)
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    folder = install(tmp_path / "packages", "fedrag-words", "fedrag_words:register")
-    (folder / "fedrag_words.py").write_text(PLUGIN, encoding="utf-8")
-    monkeypatch.syspath_prepend(folder)
-    registry.cache_clear()
-    yield
-    registry.cache_clear()
-    sys.modules.pop("fedrag_words", None)
+def models_of_a_plugin(tmp_path: Path) -> Iterator[None]:
+    with installed(tmp_path / "packages", "fedrag-models", "plugin_models:register"):
+        yield
 
 
 @pytest.fixture
@@ -208,6 +102,7 @@ def test_what_has_no_weights_is_not_trained(
         assert code == 2
         assert document["error"]["message"] == f"The {side} {name} has no weights that could be tuned."
         assert f"use a {side} with weights" in document["error"]["hint"]
+    assert not list(config.parent.glob("runs/*/*"))
 
 
 def test_a_plugin_beside_a_model_that_is_trained(
@@ -223,6 +118,43 @@ def test_a_plugin_beside_a_model_that_is_trained(
     )
     assert (code, trained["tuned"]["retriever"]) == (0, None)
     assert trained["metrics"]["prompts"]["prompts"] == 28
+    assert run("query", trained["run_dir"], "where is the owl ?")[0] == 0
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "lsr"])
+@pytest.mark.parametrize("train", ["query", "both"])
+def test_a_plugin_with_weights_is_trained(
+    write_config: Callable[..., Path],
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    train: str,
+) -> None:
+    config = write_config(rag_system=section(retriever={"type": "vectors"}), evaluation={"metrics": ["mrr"]})
+    trainer = f"trainer.retriever={{type: {objective}, train: {train}, learning_rate: 0.05, max_steps: 12}}"
+    code, trained = run("train", config, trainer)
+    assert (code, trained["steps"]) == (0, 12)
+    [difference] = trained["differences"]
+    assert abs(difference["difference"]["mean"]) > 0.01
+    if objective == "contrastive":
+        assert difference["difference"]["mean"] > 0.1
+    code, again = run("evaluate", trained["run_dir"])
+    after = json.loads((Path(trained["run_dir"]) / "evaluation" / "after.json").read_text(encoding="utf-8"))
+    assert again["metrics"]["mrr"]["mean"] == pytest.approx(sum(after["values"]["mrr"]) / len(after["values"]["mrr"]))
+    assert run("resume", trained["run_dir"])[0] == 0
+    with monkeypatch.context() as patch:
+        patch.delattr("plugin_models.VectorsConfig.tuned_in")
+        code, document = run("query", trained["run_dir"], "where is the owl ?")
+    assert (code, "the config of type 'vectors' does not say how" in document["error"]["message"]) == (2, True)
+
+
+def test_a_plugin_generator_with_weights_is_trained(
+    write_config: Callable[..., Path], models: dict[str, Path], run: Callable[..., Any]
+) -> None:
+    generator = {"type": "own_model", "model": str(models["generator"]), "max_new_tokens": 4}
+    config = write_config(rag_system={**section(), "generator": generator})
+    code, trained = run("train", config, "trainer.mode=generator")
+    assert (code, trained["mode"]) == (0, "generator")
     assert run("query", trained["run_dir"], "where is the owl ?")[0] == 0
 
 

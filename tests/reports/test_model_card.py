@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from fedrag_cli.reports.model_card import RunSummary, model_card
+from fedrag_cli.reports.model_card import model_card
 
 
-def full_summary() -> RunSummary:
+def full_summary() -> dict[str, Any]:
     return {
         "run_name": "quickstart",
         "status": "done",

@@ -31,8 +31,7 @@ from fedrag_cli.errors import (
 )
 from fedrag_cli.rag.config import CausalLMConfig
 from fedrag_cli.rag.models import ModelLocation, choose_device, placement_options
-from fedrag_cli.runs.launch import resume_command
-from fedrag_cli.runs.processes import Processes
+from fedrag_cli.runs.processes import Processes, resume_command
 from fedrag_cli.trainers.huggingface.checks import StepDiagnostics
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

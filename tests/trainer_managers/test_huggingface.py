@@ -70,7 +70,7 @@ def test_a_mode_needs_its_trainer(write_config: Callable[..., Path]) -> None:
 
 
 def _manager(config: Config, rag_system: RAGSystem) -> HuggingFaceRAGTrainerManager:
-    from fedrag_cli.commands.job import load_run_data
+    from fedrag_cli.commands.run_data import load_run_data
 
     data = load_run_data(config)
     return build_manager(config, rag_system, train=data.train, validation=data.validation)

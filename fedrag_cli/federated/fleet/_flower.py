@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.app.message import make_message
-from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.message_pb2 import Message as MessageProto
@@ -33,9 +33,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedrag_cli.federated.weights import FileArray, ScratchFile
 
-KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = (
-    name.lower() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
-)
+KEY_HEADER, SIGNATURE_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower(), FLEET_HTTP_SIGNATURE_HEADER.lower()
 ROUTES = ("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "pull-object")
 ACTIVATE, DEACTIVATE, HEARTBEAT, PULL_MESSAGES, PUSH_MESSAGES, PULL_OBJECT = (f"/v1/fleet/{name}" for name in ROUTES)
 PUSH_OBJECT = "/v1/fleet/push-object"
@@ -153,7 +151,8 @@ class Incoming:
             OSError: There is no room for a file.
         """
         self.message = message_from_proto(head)
-        arrays = [array for record in self._records() for array in record.values()]
+        records = self.message.content.array_records.values() if self.message.has_content() else ()
+        arrays = [array for record in records for array in record.values()]
         if any(len(array.data) != _SIZE_BYTES for array in arrays):
             raise UnusableError("it does not say how large its tensors are")
         self._size = sum(int.from_bytes(array.data, "big") for array in arrays)
@@ -182,10 +181,6 @@ class Incoming:
         """The names of the pieces that have not come yet, in their order."""
         return [object_id for object_id in self._places if object_id in self._missing]
 
-    def has(self, object_id: str) -> bool:
-        """Return whether there is a piece of this name."""
-        return object_id in self._places
-
     def put(self, object_id: str, content: bytes) -> bool:
         """Keep a piece, and return whether it is what was announced; raises OSError where there is no room for it."""
         places = self._places.get(object_id, [])
@@ -210,9 +205,6 @@ class Incoming:
             return FileArray(array.dtype, array.shape, array.stype, self._file, start, size)
 
         return _with_arrays(self.message.content, lying_in_file)
-
-    def _records(self) -> list[ArrayRecord]:
-        return list(self.message.content.array_records.values()) if self.message.has_content() else []
 
 
 def _with_arrays(content: RecordDict, change: Callable[[Array], Array]) -> RecordDict:

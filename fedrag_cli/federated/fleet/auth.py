@@ -1,8 +1,8 @@
 """Who may speak: the signature of a request, what a server makes of it, and what its owner sees of those turned away.
 
-A client signs each request's route, its body's hash, and a number that it uses once. So nobody else's request is
-taken, none is taken twice, and one that was damaged on the way is not taken for whole. Clocks count where a process
-introduces itself, and nowhere else.
+A client signs each request's route, its body's hash, its session, and a number that it uses once. So nobody else's
+request is taken, none is taken twice, and one that was damaged on the way is not taken for whole. The server names a
+part of the session, another one each time, so nothing signed for another start of it is taken either; no clock counts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import asyncio
 import functools
 import hashlib
 import itertools
-import math
 import threading
 import time
 import uuid
 from base64 import b64decode, b64encode
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,23 +23,17 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedrag_cli.errors import ConfigError
-from fedrag_cli.federated.fleet._flower import KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER, asymmetric
+from fedrag_cli.federated.fleet._flower import KEY_HEADER, SIGNATURE_HEADER, asymmetric
 from fedrag_cli.federated.keys import fingerprint
 
 Scope = MutableMapping[str, Any]
 SESSION_HEADER, COUNT_HEADER, DIGEST_HEADER = "x-fedrag-session", "x-fedrag-count", "x-fedrag-digest"
 _loaded = functools.lru_cache(maxsize=1024)(asymmetric.bytes_to_public_key)
-_SIGNED = (TIME_HEADER, SESSION_HEADER, COUNT_HEADER, DIGEST_HEADER)
-CLOCK_SECONDS = 300.0
+_SIGNED = (SESSION_HEADER, COUNT_HEADER, DIGEST_HEADER)
 SECONDS_BETWEEN_READS = 1.0
 # Why a request is not taken, as the answer says it.
-UNKNOWN_KEY, UNKNOWN_CLIENT, SUPERSEDED, CLOCK = "key", "client", "superseded", "clock"
+UNKNOWN_KEY, UNKNOWN_CLIENT, SUPERSEDED, CHALLENGED = "key", "client", "superseded", "challenged"
 UNSIGNED, SIGNATURE, USED, DAMAGED, BUSY = "unsigned", "signature", "used", "damaged", "busy"
-
-
-def clock() -> float:
-    """Return the time that clients sign, in seconds."""
-    return time.time()
 
 
 @dataclass(eq=False)
@@ -51,12 +43,12 @@ class RefusedError(Exception):
     Args:
         code: HTTP status code.
         reason: One of a few fixed words.
-        seconds: How far the clocks differ, where that is the reason.
+        challenge: What a client's session is to begin with, where that is the reason.
     """
 
     code: int
     reason: str
-    seconds: float | None = None
+    challenge: str = ""
 
 
 class Signer:
@@ -67,20 +59,24 @@ class Signer:
     """
 
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
-        """Begin a session: two processes with the same key are told apart by it."""
+        """Begin with a session that no server has named a part of."""
         self._key = key
         self.public_key = asymmetric.public_key_to_bytes(key.public_key())
-        self._session = uuid.uuid4().hex
         self._counts = itertools.count(1)
+        self.begin("")
+
+    def begin(self, challenge: str) -> None:
+        """Begin a session with what a server has named; two processes with the same key are told apart by the rest."""
+        self._session = f"{challenge}-{uuid.uuid4().hex}"
 
     def headers(self, path: str, body: bytes) -> dict[str, str]:
         """Return the headers of one request."""
-        stamp, count, digest = f"{clock():.3f}", str(next(self._counts)), hashlib.sha256(body).hexdigest()
-        signature = asymmetric.sign_message(self._key, _statement(path, stamp, self._session, count, digest))
+        signed = self._session, str(next(self._counts)), hashlib.sha256(body).hexdigest()
+        signature = asymmetric.sign_message(self._key, _statement(path, *signed))
         return {
             KEY_HEADER: b64encode(self.public_key).decode(),
             SIGNATURE_HEADER: b64encode(signature).decode(),
-            **dict(zip(_SIGNED, (stamp, self._session, count, digest), strict=True)),
+            **dict(zip(_SIGNED, signed, strict=True)),
         }
 
 
@@ -92,7 +88,7 @@ class Claim:
     session: str
     count: int
     digest: str
-    time: float
+    address: str
     signature: bytes = b""
     statement: bytes = b""
 
@@ -109,11 +105,16 @@ class Claim:
 
 @dataclass
 class Counts:
-    """The numbers that a session has used; they may come out of order, as requests of several threads do."""
+    """The numbers that a session has used; they may come out of order, as requests of several threads do.
+
+    Args:
+        highest: The number of its first request; what is below was signed before, and counts as used.
+        used: The bits of it and of the numbers below.
+    """
 
     WIDTH = 1024
-    highest: int = 0
-    used: int = 0
+    highest: int
+    used: int = (1 << WIDTH) - 1
 
     def take(self, count: int) -> bool:
         """Return whether a number is new, and remember it."""
@@ -179,15 +180,6 @@ class Admission:
             raise RefusedError(401, UNKNOWN_KEY)
         return claim
 
-    def check_clock(self, scope: Scope, claim: Claim) -> None:
-        """Raise RefusedError where an introduction is too old, or the clocks differ by as much."""
-        ahead = claim.time - clock()
-        if abs(ahead) > CLOCK_SECONDS:
-            who = address_of(scope)
-            line = f"Refused a client at {who}: its clock and this server's differ by {abs(ahead):.0f} s"
-            self._refusals.tell(who, CLOCK, line)
-            raise RefusedError(401, CLOCK, ahead)
-
     def turn_away_stranger(self, scope: Scope) -> None:
         """Note a request that no client makes."""
         address = address_of(scope)
@@ -234,14 +226,12 @@ def _signed(scope: Scope) -> Claim | None:
     """Return what is claimed; None where a header is missing or is nonsense."""
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
     try:
-        stamp, session, count, digest = parts = [headers[name] for name in _SIGNED]
+        session, count, digest = parts = [headers[name] for name in _SIGNED]
         key, signature = (b64decode(headers[name], validate=True) for name in (KEY_HEADER, SIGNATURE_HEADER))
-        claim = Claim(
-            key, session[:64], int(count[:15]), digest, float(stamp), signature, _statement(scope["path"], *parts)
-        )
+        statement = _statement(scope["path"], *parts)
+        return Claim(key, session[:128], int(count[:15]), digest, address_of(scope), signature, statement)
     except (KeyError, ValueError):
         return None
-    return claim if claim.session and math.isfinite(claim.time) else None
 
 
 class Refusals:
@@ -263,7 +253,7 @@ class Refusals:
         """Start with nothing told."""
         self._note = note
         self._now = now
-        self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._told: dict[tuple[str, str], None] = {}
         self._minutes: dict[str, tuple[float, int]] = {}
         self._lock = threading.Lock()
 
@@ -277,7 +267,6 @@ class Refusals:
         """
         with self._lock:
             if (who, reason) in self._told:
-                self._told.move_to_end((who, reason))
                 return
             now = self._now()
             since, told = self._minutes.get(reason, (now, 0))
@@ -291,5 +280,5 @@ class Refusals:
             else:
                 self._told[who, reason] = None
                 if len(self._told) > self.MOST_REMEMBERED:
-                    self._told.popitem(last=False)
+                    del self._told[next(iter(self._told))]
         self._note(line)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +28,7 @@ from flwr.app import Message
 from fedrag_cli.errors import ConnectionFailedError, FedRAGError, RunInterruptedError
 from fedrag_cli.federated.endpoint import ServerAddress, distrust, parse_address, trusting
 from fedrag_cli.federated.fleet import _flower as flower
-from fedrag_cli.federated.fleet.auth import CLOCK, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
+from fedrag_cli.federated.fleet.auth import CHALLENGED, DIGEST_HEADER, SUPERSEDED, UNKNOWN_CLIENT, UNKNOWN_KEY, Signer
 from fedrag_cli.federated.fleet.http import POLL_SECONDS
 from fedrag_cli.federated.fleet.state import head_bytes
 from fedrag_cli.federated.grid import CLIENT_FAILED, quiet_flower
@@ -119,7 +119,7 @@ class FleetNode:
         self._http: httpx.Client
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._was_connected = self._has_noted = self._is_doubted = False
+        self._was_connected = self._is_doubted = False
         self._silent_since: float | None = None
         self._noted = float("-inf")
 
@@ -141,18 +141,18 @@ class FleetNode:
             self._ended.clear()
             beats = threading.Thread(target=self._beat, daemon=True)
             try:
-                self._introduce(self._call)
-                self._was_connected, self._has_noted = True, False
-                self._reporter.note(f"Connected to {self._where}")
-                beats.start()
                 while not handler.ended:
                     try:
+                        self._introduce(self._call)
+                        if not self._was_connected:
+                            self._was_connected = True
+                            self._reporter.note(f"Connected to {self._where}")
+                            beats.start()
                         self._serve(handler)
                     except ForgottenError:
                         self._note("does not know this client any more (it may have been started again)")
                         # Two servers behind one address each forget the other's clients.
                         self._ended.wait(FIRST_PAUSE)
-                        self._introduce(self._call)
             finally:
                 self._ended.set()
                 if self._was_connected:
@@ -171,7 +171,7 @@ class FleetNode:
             for _ in range(2):
                 try:
                     self._introduce(self._post)
-                except UnreachableError:
+                except (UnreachableError, ForgottenError):
                     continue
                 self._leave()
                 return True
@@ -235,8 +235,8 @@ class FleetNode:
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 with self._lock:
-                    self._silent_since, self._noted, self._is_doubted = None, float("-inf"), False
-                    has_noted, self._has_noted = self._has_noted, False
+                    has_noted, self._noted = self._noted > float("-inf"), float("-inf")
+                    self._silent_since, self._is_doubted = None, False
                 if has_noted and self._was_connected:
                     self._reporter.note("Connected again")
                 return found
@@ -260,7 +260,7 @@ class FleetNode:
             now = time.monotonic()
             if now - self._noted < SECONDS_BETWEEN_NOTES:
                 return
-            self._noted, self._has_noted = now, True
+            self._noted = now
         self._reporter.note(f"The server at {self._where} {what}; trying again")
 
     def _refusal(self, code: int, content: bytes) -> Exception:
@@ -269,13 +269,15 @@ class FleetNode:
             detail = dict(json.loads(content))
         except (ValueError, TypeError, RecursionError):
             detail = {}
-        reason, seconds = detail.get("detail"), detail.get("seconds")
+        reason, challenge = detail.get("detail"), str(detail.get("challenge"))
         if reason == SUPERSEDED:
             return ConnectionFailedError(
                 "Another process has joined with this client's key.",
                 "Run one process a key, and make a key for each client with 'fedrag keys node'.",
             )
-        if reason == UNKNOWN_CLIENT:
+        if reason == CHALLENGED and re.fullmatch("[0-9a-f-]{1,64}", challenge):
+            self._signer.begin(challenge)
+        if reason in (CHALLENGED, UNKNOWN_CLIENT):
             return ForgottenError()
         if reason == UNKNOWN_KEY and not self._is_doubted:
             # A bit that was flipped on the way makes another key; it takes two answers to be sure.
@@ -287,19 +289,13 @@ class FleetNode:
                 f"{fingerprint(self._signer.public_key)}).",
                 "Give the server's owner your public key (NAME.pub) for the folder federated.allowed_keys.",
             )
-        if reason == CLOCK and isinstance(seconds, float):
-            words = f"the clocks of this machine and the server's differ by {abs(seconds):.0f} s"
-            if self._was_connected:
-                return AnsweredError(words)
-            return ConnectionFailedError(
-                f"The server at {self._where} does not let this client in: {words}.", "Set both clocks, such as by NTP."
-            )
         meaning = MEANINGS.get(code, "it sends clients elsewhere, which is not followed" if code // 100 == 3 else "")
         return AnsweredError(f"it answered {code}" + (f": {meaning}" if meaning else ""))
 
     def _raise_if_hopeless(self, error: httpx.TransportError) -> None:
         """Raise ConnectionFailedError where trying again cannot help: no trust, or no TLS."""
-        if refusal := _verification(error):
+        refusal = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLCertVerificationError)), None)
+        if refusal is not None:
             reason = distrust(parse_address(self._server.address), refusal)
             raise ConnectionFailedError(
                 f"The certificate of the server at {self._where} is not trusted: {reason}.",
@@ -318,21 +314,24 @@ class FleetNode:
         broke = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.LocalProtocolError)
         if broke and not self._was_connected and not self._server.tls:
             return "it does not answer plain requests: it may use TLS, or not be up yet"
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in _causes(error):
             if isinstance(cause, socket.gaierror):
                 return "no such host" if cause.errno == socket.EAI_NONAME else "its name cannot be looked up"
             if isinstance(cause, TimeoutError | httpx.TimeoutException):
                 return "timed out"
             if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, ssl.SSLError):
                 return cause.strerror.lower()
-            cause = cause.__cause__ or cause.__context__
         return "the connection broke"
 
     # What is asked and answered.
 
     def _introduce(self, send: Callable[..., Any]) -> None:
-        send(flower.ACTIVATE, public_key=self._signer.public_key, heartbeat_interval=HEARTBEAT_SECONDS)
+        introduction = {"public_key": self._signer.public_key, "heartbeat_interval": HEARTBEAT_SECONDS}
+        try:
+            send(flower.ACTIVATE, **introduction)
+        except ForgottenError:
+            # The server has named the session that it wants to be signed.
+            send(flower.ACTIVATE, **introduction)
 
     def _beat(self) -> None:
         """Tell the server now and then that this client lives."""
@@ -364,7 +363,6 @@ class FleetNode:
         Raises:
             ConnectionFailedError: It is none, or not as large as agreed.
         """
-        withdrawn = threading.Event()
         with os_errors(self._directory):
             try:
                 head, tree = answer.messages_list[0], answer.message_object_trees[0]
@@ -376,15 +374,13 @@ class FleetNode:
                 ours = isinstance(error, flower.UnusableError)
                 raise self._nonsense(str(error) if ours else "it is no message") from error
 
-            def pull(object_id: str) -> None:
+            def pull(object_id: str) -> bool:
                 found = self._call(flower.PULL_OBJECT, object_id=object_id)
-                if not found.object_found:
-                    withdrawn.set()
-                elif not incoming.put(object_id, found.object_content):
+                if found.object_found and not incoming.put(object_id, found.object_content):
                     raise self._nonsense("its tensors are not those that were announced")
+                return bool(found.object_found)
 
-            self._each(pull, incoming.missing, withdrawn)
-        return incoming.message if not withdrawn.is_set() else None
+            return incoming.message if self._each(pull, incoming.missing) else None
 
     def _nonsense(self, reason: str) -> ConnectionFailedError:
         return ConnectionFailedError(
@@ -406,43 +402,34 @@ class FleetNode:
 
     def _send(self, reply: Message) -> None:
         outgoing = self._packer.pack(reply, uuid.uuid4().hex)
-        lost = threading.Event()
 
-        def push(object_id: str) -> None:
+        def push(object_id: str) -> bool:
             content = outgoing.piece(object_id)
             if content is None:
                 raise self._nonsense("it asks for tensors that this client never had")
-            if not self._call(flower.PUSH_OBJECT, object_id=object_id, object_content=content).stored:
-                lost.set()
+            return bool(self._call(flower.PUSH_OBJECT, object_id=object_id, object_content=content).stored)
 
         for _ in range(3):
-            lost.clear()
             answer = self._call(
                 flower.PUSH_MESSAGES, messages_list=[outgoing.head], message_object_trees=[outgoing.tree]
             )
             if any(answer.results.values()):
                 break
-            self._each(push, list(answer.objects_to_push), lost)
-            if not lost.is_set():
+            if self._each(push, answer.objects_to_push):
                 return
         if outgoing.tree.children:
             self._reporter.note("The server did not take this update")
 
-    def _each(self, work: Callable[[str], None], object_ids: Sequence[str], stop: threading.Event) -> None:
-        """Do something for several pieces, a few at once, until one of them says to stop or fails."""
-
-        def unless_stopped(object_id: str) -> None:
-            if not stop.is_set():
-                work(object_id)
-
+    def _each(self, work: Callable[[str], bool], object_ids: Iterable[str]) -> bool:
+        """Do something for several pieces, a few at once, and return whether it was done for all; a failure ends it."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
-                list(pool.map(unless_stopped, object_ids))
-            except BaseException as error:
-                stop.set()
-                if not isinstance(error, ForgottenError):
-                    # Also those threads that wait for a silent server end now.
-                    self._ended.set()
+                return all(pool.map(work, object_ids))
+            except ForgottenError:
+                raise
+            except BaseException:
+                # Also those threads that wait for a silent server end now.
+                self._ended.set()
                 raise
 
 
@@ -460,8 +447,8 @@ def _bounded(response: httpx.Response, most_bytes: int, seconds: float) -> bytes
     return bytes(content)
 
 
-def _verification(error: BaseException) -> ssl.SSLCertVerificationError | None:
+def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+    while cause is not None:
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return cause

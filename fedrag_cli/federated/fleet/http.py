@@ -21,7 +21,6 @@ from fedrag_cli.federated.fleet.auth import (
     BUSY,
     DAMAGED,
     DIGEST_HEADER,
-    SUPERSEDED,
     Admission,
     Claim,
     Refusals,
@@ -53,7 +52,7 @@ class _Connection(socket.socket):
     door: Door
     address = "an unknown address"
     peer: tuple[Any, ...] = ()
-    owner: bytes | None = None
+    owner: Client | None = None
     deadline = float("inf")
     is_new = True
 
@@ -131,13 +130,13 @@ class Door(socket.socket):
             connection.deadline = time.monotonic() + seconds
         return connection
 
-    def let_in(self, connection: _Connection | None, public_key: bytes) -> None:
+    def let_in(self, connection: _Connection | None, client: Client) -> None:
         """Note that a connection is a known client's, which may have a few; the oldest goes where there are more."""
         if connection is None or connection.owner is not None:
             return
         self._strangers.pop(connection, None)
-        connection.owner = public_key
-        own = [other for other in self._all.values() if other.owner == public_key]
+        connection.owner = client
+        own = [other for other in self._all.values() if other.owner is client]
         for other in own[:-MOST_OF_A_CLIENT]:
             other.end()
 
@@ -148,10 +147,13 @@ class Door(socket.socket):
             del self._all[connection.peer]
 
     async def sweep(self) -> None:
-        """End the connections whose time is up."""
+        """End the connections whose time is up, and those of clients that others have taken the places of."""
         now = time.monotonic()
-        for connection in [connection for connection in self._all.values() if connection.deadline < now]:
-            if connection.owner is None:
+        for connection in list(self._all.values()):
+            owner = connection.owner
+            if connection.deadline >= now and not (owner is not None and owner.is_forgotten):
+                continue
+            if owner is None:
                 who = connection.address
                 line = f"A connection from {who} asked nothing for {SILENT_SECONDS:.0f} s"
                 self._refusals.tell(who, "silent", line)
@@ -210,12 +212,9 @@ class FleetApp:
         admission: Decides who may speak.
         door: Where connections come in.
         refusals: Told of errors within.
-        most_bytes: Largest sum of the bytes of a reply's tensors.
     """
 
-    def __init__(
-        self, state: FleetState, admission: Admission, door: Door, refusals: Refusals, most_bytes: int
-    ) -> None:
+    def __init__(self, state: FleetState, admission: Admission, door: Door, refusals: Refusals) -> None:
         """Begin with no request."""
         self._state, self._admission, self._door, self._refusals = state, admission, door, refusals
         self._places = asyncio.Semaphore(MOST_BODIES)
@@ -230,7 +229,7 @@ class FleetApp:
             flower.PULL_OBJECT: self._pull_object,
             flower.PUSH_OBJECT: self._push_object,
         }
-        self._most = {flower.PUSH_MESSAGES: head_bytes(most_bytes), flower.PUSH_OBJECT: flower.PIECE_BYTES + 1024}
+        self._most = {flower.PUSH_MESSAGES: head_bytes(state.most_bytes), flower.PUSH_OBJECT: flower.PIECE_BYTES + 1024}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -239,7 +238,8 @@ class FleetApp:
         try:
             code, content = 200, (await self._answer(scope, receive, connection)).SerializeToString()
         except RefusedError as refusal:
-            code, content = refusal.code, json.dumps({"detail": refusal.reason, "seconds": refusal.seconds}).encode()
+            code, detail = refusal.code, {"detail": refusal.reason, "challenge": refusal.challenge}
+            content = json.dumps(detail).encode()
         except Exception as error:  # noqa: BLE001  (whatever fails here, the server goes on, and its owner is told)
             self._refusals.tell("", type(error).__name__, f"A request failed within the server: {error!r}")
             code, content = 500, b"{}"
@@ -272,13 +272,12 @@ class FleetApp:
         claim = await self._admission.admit(scope)
         asked, answered = flower.TYPES[path]
         if path == flower.ACTIVATE:
-            self._admission.check_clock(scope, claim)
             await _body(receive, claim, _announced(scope, MOST_BYTES))
             client = self._state.activate(claim)
-            self._door.let_in(connection, claim.public_key)
+            self._door.let_in(connection, client)
             return answered(node_id=client.member.node_id)
         client, size = self._state.speaker(claim), _announced(scope, self._most.get(path, MOST_BYTES))
-        self._door.let_in(connection, claim.public_key)
+        self._door.let_in(connection, client)
         async with self._room(client, size):
             try:
                 request = asked.FromString(await _body(receive, claim, size))
@@ -313,15 +312,12 @@ class FleetApp:
         return {"success": True}
 
     async def _pull_messages(self, client: Client, request: Any) -> dict[str, Any]:
-        session, client.polls = client.session, client.polls + 1
-        poll = client.polls
+        client.polls = poll = client.polls + 1
         # The newest waits alone; of older ones nobody may know any more, and their connections end only after them.
         client.arrived.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_SECONDS):
                 while not self._is_closing and client.polls == poll:
-                    if client.session != session:
-                        raise RefusedError(409, SUPERSEDED)
                     if (found := self._state.next_message(client)) is not None:
                         return {"messages_list": [found.head], "message_object_trees": [found.tree]}
                     client.arrived.clear()

@@ -1,4 +1,4 @@
-"""The server's end: Flower's Fleet API alone, and a grid over its state, in one process.
+"""The server's end: Flower's Fleet API alone, and a grid that is its state, in one process.
 
 A stock SuperLink offers its Control and Runtime APIs on the same port, and whoever reaches it can submit code. Here
 only the routes that clients need exist.
@@ -10,25 +10,23 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import uvicorn
-from flwr.app import Message
 
 from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.endpoint import ServerCertificate
 from fedrag_cli.federated.fleet._flower import identify
 from fedrag_cli.federated.fleet.auth import Admission, Refusals
 from fedrag_cli.federated.fleet.http import MOST_OF_A_CLIENT, SILENT_SECONDS, Door, FleetApp
-from fedrag_cli.federated.fleet.state import FleetState
-from fedrag_cli.federated.grid import FederationGrid, Member, quiet_flower
+from fedrag_cli.federated.fleet.state import MOST_CLIENTS, FleetState
+from fedrag_cli.federated.grid import FederationGrid, quiet_flower
 from fedrag_cli.runs.files import os_errors
 from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
-START_SECONDS = 30.0
 MOST_DESCRIPTORS = 16384
 FEWEST_DESCRIPTORS = 256
 
@@ -65,13 +63,12 @@ class FleetServer:
         self._host, self._port = host, port
         self._context = certificate.context() if certificate is not None else None
         self._reporter = reporter or SilentReporter()
-        self._most_bytes = max_message_bytes
         self._pieces = pieces if pieces is not None else Path(tempfile.gettempdir())
         self._refusals = Refusals(self._note)
         self.state = FleetState(self._pieces, max_message_bytes)
         self._admission = Admission(allowed, read_allowed, self.state.allow, self._refusals)
         self._known = len(allowed or {})
-        self.grid: FleetGrid | None = None
+        self.grid: FederationGrid = self.state
 
     def __enter__(self) -> FleetServer:
         """Listen.
@@ -80,12 +77,13 @@ class FleetServer:
             ConnectionFailedError: The address cannot be listened on, or the system allows too few open files.
         """
         most = self._most_connections()
+        self.state.most_clients = min(MOST_CLIENTS, max(self._known, most // MOST_OF_A_CLIENT))
         with os_errors(self._pieces):
             self._pieces.mkdir(mode=0o700, parents=True, exist_ok=True)
         listener = listen(self._host, self._port)
         self.address = listener.getsockname()[:2]
         door = Door(fileno=listener.detach()).open(self._refusals, most)
-        self._app = FleetApp(self.state, self._admission, door, self._refusals, self._most_bytes)
+        self._app = FleetApp(self.state, self._admission, door, self._refusals)
         context = door.watch(self._context) if self._context is not None else None
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
@@ -111,15 +109,13 @@ class FleetServer:
         )
         self._thread = threading.Thread(target=self._serve, args=(door,), daemon=True)
         self._thread.start()
-        end = time.monotonic() + START_SECONDS
         while not self._uvicorn.started:
-            if not self._thread.is_alive() or time.monotonic() > end:
+            if not self._thread.is_alive():
                 raise ConnectionFailedError(
                     f"The server could not start on {self._host}:{self._port}.",
                     "Choose another --address.",
                 )
             time.sleep(0.01)
-        self.grid = FleetGrid(self.state)
         return self
 
     def __exit__(
@@ -196,39 +192,3 @@ def listen(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}:{port}: {reason}.",
             "Choose another --address, or stop what uses the port.",
         ) from error
-
-
-class FleetGrid(FederationGrid):
-    """Flower's grid over the state of this process; several threads may use it.
-
-    Args:
-        state: The book of clients and messages.
-    """
-
-    def __init__(self, state: FleetState) -> None:
-        """Keep it."""
-        self._state = state
-
-    def members(self) -> list[Member]:
-        """Return the clients that are connected now."""
-        return self._state.members()
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Put messages where their clients fetch them; an empty id stands for one that nobody can fetch."""
-        return [self._state.ask(message) for message in messages]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the complete replies that have come since the last call, with their tensors in files.
-
-        Raises:
-            FedRAGError: What clients have sent cannot be written.
-        """
-        return [reply for message_id in message_ids if (reply := self._state.take(message_id)) is not None]
-
-    def forget(self, message_ids: Iterable[str]) -> None:
-        """Drop messages whose replies are not wanted any more."""
-        self._state.drop(message_ids)
-
-    def wait(self, seconds: float) -> None:
-        """Wait until there is something new."""
-        self._state.wait(seconds)

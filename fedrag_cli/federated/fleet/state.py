@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +20,15 @@ from pathlib import Path
 from flwr.app import Message, MessageType
 
 from fedrag_cli.federated.fleet import _flower as flower
-from fedrag_cli.federated.fleet.auth import SUPERSEDED, UNKNOWN_CLIENT, USED, Claim, Counts, RefusedError
-from fedrag_cli.federated.grid import CLIENT_FAILED, Member
+from fedrag_cli.federated.fleet.auth import CHALLENGED, SUPERSEDED, UNKNOWN_CLIENT, USED, Claim, Counts, RefusedError
+from fedrag_cli.federated.grid import CLIENT_FAILED, FederationGrid, Member
 from fedrag_cli.runs.files import os_errors
 
 MOST_CLIENTS = 1000
 # Clients give a sign of life every 10 s at least; what they say of it themselves does not count.
 LIVENESS_SECONDS = 30.0
-MOST_SESSIONS = 64
+# How far a client has come; a place is kept only for who has answered work.
+NEW, GREETED, AT_WORK, HAS_WORKED = range(4)
 
 
 @dataclass(eq=False)
@@ -60,24 +61,26 @@ class Client:
 
     Args:
         member: How the rounds know it, as of its newest activation.
+        address: Where it comes from.
         session: The process that speaks for it.
         counts: The numbers that this process has used.
-        former: Processes that spoke for it before.
         seen: When it last asked something, by a clock that nobody sets.
         questions: What it is asked, by message id, in the order of asking.
-        has_replied: Whether it ever answered one.
+        standing: How far it has come.
+        is_forgotten: Whether another has got its place.
         bodies: Large bodies that it is sending now.
         polls: How often it has asked for messages.
         arrived: Set where there may be a question for it.
     """
 
     member: Member
+    address: str
     session: str
     counts: Counts
-    former: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_SESSIONS))
     seen: float = float("-inf")
     questions: dict[str, Question] = field(default_factory=dict)
-    has_replied: bool = False
+    standing: int = NEW
+    is_forgotten: bool = False
     bodies: int = 0
     polls: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -88,18 +91,22 @@ class Client:
         return time.monotonic() - self.seen < LIVENESS_SECONDS
 
 
-class FleetState:
-    """The book.
+class FleetState(FederationGrid):
+    """The book; for the rounds it is Flower's grid.
 
     Args:
         directory: Where replies take their room.
         most_bytes: Largest sum of the bytes of a reply's tensors.
+        most_clients: How many clients there may be at once.
     """
 
-    def __init__(self, directory: Path, most_bytes: int) -> None:
+    def __init__(self, directory: Path, most_bytes: int, most_clients: int = MOST_CLIENTS) -> None:
         """Start without clients."""
+        self.most_clients = most_clients
+        # Of this start alone, so that nothing signed for another one is taken.
+        self._start = secrets.token_hex(8)
         self._directory = directory
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._names: dict[bytes, str] = {}
         self._clients: dict[bytes, Client] = {}
         self._by_id: dict[int, Client] = {}
@@ -121,24 +128,21 @@ class FleetState:
         """Connect a client, whether it is new, comes back, or only asks again.
 
         Raises:
-            RefusedError: The request was made before, or by a process that was superseded, or there are too many.
+            RefusedError: Its session is none that may begin now, the request was made before, or there are too many.
         """
         with self._lock:
             client = self._clients.get(claim.public_key)
-            if client is None:
-                client = self._add(claim)
-            elif claim.session in client.former:
-                raise RefusedError(409, SUPERSEDED)
-            elif claim.session != client.session:
-                client.former.append(client.session)
-                client.session, client.counts = claim.session, Counts()
-            if not client.counts.take(claim.count):
+            if client is None or claim.session != client.session:
+                challenge = f"{self._start}-{client.member.activation if client is not None else 0}"
+                if claim.session.rpartition("-")[0] != challenge:
+                    raise RefusedError(401, CHALLENGED, challenge)
+                client = client or self._add(claim.public_key, claim.address)
+                client.session, client.counts = claim.session, Counts(claim.count)
+            elif not client.counts.take(claim.count):
                 raise RefusedError(401, USED)
             name, activation = self._names.get(claim.public_key, ""), client.member.activation + 1
             client.member = replace(client.member, name=name, activation=activation)
             client.seen = time.monotonic()
-        # A process that was superseded may be waiting for a message.
-        self.wake(client)
         self._changed.set()
         return client
 
@@ -178,10 +182,8 @@ class FleetState:
         """Return a piece of a message to a client."""
         with self._lock:
             questions = list(client.questions.values())
-        for question in questions:
-            if (content := question.outgoing.piece(object_id)) is not None:
-                return content
-        return None
+        found = (question.outgoing.piece(object_id) for question in questions)
+        return next((content for content in found if content is not None), None)
 
     def announce(self, client: Client, head: flower.MessageProto, tree: flower.ObjectTree) -> list[str] | None:
         """Take a reply's bare message, and return the names of the pieces that are missing; None where nobody waits.
@@ -195,7 +197,7 @@ class FleetState:
             if question.reply is None or question.reply.pieces != {child.object_id for child in tree.children}:
                 try:
                     # Only training is answered with tensors; strangers that shake hands get no room for any.
-                    most = self._most_bytes if question.asked.metadata.message_type == MessageType.TRAIN else 0
+                    most = self.most_bytes if question.asked.metadata.message_type == MessageType.TRAIN else 0
                     question.reply = flower.Incoming(head, tree, self._directory, most)
                 except OSError as error:
                     self.fail(error)
@@ -204,7 +206,7 @@ class FleetState:
                     question.failure = str(error) if isinstance(error, flower.UnusableError) else "it is no message"
                     self._changed.set()
                     return None
-            client.has_replied = True
+            client.standing = max(client.standing, GREETED)
             if not (missing := question.reply.missing):
                 self._changed.set()
             return missing
@@ -213,30 +215,41 @@ class FleetState:
         """Keep a piece of a client's reply, and return whether it is one that was announced."""
         with self._lock:
             replies = [question.reply for question in client.questions.values() if question.reply is not None]
-        reply = next((reply for reply in replies if reply.has(object_id)), None)
         try:
-            stored = reply is not None and reply.put(object_id, content)
+            stored = any(reply.put(object_id, content) for reply in replies)
         except OSError as error:
             self.fail(error)
             raise
-        if reply is not None and reply.is_complete:
+        if any(reply.is_complete for reply in replies):
             self._changed.set()
         return stored
 
-    def _add(self, claim: Claim) -> Client:
-        if len(self._clients) >= MOST_CLIENTS:
+    def _add(self, public_key: bytes, address: str) -> Client:
+        if len(self._clients) >= self.most_clients:
             self._make_room()
-        key = hashlib.sha256(claim.public_key).hexdigest()[:12]
-        client = Client(Member(secrets.randbits(62), "", key, 0), claim.session, Counts())
-        self._clients[claim.public_key] = self._by_id[client.member.node_id] = client
+        key = hashlib.sha256(public_key).hexdigest()[:12]
+        client = Client(Member(secrets.randbits(62), "", key, 0), address, "", Counts(0))
+        self._clients[public_key] = self._by_id[client.member.node_id] = client
         return client
 
     def _make_room(self) -> None:
-        """Forget a client that has done nothing yet or is gone; without allowed keys, anybody can make new ones."""
-        spare = [key for key, client in self._clients.items() if not client.has_replied or not client.is_online]
+        """Forget a client that has not worked, of the address that has most of these, or one that is gone.
+
+        Without allowed keys anybody can make new ones, which would take all places otherwise.
+        """
+        spare = {
+            key: client for key, client in self._clients.items() if client.standing < HAS_WORKED or not client.is_online
+        }
         if not spare:
             raise RefusedError(503, "full")
-        client = self._clients.pop(min(spare, key=lambda key: self._clients[key].seen))
+        crowds = Counter(client.address for client in spare.values())
+
+        def worth(key: bytes) -> tuple[bool, int, int, float]:
+            client = spare[key]
+            return client.standing == HAS_WORKED, -crowds[client.address], client.standing, client.seen
+
+        client = self._clients.pop(min(spare, key=worth))
+        client.is_forgotten = True
         del self._by_id[client.member.node_id]
         for message_id in client.questions:
             self._asked.pop(message_id, None)
@@ -254,6 +267,18 @@ class FleetState:
         with self._lock:
             return [client.member for client in self._clients.values() if client.is_online]
 
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Put messages where their clients fetch them; an empty id stands for one that nobody can fetch."""
+        return [self.ask(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the complete replies that have come since the last call, with their tensors in files.
+
+        Raises:
+            FedRAGError: What clients have sent cannot be written.
+        """
+        return [reply for message_id in message_ids if (reply := self.take(message_id)) is not None]
+
     def ask(self, message: Message) -> str:
         """Put a message where its client fetches it, and return its id; an empty one where there is no such client."""
         message_id = uuid.uuid4().hex
@@ -263,6 +288,8 @@ class FleetState:
             if client is None:
                 return ""
             client.questions[message_id] = Question(message, outgoing, client.member.activation)
+            if message.metadata.message_type != MessageType.QUERY:
+                client.standing = max(client.standing, AT_WORK)
             self._asked[message_id] = client
         self.wake(client)
         return message_id
@@ -276,16 +303,17 @@ class FleetState:
         self._raise_failure()
         with self._lock:
             client = self._asked.get(message_id)
-            question = client.questions[message_id] if client is not None else None
-        if question is None or not question.is_answered:
+        if client is None or not (question := client.questions[message_id]).is_answered:
             return None
-        self.drop([message_id])
+        self.forget([message_id])
         if question.reply is None or question.failure or not question.reply.message.has_content():
             return flower.failed(question.asked, question.failure or CLIENT_FAILED)
+        if question.asked.metadata.message_type != MessageType.QUERY:
+            client.standing = HAS_WORKED
         # Who answers what is known from the question; the client's own word on it does not count.
         return Message(question.reply.content(), reply_to=question.asked)
 
-    def drop(self, message_ids: Iterable[str]) -> None:
+    def forget(self, message_ids: Iterable[str]) -> None:
         """Drop messages, with their replies."""
         with self._lock:
             for message_id in message_ids:

@@ -14,12 +14,7 @@ NUMBERS_AT_ONCE = 2**20
 
 
 class HeldVectors:
-    """Embeddings in one tensor with room for an eighth more; the room takes no memory before it is written to.
-
-    Args:
-        device: Where they are kept.
-        dtype: Their number format.
-    """
+    """Embeddings in one tensor with room for an eighth more; the room takes no memory before it is written to."""
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Start without any."""
@@ -111,12 +106,7 @@ Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 def search_in_order(search: Search, queries: Tensor, top_k: int, passages: int) -> tuple[Tensor, Tensor]:
     """Search so that equal scores come by position, and the first of those that tie for the last places are taken.
 
-    Args:
-        search: Takes queries and how many passages are wanted of each (up to `passages`), and returns scores and
-            positions of shape (queries, wanted) in any order.
-        queries: Tensor of shape (queries, dimension).
-        top_k: How many passages, from 1 to `passages`.
-        passages: How many there are.
+    The search takes queries and how many passages are wanted of each, and returns them in any order.
     """
     scores = queries.new_zeros(len(queries), top_k)
     positions = torch.zeros_like(scores, dtype=torch.long)
@@ -175,13 +165,7 @@ class Vectors(Protocol):
 
 
 def search_blocks(vectors: Vectors, queries: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Find the best passages of each query by comparing it with all of them, block after block.
-
-    Args:
-        vectors: The embeddings, in any number format.
-        queries: float32 tensor of shape (queries, dimension), on the device where scores are computed.
-        top_k: How many passages, from 1 to their number.
-    """
+    """Find the best passages of each query by comparing it with all of them, block after block, on its device."""
     # Entering autocast costs as much as choosing among thousands of scores.
     if torch.is_autocast_enabled(queries.device.type):
         with torch.autocast(queries.device.type, enabled=False):
@@ -218,26 +202,20 @@ def _merged(
 RECALL_AT, RECALL_SAMPLE = 10, 200
 
 
-def sampled_positions(passages: int, seed: int = 0) -> Tensor:
-    """Return the positions of the passages that stand for queries, at most 200."""
-    return torch.randperm(passages, generator=torch.Generator().manual_seed(seed))[:RECALL_SAMPLE]
-
-
-def found_at_once(passages: int) -> int:
-    """Return how many passages are searched for, the one that stands for the query included."""
-    return min(RECALL_AT + 1, passages)
-
-
-def recall(sample: Tensor, exact: Tensor, found: Tensor) -> float:
+def measured_recall(
+    embeddings_at: Callable[[Tensor], Tensor], exact: Vectors, search: Search, passages: int, seed: int = 0
+) -> float:
     """Return recall@10: which part of the 10 passages that are closest to a passage a search finds, from 0 to 1.
 
-    Args:
-        sample: Positions of the passages that stand for queries, each searched for among the others.
-        exact: Positions that the exact search gives, of shape (queries, found_at_once(passages)).
-        found: Positions that the other search gives, of the same shape.
+    It is a mean over at most 200 passages, chosen by the seed, each searched for among the others.
     """
+    sample = torch.randperm(passages, generator=torch.Generator().manual_seed(seed))[:RECALL_SAMPLE]
+    queries, wanted = embeddings_at(sample), min(RECALL_AT + 1, passages)
+    closest, found = (
+        positions.tolist() for _, positions in (search_blocks(exact, queries, wanted), search(queries, wanted))
+    )
     shares = []
-    for passage, right, got in zip(sample.tolist(), exact.tolist(), found.tolist(), strict=True):
+    for passage, right, got in zip(sample.tolist(), closest, found, strict=True):
         others = {position for position in right if position != passage}
         shares.append(len(others & set(got)) / max(len(others), 1))
     return sum(shares) / len(shares)

@@ -15,28 +15,14 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.config import INDEX_FILE, STORE_FILE, FaissStoreConfig
-from fedrag_cli.rag.knowledge_stores.base import (
-    KnowledgeStore,
-    SearchResult,
-    check_new,
-    check_search,
-    require_pairs,
-)
-from fedrag_cli.rag.knowledge_stores.exact_search import (
-    found_at_once,
-    recall,
-    rows_at_once,
-    sampled_positions,
-    search_blocks,
-    search_in_order,
-)
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, require_pairs
+from fedrag_cli.rag.knowledge_stores.exact_search import measured_recall
 from fedrag_cli.rag.knowledge_stores.store_files import (
     REBUILD,
     Passages,
-    damaged_store,
     file_fingerprint,
-    no_store,
     read_nodes,
+    store_errors,
     write_nodes,
 )
 from fedrag_cli.runs.files import replace_directory_atomically
@@ -87,65 +73,6 @@ def add_vectors(index: Any, vectors: Tensor) -> None:
     # Several threads would link the graph of hnsw in another order each time.
     with _threads(1 if isinstance(index, faiss.IndexHNSW) else None):
         index.add(_rows(vectors))
-
-
-def search_index(index: Any, config: FaissStoreConfig, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Return scores and positions of shape (queries, wanted); a query that finds too few is searched exactly."""
-    parameters = None
-    if isinstance(index, faiss.IndexHNSW):
-        parameters = faiss.SearchParametersHNSW(efSearch=max(config.ef_search or EF_SEARCH, wanted))
-    elif isinstance(index, faiss.IndexIVF):
-        parameters = faiss.SearchParametersIVF(nprobe=min(config.nprobe or NPROBE, index.nlist))
-    with _threads():
-        found, places = index.search(_rows(queries), wanted, params=parameters)
-    scores, positions = torch.from_numpy(found), torch.from_numpy(places)
-    short = (positions < 0).any(dim=1)
-    if short.any():
-        scores[short], positions[short] = search_blocks(IndexVectors(index), queries[short], wanted)
-    return scores, positions
-
-
-class IndexVectors:
-    """The embeddings in an index, to compare queries with all of them."""
-
-    def __init__(self, index: Any) -> None:
-        """Wrap an index."""
-        self._index = index
-
-    def blocks(self, rows: int) -> Iterator[Tensor]:
-        """Give all embeddings in their order, at most `rows` at once."""
-        step = min(rows, rows_at_once(self._index.d))
-        for start in range(0, self._index.ntotal, step):
-            yield vectors_between(self._index, start, min(start + step, self._index.ntotal))
-
-
-def vectors_between(index: Any, start: int, end: int) -> Tensor:
-    """Return the embeddings from one position up to another, of shape (end - start, dimension)."""
-    return torch.from_numpy(index.reconstruct_n(start, end - start))
-
-
-def vectors_at(index: Any, positions: Tensor) -> Tensor:
-    """Return the embeddings at a one-dimensional tensor of positions, of shape (len(positions), dimension)."""
-    return torch.from_numpy(index.reconstruct_batch(positions.cpu().numpy()))
-
-
-def write_index(index: Any, path: Path) -> None:
-    """Write an index into a file; raises KnowledgeStoreError where that fails."""
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise KnowledgeStoreError(
-            f"The index cannot be written: {error}", "Check that the disk has space; what was saved before is intact."
-        ) from error
-
-
-def measured_recall(index: Any, config: FaissStoreConfig) -> float:
-    """Return recall@10 of an index's search on a sample of its passages; see `exact_search.recall`."""
-    sample, wanted = sampled_positions(index.ntotal, config.seed), found_at_once(index.ntotal)
-    queries = vectors_at(index, sample)
-    exact = search_blocks(IndexVectors(index), queries, wanted)[1]
-    found = search_in_order(lambda rows, count: search_index(index, config, rows, count), queries, wanted, index.ntotal)
-    return recall(sample, exact, found[1])
 
 
 def _rows(vectors: Tensor) -> Any:
@@ -208,34 +135,35 @@ class FaissKnowledgeStore(KnowledgeStore):
         vectors[list(replaced.values())] = embeddings[list(replaced)]
         self._build(vectors)
 
-    def replace_embeddings(self, embeddings: Tensor) -> None:
-        """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
-        check_new(self._passages.nodes, embeddings, self.dimension)
-        self.rounded_to = None
-        self._build(embeddings)
-
     def delete(self, ids: Sequence[str]) -> int:
         """Remove passages and return how many were there."""
         old = len(self)
         kept = self._passages.remove(ids)
         if len(kept) < old:
-            self._build(self._vectors(old)[kept])
+            self._build(self._vectors(old)[kept] if kept else torch.zeros(0, 0))
         return old - len(kept)
 
-    def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
-        """Find the best passages of each query; see `KnowledgeStore.search_positions`."""
-        check_search(query_embeddings, top_k, len(self), self.dimension)
-        queries = query_embeddings.detach().to("cpu", torch.float32)
-        scores, positions = search_in_order(
-            lambda rows, wanted: search_index(self._index, self.config, rows, wanted), queries, top_k, len(self)
-        )
-        return scores.to(self.device), positions.to(self.device)
+    def nearest(self, queries: Tensor, wanted: int) -> SearchResult:
+        """Search the index; a query that finds too few passages is compared with all."""
+        parameters = None
+        if isinstance(self._index, faiss.IndexHNSW):
+            parameters = faiss.SearchParametersHNSW(efSearch=max(self.config.ef_search or EF_SEARCH, wanted))
+        elif isinstance(self._index, faiss.IndexIVF):
+            parameters = faiss.SearchParametersIVF(nprobe=min(self.config.nprobe or NPROBE, self._index.nlist))
+        with _threads():
+            found = self._index.search(_rows(queries), wanted, params=parameters)
+        scores, positions = map(torch.from_numpy, found)
+        short = (positions < 0).any(dim=1)
+        if short.any():
+            scores[short], positions[short] = super().nearest(queries[short], wanted)
+        return scores, positions
 
     def embeddings_at(self, positions: Tensor) -> Tensor:
         """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
         if not positions.numel():
             return torch.zeros(*positions.shape, self.dimension, device=self.device)
-        return vectors_at(self._index, positions.flatten()).view(*positions.shape, -1).to(self.device)
+        rows = torch.from_numpy(self._index.reconstruct_batch(positions.flatten().cpu().numpy()))
+        return rows.view(*positions.shape, -1).to(self.device)
 
     def build_report(self) -> dict[str, Any]:
         """Return the kind of index and the recall@10 of its search, measured on a sample of the passages."""
@@ -243,32 +171,34 @@ class FaissKnowledgeStore(KnowledgeStore):
         if self.config.index == "ivf" and self._index is not None:
             report["nlist"] = int(self._index.nlist)
         if len(self) > 1:
-            report["recall@10"] = round(measured_recall(self._index, self.config), 4)
+            found = measured_recall(self.embeddings_at, self, self.search_positions, len(self), self.config.seed)
+            report["recall@10"] = round(found, 4)
         return report
 
     def save(self, directory: Path) -> None:
         """Write index, passages and fingerprints into a new directory that replaces the old."""
-        about = {
-            "format": FORMAT,
-            "encoder": self.encoder_fingerprint,
-            "corpus": self.corpus_fingerprint,
-            "rounded": self.rounded_to,
-            "passages": len(self),
-            "built_of": self._built_of,
-            "settings": self._build_settings(),
-        }
+        about = {**self.about(FORMAT), "built_of": self._built_of, "settings": self._build_settings()}
         with replace_directory_atomically(directory) as target:
             if self._index is not None:
-                write_index(self._index, target / INDEX_FILE)
+                self._write_index(target / INDEX_FILE)
                 about["index_file"] = file_fingerprint(target / INDEX_FILE)
             write_nodes(self._passages.nodes, target)
             (target / STORE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def _write_index(self, path: Path) -> None:
+        try:
+            faiss.write_index(self._index, str(path))
+        except RuntimeError as error:
+            raise KnowledgeStoreError(
+                f"The index cannot be written: {error}",
+                "Check that the disk has space; what was saved before is intact.",
+            ) from error
 
     @classmethod
     def _load(cls, directory: Path, config: FaissStoreConfig | None, device: torch.device | str) -> Self:
         store = cls(config, device)
         damaged = f"The knowledge store in '{directory}' is damaged"
-        try:
+        with store_errors(directory, " of FAISS", RuntimeError):
             about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
             store._passages = Passages(read_nodes(directory))
             if about["format"] != FORMAT or about["passages"] != len(store):
@@ -281,13 +211,8 @@ class FaissKnowledgeStore(KnowledgeStore):
                 store._index = faiss.read_index(str(directory / INDEX_FILE), flags)
                 require_pairs(len(store), store._index.ntotal)
             built_with = dict(about["settings"])
-            store.encoder_fingerprint, store.corpus_fingerprint = about["encoder"], about["corpus"]
-            store.rounded_to = about.get("rounded")
+            store.take_about(about)
             store._built_of = int(about["built_of"])
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise no_store(directory, error, " of FAISS") from error
-        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-            raise damaged_store(directory, error) from error
         store._require_same_settings(directory, built_with)
         return store
 
@@ -304,7 +229,7 @@ class FaissKnowledgeStore(KnowledgeStore):
         return {name: getattr(self.config, name) for name in BUILD_SETTINGS}
 
     def _vectors(self, count: int) -> Tensor:
-        return vectors_between(self._index, 0, count)
+        return torch.from_numpy(self._index.reconstruct_n(0, count))
 
     def _build(self, vectors: Tensor) -> None:
         self._index = new_index(vectors, self.config) if len(vectors) else None

@@ -13,20 +13,14 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import OLD_CHANGES_FILE, MemoryStoreConfig
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, check_search, require_pairs
-from fedrag_cli.rag.knowledge_stores.exact_search import (
-    HeldVectors,
-    format_name,
-    found_at_once,
-    recall,
-    sampled_positions,
-    search_blocks,
-)
+from fedrag_cli.rag.knowledge_stores.exact_search import HeldVectors, format_name, measured_recall, search_blocks
 from fedrag_cli.rag.knowledge_stores.store_files import (
     EmbeddingsFile,
     MappedStore,
     MappedVectors,
     Passages,
     read_nodes,
+    store_errors,
 )
 
 
@@ -129,17 +123,13 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         return super().filled_from(source)
 
     def measure_recall(self, embeddings: Tensor) -> None:
-        """Compare searches with those over the embeddings before they were rounded, for `build_report`.
-
-        Args:
-            embeddings: float32 tensor of shape (passages, dimension), in the order of the passages.
-        """
+        """Compare searches with those over the embeddings before they were rounded, for `build_report`."""
         if self.dtype == torch.float32 or len(self) < 2:
             return
-        sample, wanted = sampled_positions(len(self)), found_at_once(len(self))
-        queries = embeddings[sample.to(embeddings.device)].to(self.device)
-        exact = search_blocks(HeldVectors.around(embeddings), queries, wanted)[1]
-        self._recall = recall(sample, exact, self.search_positions(queries, wanted)[1])
+        rounded_from = HeldVectors.around(embeddings)
+        self._recall = measured_recall(
+            lambda sample: rounded_from.at(sample).to(self.device), rounded_from, self.search_positions, len(self)
+        )
 
     def build_report(self) -> dict[str, Any]:
         """Return a half-precision store's number format, and its recall@10 against float32 where that was measured."""
@@ -164,8 +154,9 @@ class InMemoryKnowledgeStore(KnowledgeStore):
     def _write_nodes(self, directory: Path) -> list[int]:
         return super()._write_nodes(directory) if self._mapped is None else self._mapped.passages.write(directory)
 
-    def _blocks(self) -> Iterator[Tensor]:
-        return self._vectors.blocks(max(1, len(self)))
+    def blocks(self, rows: int) -> Iterator[Tensor]:
+        """Give all embeddings in their order and number format, at most `rows` at once."""
+        return self._vectors.blocks(rows)
 
     def _read(self, directory: Path, file: EmbeddingsFile) -> None:
         if file.dtype != self.dtype:
@@ -177,14 +168,15 @@ class InMemoryKnowledgeStore(KnowledgeStore):
         if (directory / OLD_CHANGES_FILE).exists():
             # These passages are older than the corpus that the changes, which are not read any more, brought here.
             self.corpus_fingerprint = None
-        if self.config.memory_map and file.rows:
-            self._mapped = MappedStore.open(directory, file)
-            require_pairs(len(self), file.rows)
-            return
-        nodes = read_nodes(directory)
-        require_pairs(len(nodes), file.rows)
-        for block in file.blocks():
-            self._held.extend(block, file.rows)
+        with store_errors(directory):
+            if self.config.memory_map and file.rows:
+                self._mapped = MappedStore.open(directory, file)
+                require_pairs(len(self), file.rows)
+                return
+            nodes = read_nodes(directory)
+            require_pairs(len(nodes), file.rows)
+            for block in file.blocks():
+                self._held.extend(block, file.rows)
         check_new(nodes, self._held.rows, 0, self.dtype)
         self._passages = Passages(nodes)
 

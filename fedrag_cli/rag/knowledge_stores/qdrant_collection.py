@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,9 @@ from fedrag_cli.rag.config import QDRANT_LOCK_FILE, STORE_FILE, QdrantStoreConfi
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.store_files import (
     REBUILD,
-    damaged_store,
     file_fingerprint,
-    no_store,
     sentence,
+    store_errors,
 )
 
 try:
@@ -131,7 +130,7 @@ def version_of_folder(directory: Path) -> str:
     Raises:
         KnowledgeStoreError: The folder holds no store, or a damaged one.
     """
-    try:
+    with store_errors(directory, " of Qdrant", AttributeError):
         about = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
         if about["format"] != FOLDER_FORMAT:
             raise KnowledgeStoreError(f"The knowledge store in '{directory}' is of another format.", REBUILD)
@@ -141,16 +140,11 @@ def version_of_folder(directory: Path) -> str:
                     f"The knowledge store in '{directory}' is damaged: '{name}' is not as it was written.", REBUILD
                 )
         return str(about["version"])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise no_store(directory, error, " of Qdrant") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise damaged_store(directory, error) from error
 
 
 _NAMESPACE = uuid.UUID("8f3c1b1e-52f7-4c8f-9a53-6d0a1f6f0c55")
 _PAGE = 1000
 _COPIED_AT_ONCE = 4096
-FORMAT = "fedrag-qdrant-store-1"
 
 
 def point_id(node_id: str) -> str:
@@ -217,17 +211,6 @@ def copy_store(source: KnowledgeStore, client: QdrantClient, name: str, batch_si
         write_points(client, name, nodes, embeddings, positions.tolist(), batch_size)
 
 
-def describe(source: KnowledgeStore) -> dict[str, Any]:
-    """Return what a collection keeps beside the passages of a store."""
-    return {
-        "format": FORMAT,
-        "encoder": source.encoder_fingerprint,
-        "corpus": source.corpus_fingerprint,
-        "rounded": source.rounded_to,
-        "passages": len(source),
-    }
-
-
 def read_passages(
     client: QdrantClient, name: str, passing: models.Filter | None
 ) -> tuple[list[KnowledgeNode], list[int]]:
@@ -263,30 +246,3 @@ def read_vectors(client: QdrantClient, name: str, ids: Sequence[str]) -> Tensor:
         for record in client.retrieve(name, batch, with_payload=False, with_vectors=True):
             found[str(record.id)] = record.vector
     return torch.tensor([found[id] for id in ids], dtype=torch.float32)
-
-
-def search_points(
-    client: QdrantClient,
-    name: str,
-    queries: Tensor,
-    wanted: int,
-    passing: models.Filter | None,
-    *,
-    exact: bool,
-    batch_size: int,
-) -> list[list[tuple[str, float]]]:
-    """Return ids and scores of the best points of each query, up to `wanted` of each."""
-    found: list[list[tuple[str, float]]] = []
-    for batch in queries.split(batch_size):
-        requests = [
-            models.QueryRequest(
-                query=cast(list[float], query.tolist()),
-                limit=wanted,
-                filter=passing,
-                params=models.SearchParams(exact=exact),
-            )
-            for query in batch
-        ]
-        for answer in client.query_batch_points(name, requests):
-            found.append([(str(point.id), float(point.score)) for point in answer.points])
-    return found

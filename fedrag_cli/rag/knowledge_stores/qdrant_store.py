@@ -14,16 +14,13 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.config import QdrantStoreConfig
-from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new, check_search
-from fedrag_cli.rag.knowledge_stores.exact_search import search_in_order
+from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_new
 from fedrag_cli.rag.knowledge_stores.qdrant_collection import (
-    FORMAT,
     QdrantClient,
     connect,
     copy_store,
     create_collection,
     create_filter_indexes,
-    describe,
     in_memory,
     metadata_filter,
     models,
@@ -34,12 +31,13 @@ from fedrag_cli.rag.knowledge_stores.qdrant_collection import (
     read_passages,
     read_vectors,
     seal_folder,
-    search_points,
     version_of_folder,
     write_points,
 )
 from fedrag_cli.rag.knowledge_stores.store_files import Passages
 from fedrag_cli.runs.files import replace_directory_atomically
+
+FORMAT = "fedrag-qdrant-store-1"
 
 
 class QdrantKnowledgeStore(KnowledgeStore):
@@ -109,15 +107,6 @@ class QdrantKnowledgeStore(KnowledgeStore):
             self._number(known)
         self._end = end
 
-    def replace_embeddings(self, embeddings: Tensor) -> None:
-        """Put new embeddings in the place of all old ones; see `KnowledgeStore.replace_embeddings`."""
-        check_new(self._passages.nodes, embeddings, self.dimension)
-        self.rounded_to = None
-        if self._is_own:
-            self._write(self._passages.nodes, embeddings, self._places)
-        else:
-            self._take_over(embeddings)
-
     def delete(self, ids: Sequence[str]) -> int:
         """Remove passages and return how many were there."""
         gone = [id for id in dict.fromkeys(ids) if id in self._passages.positions]
@@ -136,13 +125,24 @@ class QdrantKnowledgeStore(KnowledgeStore):
         self._client, self._is_own, self._dimension = in_memory(), True, 0
         self._set_passages([], [])
 
-    def search_positions(self, query_embeddings: Tensor, top_k: int) -> SearchResult:
-        """Find the best passages of each query; see `KnowledgeStore.search_positions`."""
-        which = f" that pass the filter {self.config.filter}" if self.config.filter else ""
-        check_search(query_embeddings, top_k, len(self), self.dimension, which)
-        queries = query_embeddings.detach().to("cpu", torch.float32)
-        scores, positions = search_in_order(self._search, queries, top_k, len(self))
-        return scores.to(self.device), positions.to(self.device)
+    @property
+    def _hidden(self) -> str:
+        return f" that pass the filter {self.config.filter}" if self.config.filter else ""
+
+    def nearest(self, queries: Tensor, wanted: int) -> SearchResult:
+        """Ask for the passages that pass the filter."""
+        found = self._ask(queries, wanted, exact=self.config.exact)
+        short = [row for row, points in enumerate(found) if len(points) < wanted]
+        if short:
+            # The walk through a graph may end early; comparing with every passage does not.
+            for row, points in zip(short, self._ask(queries[short], wanted, exact=True), strict=True):
+                found[row] = points
+        try:
+            positions = [[self._position_of[id] for id, _ in points] for points in found]
+            scores = [[score for _, score in points] for points in found]
+            return torch.tensor(scores).view(-1, wanted), torch.tensor(positions).view(-1, wanted)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise self._changed_meanwhile() from error
 
     def embeddings_at(self, positions: Tensor) -> Tensor:
         """Return embeddings for a tensor of positions of any shape; the result has one dimension more."""
@@ -166,7 +166,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
         with replace_directory_atomically(directory) as target:
             client = QdrantClient(path=str(target))
             try:
-                create_collection(client, self.config.collection, max(self.dimension, 1), describe(self))
+                create_collection(client, self.config.collection, max(self.dimension, 1), self.about(FORMAT))
                 copy_store(self, client, self.config.collection, self.config.batch_size)
             finally:
                 client.close()
@@ -206,7 +206,7 @@ class QdrantKnowledgeStore(KnowledgeStore):
         old = _published_collection(server, config)
         with qdrant_errors(config.url):
             try:
-                create_collection(server, name, source.dimension, describe(source))
+                create_collection(server, name, source.dimension, source.about(FORMAT))
                 create_filter_indexes(server, name, config.filter)
                 copy_store(source, server, name, config.batch_size)
                 _point_to(server, config.collection, name, replaces=old is not None)
@@ -257,27 +257,18 @@ class QdrantKnowledgeStore(KnowledgeStore):
                 )
             self._set_passages(*read_passages(self._client, name, self._filter))
         self._dimension = int(size) if count else 0
-        self.encoder_fingerprint, self.corpus_fingerprint = about.get("encoder"), about.get("corpus")
-        self.rounded_to = about.get("rounded")
-
-    def _search(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-        found = self._ask(queries, wanted, exact=self.config.exact)
-        short = [row for row, points in enumerate(found) if len(points) < wanted]
-        if short:
-            # The walk through a graph may end early; comparing with every passage does not.
-            for row, points in zip(short, self._ask(queries[short], wanted, exact=True), strict=True):
-                found[row] = points
-        try:
-            positions = [[self._position_of[id] for id, _ in points] for points in found]
-            scores = [[score for _, score in points] for points in found]
-            return torch.tensor(scores).view(-1, wanted), torch.tensor(positions).view(-1, wanted)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise self._changed_meanwhile() from error
+        self.take_about(about)
 
     def _ask(self, queries: Tensor, wanted: int, *, exact: bool) -> list[list[tuple[str, float]]]:
-        name, size = self.config.collection, self.config.batch_size
+        """Return ids and scores of the best points of each query, up to `wanted` of each."""
+        options: dict[str, Any] = {"limit": wanted, "filter": self._filter, "params": models.SearchParams(exact=exact)}
+        found: list[list[tuple[str, float]]] = []
         with qdrant_errors(self._place):
-            return search_points(self._client, name, queries, wanted, self._filter, exact=exact, batch_size=size)
+            for batch in queries.split(self.config.batch_size):
+                requests = [models.QueryRequest(query=query.tolist(), **options) for query in batch]
+                for answer in self._client.query_batch_points(self.config.collection, requests):
+                    found.append([(str(point.id), float(point.score)) for point in answer.points])
+        return found
 
     def _changed_meanwhile(self) -> KnowledgeStoreError:
         return KnowledgeStoreError(
@@ -285,12 +276,11 @@ class QdrantKnowledgeStore(KnowledgeStore):
             "Run the command again.",
         )
 
-    def _take_over(self, embeddings: Tensor | None = None) -> None:
-        """Go on in memory with a copy of what a server or a folder holds, with other embeddings where given."""
+    def _take_over(self) -> None:
+        """Go on in memory with a copy of what a server or a folder holds."""
         if self._is_own:
             return
-        if embeddings is None:
-            embeddings = self.embeddings
+        embeddings = self.embeddings
         self._client, self._is_own, self._dimension = in_memory(), True, 0
         if len(self):
             self._start_collection(embeddings.shape[1])

@@ -9,13 +9,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedrag_cli.data.nodes import KnowledgeNode
@@ -27,17 +28,26 @@ from fedrag_cli.runs.files import restore_interrupted
 REBUILD = "Build it anew with 'fedrag index CONFIG --rebuild'."
 
 
-def no_store(directory: Path, error: Exception, kind: str = "") -> KnowledgeStoreError:
-    """Return the error of a folder that lacks files of a store; `kind` says whose, after a space."""
-    return KnowledgeStoreError(f"'{directory}' holds no knowledge store{kind}: {fault_of(error)}", REBUILD)
+@contextmanager
+def store_errors(directory: Path, kind: str = "", *more: type[Exception]) -> Iterator[None]:
+    """Turn errors of reading a folder's files, and more that a library raises, into KnowledgeStoreError.
+
+    It says what is missing or damaged, and whose store it is: `kind` begins with a space.
+    """
+    damaged: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, LookupError, SafetensorError, *more)
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise KnowledgeStoreError(
+            f"'{directory}' holds no knowledge store{kind}: {reason_of(error)}", REBUILD
+        ) from error
+    except damaged as error:
+        raise KnowledgeStoreError(
+            f"The knowledge store in '{directory}' is damaged: {reason_of(error)}", REBUILD
+        ) from error
 
 
-def damaged_store(directory: Path, error: Exception) -> KnowledgeStoreError:
-    """Return the error of a folder whose files are not as they were written."""
-    return KnowledgeStoreError(f"The knowledge store in '{directory}' is damaged: {fault_of(error)}", REBUILD)
-
-
-def fault_of(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return what an error of reading a store's files says, with a full stop."""
     if isinstance(error, OSError):
         # safetensors names the file in its text alone.
@@ -181,17 +191,7 @@ _LENGTH = 8
 
 @dataclass(frozen=True)
 class EmbeddingsFile:
-    """What a file of embeddings says of itself.
-
-    Args:
-        path: The file.
-        metadata: Texts by names.
-        rows: How many embeddings it holds.
-        dimension: How many numbers each has.
-        dtype: Their number format.
-        start: Where they begin, in bytes.
-        offsets_start: Where the offsets of the passages begin; None where an earlier version wrote the file.
-    """
+    """What a file of embeddings says of itself."""
 
     path: Path
     metadata: dict[str, str]
@@ -199,7 +199,9 @@ class EmbeddingsFile:
     dimension: int
     dtype: torch.dtype
     start: int
+    """Where the embeddings begin, in bytes."""
     offsets_start: int | None
+    """Where the offsets of the passages begin; None where an earlier version wrote the file."""
 
     @classmethod
     def open(cls, path: Path) -> EmbeddingsFile:
@@ -255,16 +257,7 @@ def write_embeddings(
     metadata: dict[str, str],
     offsets: Sequence[int],
 ) -> None:
-    """Write embeddings as safetensors, block by block, with the offsets that `write_nodes` returned.
-
-    Args:
-        path: The file.
-        blocks: Tensors that make up the embeddings, in their order and number format.
-        shape: How many there are, and how many numbers each has.
-        dtype: Their number format.
-        metadata: Texts to keep with them.
-        offsets: Where the passages lie in their file.
-    """
+    """Write embeddings in a number format as safetensors, block by block, with the offsets of `write_nodes`."""
     places = np.asarray(offsets, dtype="<i8")
     end = places.nbytes + shape[0] * shape[1] * dtype.itemsize
     header = {
@@ -319,12 +312,7 @@ class MappedVectors:
 
 
 class MappedPassages:
-    """Passages in a file of JSON lines, at least one, of which only what is being read takes memory.
-
-    Args:
-        path: The file.
-        embeddings: Theirs, with the offsets of the lines.
-    """
+    """Passages in a file of JSON lines, at least one, of which only what is being read takes memory."""
 
     def __init__(self, path: Path, embeddings: EmbeddingsFile) -> None:
         """Map the file; raises ValueError where its last line does not end where it should."""
@@ -351,14 +339,12 @@ class MappedPassages:
         Raises:
             KnowledgeStoreError: One is damaged.
         """
-        try:
+        with store_errors(self._path.parent):
             rows: list[Any] = [
                 json.loads(self._mapping[self._offsets[position] : self._offsets[position + 1]])
                 for position in positions
             ]
             found = [KnowledgeNode(**row) for row in rows]
-        except (ValueError, TypeError) as error:
-            raise damaged_store(self._path.parent, error) from error
         _drop(self._mapping)
         return found
 

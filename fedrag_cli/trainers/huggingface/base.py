@@ -20,11 +20,9 @@ from fedrag_cli.errors import ConfigError, DataError, ModelError, RunInterrupted
 from fedrag_cli.losses import proximal_penalty
 from fedrag_cli.rag.models import has_fast_bfloat16, require_bfloat16, tensors_fingerprint
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.checkpoints import latest_checkpoint
-from fedrag_cli.runs.files import os_errors
+from fedrag_cli.runs.files import latest_checkpoint, os_errors
 from fedrag_cli.runs.interrupt import deferred_interrupts
-from fedrag_cli.runs.launch import process_count
-from fedrag_cli.runs.processes import join_processes
+from fedrag_cli.runs.processes import join_processes, process_count
 from fedrag_cli.runs.reporter import Reporter, SilentReporter
 from fedrag_cli.trainers.base import BaseTrainer, TrainResult
 from fedrag_cli.trainers.config import TrainingConfig

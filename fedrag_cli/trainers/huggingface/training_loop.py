@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from fedrag_cli.errors import ModelError, TrainingError
-from fedrag_cli.runs.checkpoints import MARKER, PREFIX, mark_complete
+from fedrag_cli.runs.files import CHECKPOINT_MARKER, CHECKPOINT_PREFIX, mark_complete
 from fedrag_cli.runs.interrupt import InterruptGuard
 from fedrag_cli.runs.processes import Processes
 from fedrag_cli.runs.reporter import Advance, Reporter
@@ -202,8 +202,8 @@ class TrainingLoop(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Take the mark of completeness away before a checkpoint is written over."""
-        directory = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
-        (directory / MARKER).unlink(missing_ok=True)
+        directory = Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        (directory / CHECKPOINT_MARKER).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def load_best(self) -> bool:
@@ -218,7 +218,7 @@ class TrainingLoop(Trainer):
         if best == 0:
             return False
         # The path in the trainer's state is that of the day it was saved; the run directory may have moved since.
-        directory = Path(self.args.output_dir) / f"{PREFIX}{best}"
+        directory = Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{best}"
         if not directory.is_dir():
             raise ModelError(
                 f"The best checkpoint '{directory}' is missing, so its weights cannot be brought back.",
@@ -372,7 +372,7 @@ class ScheduleCallback(TrainerCallback):
         self.processes.barrier()
         if not self.processes.is_rank_0:
             return
-        directory = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
+        directory = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
         self.on_checkpoint(directory)
         mark_complete(directory)
         # Older checkpoints go only when the new one is whole.

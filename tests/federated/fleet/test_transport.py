@@ -133,7 +133,8 @@ def test_only_the_routes_of_clients_exist() -> None:
 
 
 def test_requests_are_bounded_and_signed() -> None:
-    signer = Signer(new_key())
+    raw = Raw(Signer(new_key()))
+    signer = raw.signer
     with serving() as server:
         base = f"http://127.0.0.1:{server.address[1]}"
 
@@ -147,11 +148,15 @@ def test_requests_are_bounded_and_signed() -> None:
 
         hello = TYPES[ACTIVATE][0](public_key=signer.public_key).SerializeToString()
         assert post(ACTIVATE, hello, {}) == (401, "unsigned")
+        # What nobody has named is no session.
+        assert post(ACTIVATE, hello, signer.headers(ACTIVATE, hello)) == (401, "challenged")
+        assert server.state.members() == []
+        raw.connect(server)
         signed = signer.headers(ACTIVATE, hello)
         # Neither another route, nor another body, nor the same once more.
         assert post(PULL_MESSAGES, hello, signed) == (401, "signature")
         assert post(ACTIVATE, hello + b"x", signed) == (400, "damaged")
-        assert post(ACTIVATE, hello, {**signed, COUNT_HEADER: "2"}) == (401, "signature")
+        assert post(ACTIVATE, hello, {**signed, COUNT_HEADER: "9"}) == (401, "signature")
         assert httpx.post(base + ACTIVATE, content=hello, headers=signed).status_code == 200
         assert post(ACTIVATE, hello, signed) == (401, "used")
         assert len(server.state.members()) == 1
@@ -168,6 +173,7 @@ def test_where_a_request_comes_from_is_not_its_own_word() -> None:
     hello = TYPES[ACTIVATE][0](public_key=signer.public_key).SerializeToString()
     with serving(reporter=notes) as server:
         url = f"http://127.0.0.1:{server.address[1]}{ACTIVATE}"
+        Raw(signer).connect(server)
         assert httpx.post(url, headers=forged).status_code == 401
         answer = httpx.post(url, content=hello, headers={**signer.headers(ACTIVATE, hello), **forged})
     assert notes.lines == [

@@ -317,6 +317,8 @@ class TestContract:
                 empty.replace_embeddings(bad)
         fresh.zero_()
         assert empty.embeddings_at(torch.arange(38)).abs().min() > 0
+        empty.add(numbered(1, 90), torch.ones(1, 4))
+        assert torch.equal(empty.embeddings_at(torch.tensor(38)), torch.ones(4))
 
     def test_mixed_adds_and_deletes_agree_with_a_plain_dictionary(self, empty: KnowledgeStore) -> None:
         numbers, expected = random.Random(2), {}
@@ -413,51 +415,6 @@ def test_replacing_in_place_copies_nothing() -> None:
     assert torch.equal(store.embeddings, vectors(3, 4, seed=3))
 
 
-def test_mixed_adds_and_deletes_agree_with_a_plain_dictionary() -> None:
-    numbers, store, expected = random.Random(1), InMemoryKnowledgeStore(), {}
-    for turn in range(200):
-        ids = [f"p{n}" for n in numbers.sample(range(40), numbers.randint(1, 6))]
-        if numbers.random() < 0.3:
-            assert store.delete(ids) == sum(expected.pop(id, None) is not None for id in ids)
-            continue
-        values = vectors(len(ids), 3, seed=turn)
-        store.add(nodes(*ids), values)
-        expected.update(zip(ids, values, strict=True))
-        assert [node.id for node in store.nodes] == list(expected)
-        assert torch.equal(store.embeddings, torch.stack(list(expected.values())))
-
-
-def test_all_embeddings_can_be_replaced_in_the_order_of_the_passages() -> None:
-    store, fresh = memory_store(), vectors(3, 4, seed=8)
-    store.replace_embeddings(fresh)
-    assert torch.equal(store.embeddings, fresh)
-    fresh.zero_()
-    assert store.embeddings.abs().min() > 0
-    store.add(numbered(1, 3), torch.ones(1, 4))
-    assert len(store) == 4
-    for bad in (vectors(3, 4), vectors(4, 5), torch.full((4, 4), float("nan"))):
-        with pytest.raises(KnowledgeStoreError):
-            store.replace_embeddings(bad)
-    assert torch.equal(store.embeddings[3], torch.ones(4))
-
-
-def test_the_list_of_nodes_is_a_copy() -> None:
-    store = memory_store()
-    store.nodes.clear()
-    assert len(store) == 3
-
-
-def test_both_fingerprints_are_saved(tmp_path: Path) -> None:
-    store = memory_store()
-    store.save(tmp_path / "bare")
-    bare = InMemoryKnowledgeStore.load(tmp_path / "bare")
-    assert (bare.encoder_fingerprint, bare.corpus_fingerprint) == (None, None)
-    store.encoder_fingerprint, store.corpus_fingerprint = "encoder", "corpus"
-    store.save(tmp_path / "full")
-    full = InMemoryKnowledgeStore.load(tmp_path / "full")
-    assert (full.encoder_fingerprint, full.corpus_fingerprint) == ("encoder", "corpus")
-
-
 @pytest.mark.parametrize("when", ["before the passages", "after some passages"])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_failure_while_saving_leaves_the_old_store_or_none(tmp_path: Path, when: str, old: bool) -> None:
@@ -522,11 +479,6 @@ def test_embeddings_of_another_form_are_an_error(
     save_file(tensors, tmp_path / "store" / EMBEDDINGS_FILE, metadata)
     with pytest.raises(KnowledgeStoreError):
         InMemoryKnowledgeStore.load(tmp_path / "store")
-
-
-def test_an_empty_store_can_be_saved(tmp_path: Path) -> None:
-    InMemoryKnowledgeStore().save(tmp_path / "store")
-    assert len(InMemoryKnowledgeStore.load(tmp_path / "store")) == 0
 
 
 def test_a_config_opens_the_saved_store_or_an_empty_one(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import data_rows, write_rows
 from plugin_store import PlainStore
+from plugins import installed
 from stores import numbered, vectors
 
 from fedrag_cli.cli.main import main
@@ -19,7 +19,6 @@ from fedrag_cli.config import load_config
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.index_convert import open_store
 from fedrag_cli.rag.knowledge_stores.memory import InMemoryKnowledgeStore
-from fedrag_cli.registry import registry
 
 WriteConfig = Callable[..., Path]
 KEY = "rag_system.knowledge_store"
@@ -27,17 +26,9 @@ QUESTION = "what is the colour of the cat ?"
 
 
 @pytest.fixture(autouse=True)
-def installed(tmp_path: Path) -> Iterator[None]:
-    """Let this process see the plug-in, as if pip had installed it."""
-    information = tmp_path / "packages" / "plain_store-1.0.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: plain-store\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[fedrag.components]\nplain = plugin_store_config:register\n")
-    sys.path.insert(0, str(information.parent))
-    registry.cache_clear()
-    yield
-    sys.path.remove(str(information.parent))
-    registry.cache_clear()
+def plugin(tmp_path: Path) -> Iterator[None]:
+    with installed(tmp_path / "packages", "plain-store", "plugin_store_config:register"):
+        yield
 
 
 @pytest.fixture

@@ -169,7 +169,8 @@ def test_a_mapped_store_needs_a_path(write_config: WriteConfig) -> None:
 
 
 WRITE = """
-from fedrag_cli.rag.knowledge_stores.store_files import EMBEDDINGS_FILE, write_embeddings, write_nodes
+from fedrag_cli.rag.config import EMBEDDINGS_FILE
+from fedrag_cli.rag.knowledge_stores.store_files import write_embeddings, write_nodes
 FOLDER.mkdir()
 blocks = (torch.randn(1000, DIMENSION) for _ in range(PASSAGES // 1000))
 about = {"format": "fedrag-memory-store-1"}

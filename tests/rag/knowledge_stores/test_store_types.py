@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import http.server
 import itertools
@@ -393,13 +394,20 @@ def test_training_both_encoders_refreshes_the_store_of_the_run_and_leaves_the_ot
 
 
 def test_sites_of_a_federation_copy_the_store_into_memory(write_config: WriteConfig) -> None:
-    from fedrag_cli.federated.task import _copy_of
+    from fedrag_cli.commands.job import load_run_data
+    from fedrag_cli.federated.task import trainer_around
+    from fedrag_cli.trainer_managers.build import build_manager
 
-    store = build_rag_system(with_store(write_config, type="qdrant")).knowledge_store
-    copy = _copy_of(store, torch.device("cpu"))
-    assert isinstance(copy, InMemoryKnowledgeStore)
-    assert copy.nodes == store.nodes
-    assert torch.equal(copy.embeddings, store.embeddings_at(torch.arange(24)))
+    settings = {"top_k": 4, "batch_size": 4, "train": "both", "validation": {"every": "never"}}
+    sections = {"mode": "retriever", "retriever": settings}
+    config = load_config(write_config(rag_system={"knowledge_store": {"type": "qdrant"}, "top_k": 2}, trainer=sections))
+    system, data = build_rag_system(config), load_run_data(config)
+    store, retriever = system.knowledge_store, system.require_trainable_retriever()
+    trainer = build_manager(config, system, train=data.train, validation=[]).trainers["retriever"]
+    own = trainer_around(trainer, copy.deepcopy(retriever.query_encoder), None, None).rag_system.knowledge_store
+    assert (type(store), type(own)) == (QdrantKnowledgeStore, InMemoryKnowledgeStore)
+    assert (own.nodes, own.corpus_fingerprint) == (store.nodes, store.corpus_fingerprint)
+    assert own.embeddings.sub(store.embeddings).abs().max() < 1e-6
 
 
 def test_a_filter_restricts_searches_not_what_is_kept(write_config: WriteConfig, tmp_path: Path) -> None:

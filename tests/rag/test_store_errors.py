@@ -15,7 +15,7 @@ from fedrag_cli.config import load_config
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.generators.causal_lm import CausalLMGenerator
-from fedrag_cli.rag.knowledge_stores.store_files import fault_of
+from fedrag_cli.rag.knowledge_stores.store_files import reason_of
 from fedrag_cli.rag.retrievers.sentence_transformer import SentenceTransformerRetriever
 
 WriteConfig = Callable[..., Path]
@@ -134,8 +134,8 @@ def test_another_type_says_which_settings_went_with_the_old_one(
         (json.JSONDecodeError("no value", "", 0), "it is not as it was written (no value: line 1 column 1 (char 0))."),
     ],
 )
-def test_faults_are_told_in_sentences(error: Exception, told: str) -> None:
-    assert fault_of(error) == told
+def test_reasons_are_told_in_sentences(error: Exception, told: str) -> None:
+    assert reason_of(error) == told
 
 
 @pytest.mark.parametrize("store", ["type: memory", "type: memory, memory_map: true", "type: faiss", "type: qdrant"])

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 from toy_federation import Recorder, asking
 
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.data.examples import Example
