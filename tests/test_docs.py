@@ -350,3 +350,11 @@ def _log_of(folder: Path) -> str:
     from fedrag_cli.cli.federation_view import federation_line
 
     return federation_line("listening", listening)
+
+
+def test_what_contributing_names_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.(?:py|md|json))?)", text))
+    assert len(named) > 30
+    missing = {name for name in named if not any((ROOT / home / name).exists() for home in ("", "fedrag_cli"))}
+    assert not missing
