@@ -236,6 +236,12 @@ def _training(summary: Mapping[str, Any]) -> str:
         lines.append(f"- Mean training loss: {summary['loss']:.4g}")
     for name, part in (summary.get("phases") or {}).items():
         lines.append(f"  - {name}: {part['loss']:.4g} over {part['steps']} steps")
+    for kept in summary.get("kept") or ():
+        untuned = f"the untuned ones, which none of {kept['phase']} beat"
+        which = f"those of step {kept['step']} of {kept['phase']}" if kept["step"] else untuned
+        lines.append(
+            f"- Weights that were kept: {which} ({kept['metric']} {kept['value']:.4f} on the validation split)"
+        )
     if summary.get("seconds") is not None:
         lines.append(f"- Time of the training: {summary['seconds']:.0f} s")
     text = "## Training\n\n" + "\n".join(lines) + "\n\n" + fenced(command, "sh")
