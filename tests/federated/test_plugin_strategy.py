@@ -27,7 +27,7 @@ def aggregated(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Iterator[None]:
-    with installed(tmp_path / "packages", "fedrag-part", ENTRY_POINT):
+    with installed(tmp_path / "packages", "fedrag-part", entry_point=ENTRY_POINT):
         yield
 
 
@@ -66,7 +66,7 @@ def test_it_is_simulated_and_resumed(plugin: None, simulate: Callable[..., Any])
 
 @pytest.mark.fl
 def test_it_is_served(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    packages = install(tmp_path / "packages", "fedrag-part", ENTRY_POINT)
+    packages = install(tmp_path / "packages", "fedrag-part", entry_point=ENTRY_POINT)
     for folder in (packages, Path(plugin_strategy.__file__).parent):
         monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     federation = Federation(tmp_path / "federation", models, federated={"strategy": {"type": "Part"}})
