@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.commands.job import load_run_data
+from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import EvaluationConfig, load_config
 from fedrag_cli.evaluation.baselines import compare_to_baselines, evaluate_baselines
 from fedrag_cli.evaluation.evaluator import evaluate
