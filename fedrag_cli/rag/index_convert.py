@@ -101,6 +101,11 @@ def move_index(config: Config, target: Config, reporter: Reporter, *, replace: b
     if not len(store):
         missing = f"There is no knowledge store at {source.place} yet."
         raise KnowledgeStoreError(missing, "Build it first with 'fedrag index CONFIG'.")
+    if store.corpus_fingerprint is None:
+        stale = (
+            f"The knowledge store at {source.place} has changes beside it that an earlier version of fedrag has left."
+        )
+        raise KnowledgeStoreError(stale, "Refresh it first with 'fedrag index CONFIG'.")
     if not replace:
         _require_same_passages(wanted, store, place, reporter)
     reporter.note(f"Writing {len(store)} passages to {place}")
