@@ -185,6 +185,7 @@ def config(write_config: Callable[..., Path], tmp_path: Path, parts: None) -> Pa
         "learning_rate": 1e-3,
         "epochs": 2,
         "save_every": 2,
+        "validation": {"keep_best": False},
     }
     return write_config(
         dataset={name: {"type": "lines", "path": f"{name}.txt"} for name in names}, trainer={"retriever": objective}

@@ -33,6 +33,7 @@ from fedrag_cli.trainer_managers.build import build_manager
 from fedrag_cli.trainers.huggingface.scoring import LikelihoodScorer
 
 QUICKSTART = CONFIGS.parent / "quickstart.yaml"
+LSR = "{type: lsr, top_k: 6, learning_rate: 3.0e-5, epochs: 3, validation: {metric: mrr}}"
 FORMATS = {
     "float32": ("weights", False),
     "bfloat16": ("bfloat16", False),
@@ -116,6 +117,7 @@ def last_layer_in_float32(generator: CausalLMGenerator, wanted: bool) -> Iterato
 def mrr(precision: str, seed: int, work: Path) -> float:
     """Tune the quickstart's retriever with a teacher of a precision, and return its MRR on the test split."""
     overrides = ["trainer.mode=retriever", f"rag_system.generator.precision={precision}", f"run.seed={seed}"]
+    overrides += ["rag_system.lexical=null", f"trainer.retriever={LSR}"]
     config = load_config(QUICKSTART, overrides)
     data = load_run_data(config)
     rag_system = build_rag_system(config, nodes=data.nodes, reporter=SilentReporter())

@@ -11,7 +11,7 @@ import torch
 from conftest import data_rows, write_rows
 
 from fedrag_cli.cli.main import main
-from fedrag_cli.commands import job
+from fedrag_cli.commands import run_data
 from fedrag_cli.config import Config, load_config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, DataError, KnowledgeStoreError, ModelError
@@ -214,7 +214,7 @@ def test_a_run_hashes_its_corpus_once(write_config: WriteConfig, monkeypatch: py
         hashed.extend(node.id for node in nodes)
         return corpus_fingerprint(nodes)
 
-    for module in (build, job):
+    for module in (build, run_data):
         monkeypatch.setattr(module, "corpus_fingerprint", counting)
     assert main(["evaluate", str(write_config()), "-q"]) == 0
     assert [hashed.count(row["id"]) for row in data_rows()["corpus"]] == [1] * 24

@@ -18,7 +18,7 @@ from fedrag_cli.cli.main import main
 
 @pytest.fixture(autouse=True)
 def models_of_a_plugin(tmp_path: Path) -> Iterator[None]:
-    with installed(tmp_path / "packages", "fedrag-models", "plugin_models:register"):
+    with installed(tmp_path / "packages", "fedrag-models", entry_point="plugin_models:register"):
         yield
 
 

@@ -27,7 +27,7 @@ QUESTION = "what is the colour of the cat ?"
 
 @pytest.fixture(autouse=True)
 def plugin(tmp_path: Path) -> Iterator[None]:
-    with installed(tmp_path / "packages", "plain-store", "plugin_store_config:register"):
+    with installed(tmp_path / "packages", "plain-store", entry_point="plugin_store_config:register"):
         yield
 
 

@@ -147,6 +147,9 @@ def test_what_an_earlier_version_appended_is_brought_up_to_date_by_the_next_inde
         with pytest.raises(KnowledgeStoreError, match="built from other passages") as caught:
             build_rag_system(config, with_generator=False)
         assert "fedrag index" in caught.value.hint
+        with pytest.raises(KnowledgeStoreError, match="has changes beside it") as caught:
+            move_index(config, config_of("moved", {"type": "faiss"}), SilentReporter())
+        assert "fedrag index" in caught.value.hint
         encoded.clear()
         assert build_index(config, SilentReporter())["kept"] == 24
         assert (sum(encoded), journal.exists()) == (len(stays) - 24, False)

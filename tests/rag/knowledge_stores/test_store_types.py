@@ -394,7 +394,7 @@ def test_training_both_encoders_refreshes_the_store_of_the_run_and_leaves_the_ot
 
 
 def test_sites_of_a_federation_copy_the_store_into_memory(write_config: WriteConfig) -> None:
-    from fedrag_cli.commands.job import load_run_data
+    from fedrag_cli.commands.run_data import load_run_data
     from fedrag_cli.federated.task import trainer_around
     from fedrag_cli.trainer_managers.build import build_manager
 
