@@ -11,7 +11,7 @@ from toy_federation import ToyClient, common
 from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.federated.checkpoint import RoundState
 from fedrag_cli.federated.config import STRATEGIES
-from fedrag_cli.federated.grid import LocalGrid
+from fedrag_cli.federated.grid import InProcessGrid
 from fedrag_cli.federated.handshake import Agreement
 from fedrag_cli.federated.rounds_loop import Federation
 from fedrag_cli.registry import build
@@ -42,7 +42,7 @@ def federate(strategy: Any, clients: list[ToyClient], rounds: int = 1, **options
     built = build("strategy", strategy, min_clients=settings.min_clients, learning_rate=0.5)
     state = options.pop("state", None) or RoundState(0, {"w": START.clone()})
     federation = Federation(
-        LocalGrid(names),  # type: ignore[arg-type]
+        InProcessGrid(names),  # type: ignore[arg-type]
         common(state.weights["w"].numel()),
         settings,
         built,

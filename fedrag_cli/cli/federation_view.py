@@ -28,10 +28,10 @@ MOST_ROUNDS_SHOWN = 8
 def federation_line(name: str, fields: Mapping[str, Any]) -> str:
     """Return a plain line for an event of a federation; an empty text for one that is not worth a line."""
     if name == "listening":
-        guard = [("TLS" if fields["tls"] else "no TLS"), ("allowed keys" if fields["keys"] else "any key")]
+        protection = [("TLS" if fields["tls"] else "no TLS"), ("allowed keys" if fields["keys"] else "any key")]
         done = f", {fields['done']} done" if fields["done"] else ""
         return (
-            f"Listening on {fields['address']} ({', '.join(guard)}); {counted(fields['rounds'], 'round')}{done}, "
+            f"Listening on {fields['address']} ({', '.join(protection)}); {counted(fields['rounds'], 'round')}{done}, "
             f"at least {counted(fields['min_clients'], 'client')}"
         )
     if name == "waiting":

@@ -314,9 +314,9 @@ def _held(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == EXIT_INTERRUPTED
-            with deferred_interrupts() as guard:
+            with deferred_interrupts() as interrupt:
                 # An impatient second signal does not keep the end from being written down.
-                guard.ignores_repeats = True
+                interrupt.ignores_repeats = True
                 worked = is_held and run.log_size() > logged
                 is_left = is_new and not worked and (interrupted or isinstance(error, FedRAGError))
                 if is_left:

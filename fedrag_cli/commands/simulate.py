@@ -32,7 +32,7 @@ from fedrag_cli.data.partition import (
 from fedrag_cli.errors import ConfigError
 from fedrag_cli.evaluation.comparison import Evaluated, compare, metric_table
 from fedrag_cli.federated.client import ClientHandler
-from fedrag_cli.federated.grid import LocalGrid
+from fedrag_cli.federated.grid import InProcessGrid
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights
 from fedrag_cli.rag.build import build_knowledge_store
@@ -121,7 +121,7 @@ def _simulate(
     tasks = {name: _task_of(job, data, site, rag_system, name) for name, site in sites.items()}
     task = next(iter(tasks.values()))
     initial = task.weights()
-    grid = LocalGrid({name: ClientHandler(task, name) for name, task in tasks.items()}, reporter)
+    grid = InProcessGrid({name: ClientHandler(task, name) for name, task in tasks.items()}, reporter)
     state = run_federation(job, data, grid, task, rag_system, settings, shares_model=True)
     save_models(run, rag_system, job.config)
     comparison = run_baselines(job, data, tasks, rag_system, initial) if with_baselines else None

@@ -45,12 +45,12 @@ def train(
     require_training(config)
     _require_shared_store(config)
     processes = join_processes(lambda: choose_device(config.run.device))
-    with processes.failures_told():
+    with processes.failures_shared():
         if not processes.is_rank_0:
             with terminable(once=True):
                 return _follow(config, processes)
         # What another process has failed of is told before the run writes down how it ended.
-        with open_job(source, reporter, run, command=command) as job, processes.failures_told():
+        with open_job(source, reporter, run, command=command) as job, processes.failures_shared():
             return _train(job, processes)
 
 

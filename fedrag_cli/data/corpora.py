@@ -33,7 +33,7 @@ from fedrag_cli.data.readers import (
     read_text_file,
     unreadable,
 )
-from fedrag_cli.data.row_problems import Place, Problems
+from fedrag_cli.data.row_problems import Problems, RowLocation
 from fedrag_cli.data.splitting import check_sizes, split_markdown, split_text
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.text import printable
@@ -285,7 +285,7 @@ def _ids_of_rows(table: Table, rows: Sequence[Row], column: str, problems: Probl
     if not any(has_value(row.values, column) for row in rows):
         return [table.numbered_id(row) for row in rows]
     ids: list[str | None] = []
-    places: dict[str, Place] = {}
+    places: dict[str, RowLocation] = {}
     for row in rows:
         place = table.place(row)
         node_id = problems.collect(place, id_value, row.values, column)

@@ -32,7 +32,7 @@ from fedrag_cli.data.config import (
 from fedrag_cli.data.formats import UNANSWERABLE_HINT, read_judgements, read_queries, read_questions
 from fedrag_cli.data.hub_datasets import read_dataset, table_of_dataset
 from fedrag_cli.data.readers import Row, Table, read_table, table_of_mappings
-from fedrag_cli.data.row_problems import BadValueError, Place, Problems
+from fedrag_cli.data.row_problems import BadValueError, Problems, RowLocation
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.text import printable
 
@@ -62,7 +62,7 @@ class Example:
     relevant_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
-    place: Place | None = field(default=None, compare=False, repr=False)
+    place: RowLocation | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedrag_cli.data.row_problems import Place, Problems
+from fedrag_cli.data.row_problems import Problems, RowLocation
 from fedrag_cli.errors import ConfigError, DataError
 from fedrag_cli.text import printable
 
@@ -185,9 +185,9 @@ class Table:
     rows: list[Row]
     only_texts: bool = False
 
-    def place(self, row: Row) -> Place:
+    def place(self, row: Row) -> RowLocation:
         """Return where a row stands, as messages name it."""
-        return Place(self.name, row.number, self.by_line)
+        return RowLocation(self.name, row.number, self.by_line)
 
     def numbered_id(self, row: Row) -> str:
         """Return the id of a row that has none of its own."""

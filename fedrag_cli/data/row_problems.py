@@ -19,7 +19,7 @@ class BadValueError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RowLocation:
     """Where a row stands.
 
     Args:
@@ -46,7 +46,7 @@ class DataProblem:
         source: Name of the source.
     """
 
-    place: Place | str
+    place: RowLocation | str
     message: str
     source: str
 
@@ -55,7 +55,7 @@ class DataProblem:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: `file`, `line`, `path` (a place that is no line) and `message`."""
-        if not isinstance(self.place, Place):
+        if not isinstance(self.place, RowLocation):
             return {"file": self.source, "line": None, "path": self.place, "message": self.message}
         line, path = (self.place.row, "") if self.place.by_line else (None, f"row {self.place.row}")
         return {"file": self.place.source, "line": line, "path": path, "message": self.message}
@@ -96,7 +96,7 @@ class Problems:
     def __len__(self) -> int:
         return len(self._found)
 
-    def add(self, place: Place | str, message: str) -> None:
+    def add(self, place: RowLocation | str, message: str) -> None:
         """Add one problem.
 
         Args:
@@ -105,7 +105,9 @@ class Problems:
         """
         self._found.append(DataProblem(place, message, self.source))
 
-    def collect(self, place: Place | str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def collect(
+        self, place: RowLocation | str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T | None:
         """Call a function and keep its `BadValueError` as a problem.
 
         Args:
@@ -131,5 +133,7 @@ class Problems:
         """
         if self._found:
             # Sorting keeps what has the same key in its order, so several problems of a row stay as they were found.
-            ordered = sorted(self._found, key=lambda found: found.place.row if isinstance(found.place, Place) else 0)
+            ordered = sorted(
+                self._found, key=lambda found: found.place.row if isinstance(found.place, RowLocation) else 0
+            )
             raise BadRowsError(self.source, ordered, hint)

@@ -147,9 +147,11 @@ def client_authority(settings: FederatedConfig, address: Address, *, insecure: b
         raise ConfigError(
             f"federated.ca_certificate: '{settings.ca_certificate}' cannot be read as PEM certificates: {error}", hint
         ) from error
-    faults = [fault for certificate in known if (fault := _fault_of_time(certificate))]
-    if len(faults) == len(known):
-        raise ConfigError(f"federated.ca_certificate: the authority in '{settings.ca_certificate}' {faults[0]}.", hint)
+    problems = [problem for certificate in known if (problem := _validity_problem(certificate))]
+    if len(problems) == len(known):
+        raise ConfigError(
+            f"federated.ca_certificate: the authority in '{settings.ca_certificate}' {problems[0]}.", hint
+        )
     return True, content
 
 
@@ -165,8 +167,10 @@ def distrust(address: Address, error: ssl.SSLCertVerificationError) -> str:
     except (OSError, ValueError):
         return error.verify_message
     if error.verify_code in _OF_TIME:
-        fault = _fault_of_time(certificate)
-        return f"the server's certificate {fault}" if fault else f"{error.verify_message} (an authority of its chain)"
+        problem = _validity_problem(certificate)
+        return (
+            f"the server's certificate {problem}" if problem else f"{error.verify_message} (an authority of its chain)"
+        )
     if error.verify_code in _OF_HOST:
         hosts = printable(", ".join(_hosts_of(certificate))) or "no host"
         return f"the server's certificate is made for {hosts}, and not for {address.host}"
@@ -199,7 +203,7 @@ def _certificates(content: bytes) -> list[x509.Certificate]:
         raise ValueError("it holds no certificate in PEM format") from error
 
 
-def _fault_of_time(certificate: x509.Certificate) -> str:
+def _validity_problem(certificate: x509.Certificate) -> str:
     """Say how a certificate is not valid now; empty where it is."""
     now, start, end = datetime.now(UTC), certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > end:
@@ -226,8 +230,8 @@ def _check_certificate(certificate: str, key: str) -> None:
         raise ConfigError(
             f"The TLS certificate '{certificate}' with the key '{key}' cannot be used: {error}", hint
         ) from error
-    if fault := _fault_of_time(first):
-        raise ConfigError(f"federated.certificate: the certificate '{certificate}' {fault}.", hint)
+    if problem := _validity_problem(first):
+        raise ConfigError(f"federated.certificate: the certificate '{certificate}' {problem}.", hint)
 
 
 def expiry_note(certificate: Path) -> str:

@@ -138,7 +138,7 @@ class ChosenNodes(FederationGrid):
         self._grid.forget(message_ids)
 
 
-class LocalGrid(FederationGrid):
+class InProcessGrid(FederationGrid):
     """Calls clients in this process, one at a time, whenever the server looks for replies."""
 
     def __init__(self, clients: Mapping[str, Callable[[Message], Message]], reporter: Reporter | None = None) -> None:

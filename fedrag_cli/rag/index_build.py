@@ -106,7 +106,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
             nodes,
             reusable=not partial.is_rebuild and _is_reusable(previous, settings, encoder, reporter),
         )
-        with _told_how_to_go_on([nodes[row] for row in changes.encoded], partial, path):
+        with _with_resume_hint([nodes[row] for row in changes.encoded], partial, path):
             missing = [nodes[row] for row in changes.encoded if nodes[row] not in partial]
             _encode(retriever, missing, partial, reporter)
             update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
@@ -155,7 +155,7 @@ def _is_reusable(
 
 
 @contextmanager
-def _told_how_to_go_on(nodes: Sequence[KnowledgeNode], partial: PartialIndex, path: Path) -> Iterator[None]:
+def _with_resume_hint(nodes: Sequence[KnowledgeNode], partial: PartialIndex, path: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:

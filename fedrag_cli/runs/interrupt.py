@@ -18,7 +18,7 @@ SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP")
 Handler = Callable[[int, FrameType | None], None]
 
 
-class InterruptGuard:
+class InterruptFlag:
     """Notes the first signal for whoever asks; a second one interrupts at once."""
 
     def __init__(self) -> None:
@@ -35,18 +35,18 @@ class InterruptGuard:
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[InterruptGuard]:
+def deferred_interrupts() -> Iterator[InterruptFlag]:
     """Hold signals back while the enclosed code runs, so that it can stop at a point where its state is whole.
 
     Yields:
-        A guard whose `requested` tells whether a signal has come.
+        A flag whose `requested` tells whether a signal has come.
     """
-    guard = InterruptGuard()
-    with _handling(SIGNALS, guard._note) as handled:
+    flag = InterruptFlag()
+    with _handling(SIGNALS, flag._note) as handled:
         try:
-            yield guard
+            yield flag
         finally:
-            if guard.requested and guard.ignores_repeats:
+            if flag.requested and flag.ignores_repeats:
                 for number in handled:
                     handled[number] = signal.SIG_IGN
 

@@ -102,7 +102,7 @@ class Processes:
         self._results += 1
         key, pause = f"fedrag-result-{self._results}", 0.01
         while not self._store.check([key]):
-            self._raise_if_told()
+            self._raise_if_failed_elsewhere()
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         result = pickle.loads(self._store.get(key))
@@ -114,7 +114,7 @@ class Processes:
         """Wait until all processes are here; raise OtherProcessError at once where one of them fails instead."""
         here = self._store.add("fedrag-here", 1)
         while here < self.count:
-            self._raise_if_told()
+            self._raise_if_failed_elsewhere()
             time.sleep(0.05)
             here = self._store.add("fedrag-here", 0)
 
@@ -148,7 +148,7 @@ class Processes:
         return rows[self.rank :: self.count]
 
     @contextmanager
-    def failures_told(self) -> Iterator[None]:
+    def failures_shared(self) -> Iterator[None]:
         """Let the other processes know how the enclosed code fails, so that they stop waiting.
 
         Raises:
@@ -161,30 +161,30 @@ class Processes:
             raise
         except KeyboardInterrupt as error:
             # A launcher ends the other processes where one has failed, and that one's failure is what has happened.
-            self._raise_if_told(but_interruptions=True)
-            self._tell(error)
+            self._raise_if_failed_elsewhere(but_interruptions=True)
+            self._share(error)
             raise
         except RuntimeError as error:
-            self._raise_if_told()
+            self._raise_if_failed_elsewhere()
             if self.count > 1 and _is_lost_connection(error):
                 raise TrainingError(
                     f"The connection to another process of this training is lost: {error}",
                     "Its own output says why. 'fedrag resume RUN_DIR', launched as before, goes on.",
                 ) from error
-            self._tell(error)
+            self._share(error)
             raise
         except BaseException as error:
-            self._tell(error)
+            self._share(error)
             raise
 
-    def _tell(self, error: BaseException) -> None:
+    def _share(self, error: BaseException) -> None:
         if self.count == 1 or self._store.check([_FAILURE]):
             return
         code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", EXIT_FAILED)
         message = str(getattr(error, "message", "") or error or type(error).__name__)
         self._store.set(_FAILURE, pickle.dumps((self.rank, message, getattr(error, "hint", ""), code)))
 
-    def _raise_if_told(self, *, but_interruptions: bool = False) -> None:
+    def _raise_if_failed_elsewhere(self, *, but_interruptions: bool = False) -> None:
         if self.count == 1 or not self._store.check([_FAILURE]):
             return
         number, message, hint, code = pickle.loads(self._store.get(_FAILURE))
@@ -212,7 +212,7 @@ def join_processes(choose_device: Callable[[], torch.device]) -> Processes:
         with _connection_errors():
             store, rank, count = next(iter(rendezvous("env://")))
         processes = Processes(rank, count, store)
-        with processes.failures_told():
+        with processes.failures_shared():
             of_rank_0 = processes.run_on_rank_0(lambda: str(choose_device()))
             device = torch.device(of_rank_0) if processes.is_rank_0 else choose_device()
             processes.wait_for_all()

@@ -140,10 +140,10 @@ def seconds_of_simulation() -> list[float]:
     """Return the seconds of each round with ten clients in this process."""
     from toy_federation import ToyClient
 
-    from fedrag_cli.federated.grid import LocalGrid
+    from fedrag_cli.federated.grid import InProcessGrid
 
     clients = {f"c{number}": ToyClient(f"c{number}", [1.0, 1.0, 1.0]) for number in range(10)}
-    return timed_rounds(LocalGrid(clients), 10)  # type: ignore[arg-type]
+    return timed_rounds(InProcessGrid(clients), 10)  # type: ignore[arg-type]
 
 
 def timed_rounds(grid: object, clients: int) -> list[float]:

@@ -28,7 +28,7 @@ from fedrag_cli.config.schema import FederatedConfig
 from fedrag_cli.errors import ConnectionFailedError, DataError, FederationError
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.flower_api import ScreenedStrategy
-from fedrag_cli.federated.grid import LocalGrid
+from fedrag_cli.federated.grid import InProcessGrid
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
@@ -237,7 +237,7 @@ def test_the_message_api_aggregates_no_client_that_does_not_fit(
     task, site = task_of(reporter=notes), task_of("site")
     start = task.weights()
     expected = task_of("site").fit(start, {"server-round": 1}).weights
-    grid = LocalGrid({"a": ClientHandler(site), "b": ClientHandler(strangers[kind])}, told)
+    grid = InProcessGrid({"a": ClientHandler(site), "b": ClientHandler(strangers[kind])}, told)
     result = ScreenedStrategy(MessageFedAvg(fraction_evaluate=1.0), task).start(
         grid=grid, initial_arrays=to_wire(start), num_rounds=1
     )
@@ -246,7 +246,7 @@ def test_the_message_api_aggregates_no_client_that_does_not_fit(
     # Neither its training nor its measurement counts.
     assert [WORDS[kind] in note for note in told.notes] == [True, True]
     assert isinstance(result.evaluate_metrics_clientapp[1], MetricRecord)
-    grid = LocalGrid({"b": ClientHandler(strangers[kind])}, told)
+    grid = InProcessGrid({"b": ClientHandler(strangers[kind])}, told)
     alone = ScreenedStrategy(MessageFedAvg(min_train_nodes=1, min_available_nodes=1), task)
     messages = list(alone.configure_train(1, to_wire(start), ConfigRecord(), grid))
     with pytest.raises(ConnectionFailedError, match="does not fit the federation"):

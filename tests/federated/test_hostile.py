@@ -270,7 +270,7 @@ def test_factors_that_no_training_reaches_are_refused_before_svd() -> None:
             content = {"arrays": to_wire(changed), "metrics": MetricRecord({"num-examples": 1, "loss": 1.0})}
             return Message(RecordDict(content), reply_to=message)
 
-    from fedrag_cli.federated.grid import LocalGrid
+    from fedrag_cli.federated.grid import InProcessGrid
     from fedrag_cli.federated.rounds_loop import Federation
     from fedrag_cli.registry import build
 
@@ -279,7 +279,7 @@ def test_factors_that_no_training_reaches_are_refused_before_svd() -> None:
     clients["liar"] = Adapters("liar", [3e38], agreement=agreement)
     built = build("strategy", settings.strategy, min_clients=2, learning_rate=1.0)
     state = Federation(
-        LocalGrid(clients),  # type: ignore[arg-type]
+        InProcessGrid(clients),  # type: ignore[arg-type]
         agreement,
         settings,
         built,

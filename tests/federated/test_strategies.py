@@ -19,7 +19,7 @@ from toy_strategies import COMMON, EXAMPLES, STEPS, UNBOUNDED, federate, moved, 
 from fedrag_cli.errors import FederationError
 from fedrag_cli.federated.checkpoint import RoundState, load_newest_round, save_missing, save_round
 from fedrag_cli.federated.config import STRATEGIES
-from fedrag_cli.federated.grid import LocalGrid, Member
+from fedrag_cli.federated.grid import InProcessGrid, Member
 from fedrag_cli.federated.participants import Roster
 from fedrag_cli.federated.strategies import restore_strategy, strategy_state
 from fedrag_cli.federated.weights import Weights, to_wire
@@ -347,7 +347,7 @@ def test_a_resumed_server_waits_for_no_client_that_has_the_final_weights() -> No
 
 def test_a_key_that_comes_back_under_another_name_is_one_client() -> None:
     client = ToyClient("first", [0, 0, 0])
-    grid = LocalGrid({"x": client})  # type: ignore[dict-item]
+    grid = InProcessGrid({"x": client})  # type: ignore[dict-item]
     roster = Roster(grid, COMMON, SilentReporter())
     roster.refresh()
     assert [participant.name for participant in roster.ready()] == ["x"]
@@ -365,7 +365,7 @@ def test_a_key_that_comes_back_under_another_name_is_one_client() -> None:
 def test_a_client_that_answers_its_earlier_greeting_and_leaves_is_refused_in_words() -> None:
     """A client looks whether the server is there, leaves, comes back, and answers what was sent to its first visit."""
 
-    class Late(LocalGrid):
+    class Late(InProcessGrid):
         """Replies to the first greeting come only after the second visit began; the second one is never answered."""
 
         visit = 1
@@ -407,7 +407,7 @@ def test_reasons_with_brackets_do_not_break_the_table() -> None:
     assert "[bold]" in shown
 
 
-class Leaving(LocalGrid):
+class Leaving(InProcessGrid):
     """A grid whose clients may be away."""
 
     away: set[str]
@@ -419,7 +419,7 @@ class Leaving(LocalGrid):
 def test_a_client_that_misses_the_end_is_named_and_gets_the_model_from_a_resumed_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(toy_strategies, "LocalGrid", Leaving)
+    monkeypatch.setattr(toy_strategies, "InProcessGrid", Leaving)
     clients, told = toys(), []
     monkeypatch.setattr(Leaving, "away", set(), raising=False)
     reporter = SilentReporter()
@@ -448,7 +448,7 @@ def test_a_client_that_misses_the_end_is_named_and_gets_the_model_from_a_resumed
 
 def test_a_client_that_comes_back_with_another_key_takes_its_name_over() -> None:
     client = ToyClient("b", [0, 0, 0])
-    grid = LocalGrid({"x": client, "y": client})  # type: ignore[dict-item]
+    grid = InProcessGrid({"x": client, "y": client})  # type: ignore[dict-item]
     told: list[tuple[str, str]] = []
     reporter = SilentReporter()
     reporter.event = lambda name, **fields: told.append((fields["client"], fields["status"]))  # type: ignore[method-assign]

@@ -30,7 +30,7 @@ from fedrag_cli.errors import (
 )
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.flower_api import ScreenedStrategy
-from fedrag_cli.federated.grid import LocalGrid
+from fedrag_cli.federated.grid import InProcessGrid
 from fedrag_cli.federated.handshake import agreement_of, differences
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
@@ -364,7 +364,7 @@ def test_a_server_that_evaluates_between_rounds_has_its_weights_once(
             build_manager(config, system, train=data.train, validation=data.validation).get_federated_task()
             for system in systems
         )
-        grid = LocalGrid({"a": ClientHandler(client, "a")})
+        grid = InProcessGrid({"a": ClientHandler(client, "a")})
         run = RunDirectory.create(str(tmp_path / "runs"), "server", "", command=[], seed=1)
         job = Job(run, source, SilentReporter(), is_new=True)
         state = run_federation(job, data, grid, server, systems[0], config.federated, shares_model=shares_model)

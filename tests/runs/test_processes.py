@@ -45,7 +45,7 @@ def in_threads(*works: Callable[[Processes], Any]) -> list[Any]:
     def run(number: int) -> None:
         processes = Processes(number, len(works), store)
         try:
-            with processes.failures_told():
+            with processes.failures_shared():
                 results[number] = works[number](processes)
         except BaseException as error:  # noqa: BLE001
             results[number] = error  # type: ignore[call-overload]

@@ -16,7 +16,7 @@ from fedrag_cli.config import load_config
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.system import RAGSystem
-from fedrag_cli.runs.interrupt import InterruptGuard
+from fedrag_cli.runs.interrupt import InterruptFlag
 from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainers.config import ContrastiveConfig, LOOPConfig, LSRConfig, RALTConfig, ValidationConfig
 from fedrag_cli.trainers.huggingface import (
@@ -182,16 +182,16 @@ def test_the_distances_are_those_from_the_start_of_the_phase(rag_system: RAGSyst
     assert recorder.of("moved")[1] == event
 
 
-def watched_guard(monkeypatch: pytest.MonkeyPatch) -> InterruptGuard:
-    """Let training look for interruptions at this guard alone."""
-    guard = InterruptGuard()
+def watched_flag(monkeypatch: pytest.MonkeyPatch) -> InterruptFlag:
+    """Let training look for interruptions at this flag alone."""
+    flag = InterruptFlag()
 
     @contextlib.contextmanager
-    def guarded() -> Iterator[InterruptGuard]:
-        yield guard
+    def flagged() -> Iterator[InterruptFlag]:
+        yield flag
 
-    monkeypatch.setattr("fedrag_cli.trainers.huggingface.base.deferred_interrupts", guarded)
-    return guard
+    monkeypatch.setattr("fedrag_cli.trainers.huggingface.base.deferred_interrupts", flagged)
+    return flag
 
 
 def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
@@ -202,12 +202,12 @@ def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
     trainer = HuggingFaceTrainerForContrastive(rag_system, config=config, reporter=recorder)
     start = trainer.trained_weights()
 
-    guard = watched_guard(monkeypatch)
-    trainer._on_step = lambda step, last: setattr(guard, "requested", step == 3)  # type: ignore[method-assign, assignment]
+    flag = watched_flag(monkeypatch)
+    trainer._on_step = lambda step, last: setattr(flag, "requested", step == 3)  # type: ignore[method-assign, assignment]
     with pytest.raises(RunInterruptedError):
         trainer.train(checkpoints=tmp_path / "checkpoints")
     assert recorder.of("moved") == []
-    guard.requested = False
+    flag.requested = False
     trainer.train(checkpoints=tmp_path / "checkpoints")
     [event] = recorder.of("moved")
     now = trainer.trained_weights()
@@ -218,7 +218,7 @@ def test_training_that_goes_on_in_the_same_process_measures_from_the_start(
 def test_an_interrupted_training_says_whether_a_checkpoint_is_saved(
     rag_system: RAGSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
 ) -> None:
-    watched_guard(monkeypatch).requested = True
+    watched_flag(monkeypatch).requested = True
     config = ContrastiveConfig(batch_size=4, learning_rate=1e-3, epochs=2, validation=NEVER)
     trainer = HuggingFaceTrainerForContrastive(rag_system, config=config)
     folder = tmp_path / "checkpoints" if lasting else None

@@ -104,7 +104,7 @@ class Claim:
 
 
 @dataclass
-class Counts:
+class ReplayWindow:
     """The numbers that a session has used; they may come out of order, as requests of several threads do.
 
     Args:
@@ -165,7 +165,7 @@ class Admission:
         address = address_of(scope)
         claim = _signed(scope)
         if claim is None:
-            self.turn_away_stranger(scope)
+            self.refuse_unknown(scope)
             raise RefusedError(401, UNSIGNED)
         if not claim.is_right():
             line = f"Refused a client at {address}: its signature does not fit its key"
@@ -180,7 +180,7 @@ class Admission:
             raise RefusedError(401, UNKNOWN_KEY)
         return claim
 
-    def turn_away_stranger(self, scope: Scope) -> None:
+    def refuse_unknown(self, scope: Scope) -> None:
         """Note a request that no client makes."""
         address = address_of(scope)
         line = f"Refused a connection from {address}: its request is none of a fedrag client of this version"

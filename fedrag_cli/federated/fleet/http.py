@@ -1,4 +1,4 @@
-"""The server's door and its routes: who gets a connection, for how long, and what a request may be.
+"""The server's listening socket and its routes: who gets a connection, for how long, and what a request may be.
 
 The web server below is uvicorn with h11, which bounds the heads of requests; these are Flower's Fleet routes.
 """
@@ -47,9 +47,9 @@ _METHOD = re.compile(rb"[A-Z]{1,7}( |$)")
 
 
 class _Connection(socket.socket):
-    """A connection that the door knows of from its first byte to its end."""
+    """A connection that the listener knows of from its first byte to its end."""
 
-    door: Door
+    listener: LimitedListener
     address = "an unknown address"
     peer: tuple[Any, ...] = ()
     owner: Client | None = None
@@ -61,12 +61,12 @@ class _Connection(socket.socket):
         data = super().recv(size, flags)
         if self.is_new and data:
             self.is_new = False
-            self.door.look_at(self, data)
+            self.listener.look_at(self, data)
         return data
 
     def recv_into(self, *arguments: Any) -> int:
         """Receive; a TLS handshake does so right before it goes on, which tells it whose it is."""
-        self.door.handshaking = self.address
+        self.listener.handshaking = self.address
         return super().recv_into(*arguments)
 
     def end(self) -> None:
@@ -76,11 +76,11 @@ class _Connection(socket.socket):
 
     def close(self) -> None:
         """Close, and give the place back."""
-        self.door.forget(self)
+        self.listener.forget(self)
         super().close()
 
 
-class Door(socket.socket):
+class LimitedListener(socket.socket):
     """A listening socket that keeps places for known clients.
 
     Who has not signed a request yet is a stranger. Strangers have few places, of which one address gets half; a new
@@ -91,7 +91,7 @@ class Door(socket.socket):
     _most = 0
     handshaking = "an unknown address"
 
-    def open(self, refusals: Refusals, most: int) -> Door:
+    def open(self, refusals: Refusals, most: int) -> LimitedListener:
         """Begin with nobody in.
 
         Args:
@@ -109,7 +109,7 @@ class Door(socket.socket):
         plain, peer = super().accept()
         # Made from the descriptor alone it knows its protocol; asyncio delays answers by 40 ms otherwise.
         connection = _Connection(fileno=plain.detach())
-        connection.door, connection.peer, connection.address = self, tuple(peer[:2]), str(peer[0])
+        connection.listener, connection.peer, connection.address = self, tuple(peer[:2]), str(peer[0])
         connection.deadline = time.monotonic() + SILENT_SECONDS
         neighbours = [stranger for stranger in self._strangers if stranger.address == connection.address]
         if 2 * len(neighbours) >= self._most_strangers:
@@ -170,7 +170,7 @@ class Door(socket.socket):
 
     def watch(self, context: ssl.SSLContext) -> ssl.SSLContext:
         """Return a context whose handshakes say why they fail, which the web server never hears of."""
-        door = self
+        listener = self
 
         class Handshake(ssl.SSLObject):
             def do_handshake(self) -> None:
@@ -179,7 +179,9 @@ class Door(socket.socket):
                 except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                     raise
                 except ssl.SSLError as error:
-                    door._refusals.tell(door.handshaking, *_handshake_failure(door.handshaking, error.reason or ""))
+                    listener._refusals.tell(
+                        listener.handshaking, *_handshake_failure(listener.handshaking, error.reason or "")
+                    )
                     raise
 
         context.sslobject_class = Handshake
@@ -210,13 +212,13 @@ class FleetApp:
     Args:
         state: The book of clients and messages.
         admission: Decides who may speak.
-        door: Where connections come in.
+        listener: Where connections come in.
         refusals: Told of errors within.
     """
 
-    def __init__(self, state: FleetState, admission: Admission, door: Door, refusals: Refusals) -> None:
+    def __init__(self, state: FleetState, admission: Admission, listener: LimitedListener, refusals: Refusals) -> None:
         """Begin with no request."""
-        self._state, self._admission, self._door, self._refusals = state, admission, door, refusals
+        self._state, self._admission, self._listener, self._refusals = state, admission, listener, refusals
         self._places = asyncio.Semaphore(MOST_BODIES)
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -234,7 +236,7 @@ class FleetApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         self._loop = asyncio.get_running_loop()
-        connection = self._door.expect(scope, REQUEST_SECONDS)
+        connection = self._listener.expect(scope, REQUEST_SECONDS)
         try:
             code, content = 200, (await self._answer(scope, receive, connection)).SerializeToString()
         except RefusedError as refusal:
@@ -252,7 +254,7 @@ class FleetApp:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": code, "headers": headers})
         await send({"type": "http.response.body", "body": content})
-        self._door.expect(scope, SILENT_SECONDS)
+        self._listener.expect(scope, SILENT_SECONDS)
 
     def close(self) -> None:
         """Answer those that wait for messages, from any thread."""
@@ -267,17 +269,17 @@ class FleetApp:
     async def _answer(self, scope: Scope, receive: Receive, connection: _Connection | None) -> Any:
         path = scope["path"]
         if scope["method"] != "POST" or path not in flower.TYPES:
-            self._admission.turn_away_stranger(scope)
+            self._admission.refuse_unknown(scope)
             raise RefusedError(404, "not found")
         claim = await self._admission.admit(scope)
         asked, answered = flower.TYPES[path]
         if path == flower.ACTIVATE:
             await _body(receive, claim, _announced(scope, MOST_BYTES))
             client = self._state.activate(claim)
-            self._door.let_in(connection, client)
+            self._listener.let_in(connection, client)
             return answered(node_id=client.member.node_id)
-        client, size = self._state.speaker(claim), _announced(scope, self._most.get(path, MOST_BYTES))
-        self._door.let_in(connection, client)
+        client, size = self._state.identify(claim), _announced(scope, self._most.get(path, MOST_BYTES))
+        self._listener.let_in(connection, client)
         async with self._room(client, size):
             try:
                 request = asked.FromString(await _body(receive, claim, size))

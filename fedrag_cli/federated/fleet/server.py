@@ -21,7 +21,7 @@ from fedrag_cli.errors import ConnectionFailedError
 from fedrag_cli.federated.endpoint import ServerCertificate
 from fedrag_cli.federated.fleet._flower import identify
 from fedrag_cli.federated.fleet.auth import Admission, Refusals
-from fedrag_cli.federated.fleet.http import MOST_OF_A_CLIENT, SILENT_SECONDS, Door, FleetApp
+from fedrag_cli.federated.fleet.http import MOST_OF_A_CLIENT, SILENT_SECONDS, FleetApp, LimitedListener
 from fedrag_cli.federated.fleet.state import MOST_CLIENTS, FleetState
 from fedrag_cli.federated.grid import FederationGrid, quiet_flower
 from fedrag_cli.runs.files import os_errors
@@ -80,11 +80,11 @@ class FleetServer:
         self.state.most_clients = min(MOST_CLIENTS, max(self._known, most // MOST_OF_A_CLIENT))
         with os_errors(self._pieces):
             self._pieces.mkdir(mode=0o700, parents=True, exist_ok=True)
-        listener = listen(self._host, self._port)
-        self.address = listener.getsockname()[:2]
-        door = Door(fileno=listener.detach()).open(self._refusals, most)
-        self._app = FleetApp(self.state, self._admission, door, self._refusals)
-        context = door.watch(self._context) if self._context is not None else None
+        unlimited = listen(self._host, self._port)
+        self.address = unlimited.getsockname()[:2]
+        listener = LimitedListener(fileno=unlimited.detach()).open(self._refusals, most)
+        self._app = FleetApp(self.state, self._admission, listener, self._refusals)
+        context = listener.watch(self._context) if self._context is not None else None
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 self._app,
@@ -99,15 +99,15 @@ class FleetServer:
                 lifespan="off",
                 ws="none",
                 server_header=False,
-                # Whoever speaks through the loopback address could say it is anybody, and leave its place in the door.
+                # Whoever speaks through the loopback address could claim any, and escape the limit of its own.
                 proxy_headers=False,
-                callback_notify=door.sweep,
+                callback_notify=listener.sweep,
                 timeout_notify=1,
                 timeout_keep_alive=int(SILENT_SECONDS),
                 timeout_graceful_shutdown=2,
             )
         )
-        self._thread = threading.Thread(target=self._serve, args=(door,), daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(listener,), daemon=True)
         self._thread.start()
         while not self._uvicorn.started:
             if not self._thread.is_alive():
@@ -136,9 +136,9 @@ class FleetServer:
         except Exception as error:  # noqa: BLE001  (the rounds raise it, as they would where they noted something)
             self.state.fail(error)
 
-    def _serve(self, door: Door) -> None:
+    def _serve(self, listener: LimitedListener) -> None:
         try:
-            self._uvicorn.run([door])
+            self._uvicorn.run([listener])
         except BaseException as error:  # noqa: BLE001  (the rounds raise it, which would wait for clients otherwise)
             self.state.fail(error)
 

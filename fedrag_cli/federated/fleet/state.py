@@ -1,6 +1,6 @@
 """The server's book: which clients there are, what each is asked, and what has come of its reply.
 
-Every client has its own questions, and its own file for the reply to each; nothing that one sends is looked up for
+Every client has its own messages, and its own file for the reply to each; nothing that one sends is looked up for
 another. Several threads may use it: those of the web server, and the one that runs the rounds.
 """
 
@@ -20,7 +20,15 @@ from pathlib import Path
 from flwr.app import Message, MessageType
 
 from fedrag_cli.federated.fleet import _flower as flower
-from fedrag_cli.federated.fleet.auth import CHALLENGED, SUPERSEDED, UNKNOWN_CLIENT, USED, Claim, Counts, RefusedError
+from fedrag_cli.federated.fleet.auth import (
+    CHALLENGED,
+    SUPERSEDED,
+    UNKNOWN_CLIENT,
+    USED,
+    Claim,
+    RefusedError,
+    ReplayWindow,
+)
 from fedrag_cli.federated.grid import CLIENT_FAILED, FederationGrid, Member
 from fedrag_cli.runs.files import os_errors
 
@@ -32,7 +40,7 @@ NEW, GREETED, AT_WORK, HAS_WORKED = range(4)
 
 
 @dataclass(eq=False)
-class Question:
+class PendingMessage:
     """A message to a client, and what has come of the reply.
 
     Args:
@@ -65,20 +73,20 @@ class Client:
         session: The process that speaks for it.
         counts: The numbers that this process has used.
         seen: When it last asked something, by a clock that nobody sets.
-        questions: What it is asked, by message id, in the order of asking.
+        pending: What it is asked, by message id, in the order of asking.
         standing: How far it has come.
         is_forgotten: Whether another has got its place.
         bodies: Large bodies that it is sending now.
         polls: How often it has asked for messages.
-        arrived: Set where there may be a question for it.
+        arrived: Set where there may be a message for it.
     """
 
     member: Member
     address: str
     session: str
-    counts: Counts
+    counts: ReplayWindow
     seen: float = float("-inf")
-    questions: dict[str, Question] = field(default_factory=dict)
+    pending: dict[str, PendingMessage] = field(default_factory=dict)
     standing: int = NEW
     is_forgotten: bool = False
     bodies: int = 0
@@ -137,7 +145,7 @@ class FleetState(FederationGrid):
                 if claim.session.rpartition("-")[0] != challenge:
                     raise RefusedError(401, CHALLENGED, challenge)
                 client = client or self._add(claim.public_key, claim.address)
-                client.session, client.counts = claim.session, Counts(claim.count)
+                client.session, client.counts = claim.session, ReplayWindow(claim.count)
             elif not client.counts.take(claim.count):
                 raise RefusedError(401, USED)
             name, activation = self._names.get(claim.public_key, ""), client.member.activation + 1
@@ -146,7 +154,7 @@ class FleetState(FederationGrid):
         self._changed.set()
         return client
 
-    def speaker(self, claim: Claim) -> Client:
+    def identify(self, claim: Claim) -> Client:
         """Return who makes a request, which is a sign of life.
 
         Raises:
@@ -173,16 +181,16 @@ class FleetState(FederationGrid):
     def next_message(self, client: Client) -> flower.Outgoing | None:
         """Return what a client is to answer; the same again until it has."""
         with self._lock:
-            for question in client.questions.values():
-                if question.activation == client.member.activation and question.reply is None and not question.failure:
-                    return question.outgoing
+            for pending in client.pending.values():
+                if pending.activation == client.member.activation and pending.reply is None and not pending.failure:
+                    return pending.outgoing
             return None
 
     def piece(self, client: Client, object_id: str) -> bytes | None:
         """Return a piece of a message to a client."""
         with self._lock:
-            questions = list(client.questions.values())
-        found = (question.outgoing.piece(object_id) for question in questions)
+            messages = list(client.pending.values())
+        found = (message.outgoing.piece(object_id) for message in messages)
         return next((content for content in found if content is not None), None)
 
     def announce(self, client: Client, head: flower.MessageProto, tree: flower.ObjectTree) -> list[str] | None:
@@ -191,30 +199,30 @@ class FleetState(FederationGrid):
         A client that lost the answer to this asks again, and goes on with what is missing.
         """
         with self._lock:
-            question = client.questions.get(head.metadata.reply_to_message_id)
-            if question is None or question.is_answered:
-                return None if question is None or question.failure else []
-            if question.reply is None or question.reply.pieces != {child.object_id for child in tree.children}:
+            pending = client.pending.get(head.metadata.reply_to_message_id)
+            if pending is None or pending.is_answered:
+                return None if pending is None or pending.failure else []
+            if pending.reply is None or pending.reply.pieces != {child.object_id for child in tree.children}:
                 try:
                     # Only training is answered with tensors; strangers that shake hands get no room for any.
-                    most = self.most_bytes if question.asked.metadata.message_type == MessageType.TRAIN else 0
-                    question.reply = flower.Incoming(head, tree, self._directory, most)
+                    most = self.most_bytes if pending.asked.metadata.message_type == MessageType.TRAIN else 0
+                    pending.reply = flower.Incoming(head, tree, self._directory, most)
                 except OSError as error:
                     self.fail(error)
                     raise
                 except Exception as error:  # noqa: BLE001  (whatever hostile bytes make Flower raise)
-                    question.failure = str(error) if isinstance(error, flower.UnusableError) else "it is no message"
+                    pending.failure = str(error) if isinstance(error, flower.UnusableError) else "it is no message"
                     self._changed.set()
                     return None
             client.standing = max(client.standing, GREETED)
-            if not (missing := question.reply.missing):
+            if not (missing := pending.reply.missing):
                 self._changed.set()
             return missing
 
     def store(self, client: Client, object_id: str, content: bytes) -> bool:
         """Keep a piece of a client's reply, and return whether it is one that was announced."""
         with self._lock:
-            replies = [question.reply for question in client.questions.values() if question.reply is not None]
+            replies = [pending.reply for pending in client.pending.values() if pending.reply is not None]
         try:
             stored = any(reply.put(object_id, content) for reply in replies)
         except OSError as error:
@@ -228,7 +236,7 @@ class FleetState(FederationGrid):
         if len(self._clients) >= self.most_clients:
             self._make_room()
         key = hashlib.sha256(public_key).hexdigest()[:12]
-        client = Client(Member(secrets.randbits(62), "", key, 0), address, "", Counts(0))
+        client = Client(Member(secrets.randbits(62), "", key, 0), address, "", ReplayWindow(0))
         self._clients[public_key] = self._by_id[client.member.node_id] = client
         return client
 
@@ -244,14 +252,14 @@ class FleetState(FederationGrid):
             raise RefusedError(503, "full")
         crowds = Counter(client.address for client in spare.values())
 
-        def worth(key: bytes) -> tuple[bool, int, int, float]:
+        def priority(key: bytes) -> tuple[bool, int, int, float]:
             client = spare[key]
             return client.standing == HAS_WORKED, -crowds[client.address], client.standing, client.seen
 
-        client = self._clients.pop(min(spare, key=worth))
+        client = self._clients.pop(min(spare, key=priority))
         client.is_forgotten = True
         del self._by_id[client.member.node_id]
-        for message_id in client.questions:
+        for message_id in client.pending:
             self._asked.pop(message_id, None)
 
     # What the rounds do.
@@ -287,7 +295,7 @@ class FleetState(FederationGrid):
             client = self._by_id.get(message.metadata.dst_node_id)
             if client is None:
                 return ""
-            client.questions[message_id] = Question(message, outgoing, client.member.activation)
+            client.pending[message_id] = PendingMessage(message, outgoing, client.member.activation)
             if message.metadata.message_type != MessageType.QUERY:
                 client.standing = max(client.standing, AT_WORK)
             self._asked[message_id] = client
@@ -303,15 +311,15 @@ class FleetState(FederationGrid):
         self._raise_failure()
         with self._lock:
             client = self._asked.get(message_id)
-        if client is None or not (question := client.questions[message_id]).is_answered:
+        if client is None or not (pending := client.pending[message_id]).is_answered:
             return None
         self.forget([message_id])
-        if question.reply is None or question.failure or not question.reply.message.has_content():
-            return flower.failed(question.asked, question.failure or CLIENT_FAILED)
-        if question.asked.metadata.message_type != MessageType.QUERY:
+        if pending.reply is None or pending.failure or not pending.reply.message.has_content():
+            return flower.failed(pending.asked, pending.failure or CLIENT_FAILED)
+        if pending.asked.metadata.message_type != MessageType.QUERY:
             client.standing = HAS_WORKED
-        # Who answers what is known from the question; the client's own word on it does not count.
-        return Message(question.reply.content(), reply_to=question.asked)
+        # Who answers what is known from the message; the client's own word on it does not count.
+        return Message(pending.reply.content(), reply_to=pending.asked)
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop messages, with their replies."""
@@ -319,7 +327,7 @@ class FleetState(FederationGrid):
             for message_id in message_ids:
                 client = self._asked.pop(message_id, None)
                 if client is not None:
-                    del client.questions[message_id]
+                    del client.pending[message_id]
 
     def fail(self, error: BaseException) -> None:
         """Have the rounds raise an error of the web server's threads."""

@@ -56,7 +56,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Return the arguments of transformers.Trainer for a trainer's settings.
 
-    Validation and checkpoints are scheduled by `schedule.py`; the arguments only allow them.
+    Validation and checkpoints are scheduled by `ScheduleCallback`; the arguments only allow them.
 
     Args:
         config: The trainer's settings.
@@ -325,13 +325,13 @@ class HuggingFaceTrainer(BaseTrainer):
         instances = self._prepare_once(self.cache_directory or (directory if lasting else None), resuming)
         if resuming is not None:
             self.reporter.note(f"{phase}: going on from {resuming.name}")
-        with deferred_interrupts() as guard, self.reporter.task(phase, 1, "step") as advance:
+        with deferred_interrupts() as interrupt, self.reporter.task(phase, 1, "step") as advance:
             callback = ScheduleCallback(
                 self.config,
                 has_validation=bool(self.validation_examples),
                 reporter=self.reporter,
                 phase=phase,
-                guard=guard,
+                interrupt=interrupt,
                 advance=advance,
                 on_checkpoint=self._on_checkpoint,
                 on_step=self._on_step,
@@ -339,7 +339,7 @@ class HuggingFaceTrainer(BaseTrainer):
                 validate=self._validate_once if may_keep_untuned else None,
                 processes=self.processes,
             )
-            guard.ignores_repeats = self.processes.count > 1
+            interrupt.ignores_repeats = self.processes.count > 1
             loop = self._loop(directory, instances, callback)
             try:
                 with os_errors(directory):
@@ -347,7 +347,7 @@ class HuggingFaceTrainer(BaseTrainer):
             finally:
                 # Mixed precision wraps the model's forward; what comes after training computes as before it.
                 loop.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            if self.processes.any(guard.requested):
+            if self.processes.any(interrupt.requested):
                 start.keep()
                 saved = "a checkpoint is saved" if lasting else "no folder for checkpoints was given"
                 raise RunInterruptedError(f"Interrupted in {phase} after step {loop.state.global_step}; {saved}.")

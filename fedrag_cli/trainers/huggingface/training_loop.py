@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fedrag_cli.errors import ModelError, TrainingError
 from fedrag_cli.runs.files import CHECKPOINT_MARKER, CHECKPOINT_PREFIX, mark_complete
-from fedrag_cli.runs.interrupt import InterruptGuard
+from fedrag_cli.runs.interrupt import InterruptFlag
 from fedrag_cli.runs.processes import Processes
 from fedrag_cli.runs.reporter import Advance, Reporter
 from fedrag_cli.trainers.config import Every, TrainingConfig
@@ -237,7 +237,7 @@ class ScheduleCallback(TrainerCallback):
         has_validation: Whether there is something to validate on.
         reporter: Takes the events.
         phase: Name of the phase in the events.
-        guard: Tells whether the user wants to stop.
+        interrupt: Tells whether the user wants to stop.
         advance: Takes the steps done.
         on_checkpoint: Called with each checkpoint's folder before it is marked complete.
         on_step: Called with the number of each step that was done, and whether it was the last one.
@@ -254,7 +254,7 @@ class ScheduleCallback(TrainerCallback):
         has_validation: bool,
         reporter: Reporter,
         phase: str,
-        guard: InterruptGuard,
+        interrupt: InterruptFlag,
         advance: Advance,
         on_checkpoint: Callable[[Path], None],
         on_step: Callable[[int, bool], None],
@@ -267,7 +267,7 @@ class ScheduleCallback(TrainerCallback):
         self.validates = has_validation and config.validation.every != "never"
         self.reporter = reporter
         self.phase = phase
-        self.guard = guard
+        self.interrupt = interrupt
         self.advance = advance
         self.on_checkpoint = on_checkpoint
         self.on_step = on_step
@@ -302,7 +302,7 @@ class ScheduleCallback(TrainerCallback):
         self._schedule(control, _due(validation, state), _due(checkpoint, state))
         if last and isinstance(validation, int):
             self._schedule(control, True, True)
-        self._interrupted = self.processes.any(self.guard.requested)
+        self._interrupted = self.processes.any(self.interrupt.requested)
         if self._interrupted:
             control.should_save = control.should_training_stop = True
         if validation == "epoch" and self.validates and (last or state.epoch == int(state.epoch)):

@@ -1,4 +1,4 @@
-"""Whom a server turns away at the door, and what its owner sees of it."""
+"""Whom a server refuses, and what its owner sees of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from fedrag_cli.errors import ConnectionFailedError, FedRAGError
 from fedrag_cli.federated.endpoint import ServerCertificate
 from fedrag_cli.federated.fleet import http
 from fedrag_cli.federated.fleet._flower import ACTIVATE, DEACTIVATE, HEARTBEAT, PULL_MESSAGES, TYPES, Packer
-from fedrag_cli.federated.fleet.auth import Counts, Refusals, Signer
+from fedrag_cli.federated.fleet.auth import Refusals, ReplayWindow, Signer
 from fedrag_cli.federated.fleet.client import FleetNode
 from fedrag_cli.federated.keys import (
     fingerprint,
@@ -243,7 +243,7 @@ def test_a_request_that_was_taken_is_not_taken_again_whatever_comes_between() ->
 
 def test_numbers_may_come_out_of_order_but_once() -> None:
     # What a session has signed before it began is not taken.
-    counts = Counts(2)
+    counts = ReplayWindow(2)
     assert [counts.take(number) for number in (2, 1, 5, 3, 4, 5, 3, 2000, 4, 1999, 1999, 977, 976)] == [
         False, False, True, True, True, False, False, True, False, True, False, True, False,
     ]  # fmt: skip
@@ -477,15 +477,15 @@ def test_strangers_that_come_and_go_leave_nothing_behind(monkeypatch: pytest.Mon
 def test_answers_are_sent_at_once(keys: Path, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
     served, known = plain_or_tls(keys, tls)
     seen: list[int] = []
-    expect = http.Door.expect
+    expect = http.LimitedListener.expect
 
-    def found(door: http.Door, scope: Any, seconds: float) -> Any:
-        connection = expect(door, scope, seconds)
+    def found(listener: http.LimitedListener, scope: Any, seconds: float) -> Any:
+        connection = expect(listener, scope, seconds)
         assert connection is not None
         seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         return connection
 
-    monkeypatch.setattr(http.Door, "expect", found)
+    monkeypatch.setattr(http.LimitedListener, "expect", found)
     with serving(**served) as server:
         assert node(server, **known).check()
     assert seen

@@ -179,7 +179,7 @@ def test_where_a_request_comes_from_is_not_its_own_word() -> None:
     assert notes.lines == [
         "Refused a connection from 127.0.0.1: its request is none of a fedrag client of this version"
     ]
-    # A known client's connection is kept, which the door does only where it knows the connection.
+    # A known client's connection is kept, which the listener does only where it knows the connection.
     assert (answer.status_code, answer.headers.get("connection")) == (200, None)
 
 
