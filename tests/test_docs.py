@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -358,3 +359,29 @@ def test_what_contributing_names_is_there() -> None:
     assert len(named) > 30
     missing = {name for name in named if not any((ROOT / home / name).exists() for home in ("", "fedrag_cli"))}
     assert not missing
+
+
+def test_components_take_the_lines_that_contributing_says() -> None:
+    parts = {
+        "An objective of the retriever": ("plugin_objective:MarginTrainer", "plugin_components:MarginConfig"),
+        "A knowledge store": ("plugin_store:PlainStore", "plugin_store_config:PlainStoreConfig"),
+        "A corpus or examples": tuple(
+            f"plugin_components:{name}" for name in ("LinesConfig", "LinesCorpusConfig", "load_corpus")
+        ),
+        "A strategy": ("plugin_strategy:PartConfig", "plugin_strategy:build"),
+    }
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    said = {name: int(lines) for name, lines in re.findall(r"\*\*([A-Za-z ]+)\*\* \((\d+) lines: ", text)}
+    assert said == {name: sum(map(_code_lines, names)) for name, names in parts.items()}
+
+
+def _code_lines(part: str) -> int:
+    """Return the lines of a class or function of a plug-in, without docstrings and blank lines."""
+    module, name = part.split(":")
+    source = (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+    body: Any = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
+    lines = set(range(min(node.lineno for node in (body, *body.decorator_list)), body.end_lineno + 1))
+    for node in ast.walk(body):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return sum(bool(source.splitlines()[line - 1].strip()) for line in lines)
