@@ -225,6 +225,7 @@ def test_corpus_examples_and_objective_of_a_plugin_serve_every_command(
 
     monkeypatch.setattr(MarginTrainer, "_loss", watched)
     whole = run("train", config, store)
+    assert whole["versions"]["fedrag-parts"] == "1.0"
     rows = [
         sum(max(0.0, 0.25 - row[said.index(max(said))] + score) for score in row)
         for row, said in zip(seen[0][0].tolist(), seen[0][1].tolist(), strict=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from fedrag_cli.config.fields import is_there
 from fedrag_cli.errors import ConfigError, DataError, FedRAGError
+from fedrag_cli.registry import ENTRY_POINT_GROUP
 from fedrag_cli.runs.files import lock, os_errors, remove_leftovers, write_json_atomically, write_text_atomically
 from fedrag_cli.runs.metrics_log import MetricsLog, read_events
 
@@ -252,13 +253,16 @@ def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a run depends on."""
+    """Return the versions of Python, of the libraries that a run depends on, and of the packages of plug-ins."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry_point.dist is not None:
+            versions[entry_point.dist.name] = entry_point.dist.version
     return versions
 
 
