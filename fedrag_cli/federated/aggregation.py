@@ -182,6 +182,11 @@ def _in_order(number: int, arrays: ArrayRecord, manifest: Manifest) -> Weights:
     """Return aggregated weights as float32, in the order of the agreement."""
     weights: Weights = {}
     for name, shape in manifest.items():
+        if name not in arrays:
+            raise FederationError(
+                f"The strategy made no weights named {name} in round {number}.",
+                "It has to return an array for each one that it was given. The round before is saved.",
+            )
         # What float32 cannot hold becomes infinite, and is told as that.
         with np.errstate(over="ignore"):
             weights[name] = torch.from_numpy(arrays[name].numpy().astype(np.float32))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import toy_strategies
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp.strategy import FedMedian
 from toy_federation import ToyClient
 from toy_strategies import COMMON, EXAMPLES, STEPS, UNBOUNDED, federate, moved, strategy, toys
 
@@ -196,6 +197,14 @@ def test_aggregated_weights_that_are_not_finite_end_the_federation(name: str, se
         pytest.raises(FederationError, match=r"weights in round 1 that are not finite or of another shape: w"),
     ):
         federate(chosen, toys(), save_round=lambda state: saved.append(state.number))
+    assert saved == [0]
+
+
+def test_a_strategy_that_leaves_weights_out_ends_the_federation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FedMedian, "aggregate_train", lambda *arguments: (ArrayRecord({}), None))
+    saved: list[int] = []
+    with pytest.raises(FederationError, match=r"The strategy made no weights named w in round 1\."):
+        federate(strategy("FedMedian"), toys(), save_round=lambda state: saved.append(state.number))
     assert saved == [0]
 
 

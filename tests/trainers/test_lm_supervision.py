@@ -135,3 +135,10 @@ def test_flat_likelihoods_are_named_without_a_temperature_that_there_is_not(rag_
     with pytest.raises(TrainingError, match="targets are flat") as caught:
         trainer.train()
     assert "lm_temperature" not in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_one_loss_for_a_whole_batch_is_refused(rag_system: RAGSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HuggingFaceTrainerForPDist, "_loss", lambda self, scores, lm_scores: scores.mean())
+    trainer = HuggingFaceTrainerForPDist(rag_system, config=PDistConfig(top_k=3, batch_size=4, validation=NEVER))
+    with pytest.raises(TrainingError, match=r"HuggingFaceTrainerForPDist made losses of shape .* for 4 examples"):
+        trainer.train()

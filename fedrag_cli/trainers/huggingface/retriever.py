@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.relevance import distinct_ids, first_ids, not_negatives
-from fedrag_cli.errors import DataError
+from fedrag_cli.errors import DataError, TrainingError
 from fedrag_cli.losses import contrastive_loss
 from fedrag_cli.rag.retrievers.base import TrainableRetriever
 from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
+from fedrag_cli.text import shape_text
 from fedrag_cli.trainers.config import ContrastiveConfig, RetrieverTrainingConfig
 from fedrag_cli.trainers.huggingface.base import HuggingFaceTrainer
 from fedrag_cli.trainers.huggingface.training_loop import IGNORED, Batches
@@ -85,6 +86,12 @@ class EncoderModel(nn.Module):
         counted = labels != IGNORED
         self._trainer[0].diagnostics.is_counting = bool(counted.all())
         losses = self._trainer[0].losses(features, examples.tolist(), **shared)
+        if losses.shape != counted.shape:
+            raise TrainingError(
+                f"{type(self._trainer[0]).__name__} made losses of shape {shape_text(losses.shape)} for "
+                f"{len(counted)} examples.",
+                "It has to return one loss an example, not their mean.",
+            )
         losses = losses * counted.to(losses.device)
         return {"loss": losses.sum() / (num_items_in_batch if num_items_in_batch is not None else len(losses))}
 
