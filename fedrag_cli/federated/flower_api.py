@@ -328,7 +328,7 @@ class AgreedStrategy(ClassicStrategy):
         """Add the round and the agreement to what the strategy says, and note the global weights."""
         self._reference = _own_arrays(self._manifest, parameters)
         asked = self.strategy.configure_fit(server_round, parameters, client_manager)
-        return [(client, FitIns(ins.parameters, self._with_agreement(server_round, ins.config))) for client, ins in asked]
+        return [(client, FitIns(ins.parameters, self._extended(server_round, ins.config))) for client, ins in asked]
 
     def aggregate_fit(
         self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: Failures
@@ -373,7 +373,9 @@ class AgreedStrategy(ClassicStrategy):
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Add the round and the agreement to what the strategy says."""
         asked = self.strategy.configure_evaluate(server_round, parameters, client_manager)
-        return [(client, EvaluateIns(ins.parameters, self._with_agreement(server_round, ins.config))) for client, ins in asked]
+        return [
+            (client, EvaluateIns(ins.parameters, self._extended(server_round, ins.config))) for client, ins in asked
+        ]
 
     def aggregate_evaluate(
         self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: Failures
@@ -411,7 +413,7 @@ class AgreedStrategy(ClassicStrategy):
     def _note(self, server_round: int, what: str) -> None:
         self._reporter.note(f"Round {server_round}: {what}")
 
-    def _with_agreement(self, server_round: int, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    def _extended(self, server_round: int, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
         return {**config, SERVER_ROUND: server_round, AGREEMENT: self._agreement}
 
 
