@@ -91,6 +91,10 @@ class LexicalIndex:
         """Return the number of passages."""
         return self._count
 
+    @property
+    def _words(self) -> int:
+        return len(getattr(self._index, "vocab_dict", {}))
+
     @classmethod
     def from_config(
         cls,
@@ -190,11 +194,12 @@ class LexicalIndex:
     def save(self, directory: Path) -> None:
         """Write the index into a folder of its own; a kill leaves the old one or the new one, never half."""
         with replace_directory_atomically(directory) as target:
-            if hasattr(self._index, "scores"):
+            if self._words:
                 self._index.save(target, show_progress=False)
             stamp = {
                 "version": _VERSION,
                 "passages": self._count,
+                "words": self._words,
                 "fingerprint": self.fingerprint,
                 "settings": settings_stamp(self.settings),
             }
@@ -222,10 +227,10 @@ class LexicalIndex:
                     "Build it anew with 'fedrag index CONFIG'.",
                 )
             index = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
-            if any(directory.glob("*.npy")):
+            if stamp["words"]:
                 index = bm25s.BM25.load(directory, mmap=memory_map, show_progress=False)
             return cls(settings, index, int(stamp["passages"]), str(stamp["fingerprint"]))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
             raise KnowledgeStoreError(
                 f"The lexical index in '{directory}' is damaged: {error}", "Build it anew with 'fedrag index CONFIG'."
             ) from error

@@ -167,6 +167,12 @@ def test_the_loss_is_of_the_fused_scores(write_config: WriteConfig) -> None:
         ),
         (["rag_system.lexical={}", "rag_system.fusion.weight=0"], "rag_system.fusion.weight", "greater than 0"),
         (["rag_system.lexical.stemmer=true"], "rag_system.lexical.stemmer", "did you mean 'stemming'"),
+        (
+            ["rag_system.lexical={stop_words: true}"],
+            "rag_system.lexical.language",
+            "is missing, which stemming and stop_words need",
+        ),
+        (["rag_system.lexical.language=german"], "rag_system.lexical.language", "has no effect without stemming or"),
         (["rag_system.lexical={language: klingon, stemming: true}"], "", ""),
     ],
 )

@@ -159,6 +159,25 @@ def test_an_index_of_other_settings_or_with_damage_is_refused(tmp_path: Path) ->
         LexicalIndex.load(tmp_path / "missing", BM25Config())
 
 
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_an_index_whose_scores_are_gone_or_empty_is_refused(memory_map: bool, tmp_path: Path) -> None:
+    """Without its scores it would find nothing, and an empty file is no error of the file system to NumPy."""
+    folder = tmp_path / "lexical"
+    LexicalIndex.build(nodes(), BM25Config()).save(folder)
+    scores = sorted(folder.glob("*.npy"))
+    assert scores
+    for file in scores:
+        content = file.read_bytes()
+        file.write_bytes(b"")
+        with pytest.raises(KnowledgeStoreError, match="is damaged"):
+            LexicalIndex.load(folder, BM25Config(), memory_map=memory_map)
+        file.write_bytes(content)
+    for file in scores:
+        file.unlink()
+    with pytest.raises(KnowledgeStoreError, match="is damaged"):
+        LexicalIndex.load(folder, BM25Config(), memory_map=memory_map)
+
+
 def test_a_saved_index_is_opened_and_one_of_other_passages_is_refused(tmp_path: Path) -> None:
     folder, settings = tmp_path / "lexical", BM25Config(fields={"title": 1})
     passages = [KnowledgeNode("a", "one", {"title": "Ferry", "owner": "x"}), KnowledgeNode("b", "two")]
