@@ -23,6 +23,9 @@ from fedrag_cli.runs.reporter import Reporter
 if TYPE_CHECKING:
     from fedrag_cli.rag.lexical import LexicalIndex
 
+NUMBERS_AT_ONCE = 2**24
+"""Numbers of candidates' embeddings that are gathered at once; more questions are searched block by block."""
+
 
 def lexical_folder(store: Path | None) -> Path | None:
     """Return the folder of the lexical index beside that of a knowledge store; None where that has none."""
@@ -85,10 +88,23 @@ class HybridSearch:
         if self.settings.method == "lexical":
             return self.lexical.search(queries, top_k)
         count = min(max(self.settings.candidates, top_k), len(store))
+        at_once = max(1, NUMBERS_AT_ONCE // (2 * count * store.dimension))
+        # Under autocast, similarities would have the three digits of bfloat16.
+        with torch.autocast(store.device.type, enabled=False):
+            parts = [
+                self._search(store, queries[at_once * number : at_once * (number + 1)], part, count, top_k)
+                for number, part in enumerate(embeddings.split(at_once))
+            ]
+        return torch.cat([scores for scores, _ in parts]), torch.cat([positions for _, positions in parts])
+
+    def _search(
+        self, store: KnowledgeStore, queries: Sequence[str], embeddings: Tensor, count: int, top_k: int
+    ) -> SearchResult:
         found = store.search_positions(embeddings, count)[1]
         lexical_found = self.lexical.search(queries, count)[1]
         positions, mask = candidates_of(found, lexical_found.to(found.device))
-        dense = torch.einsum("qd,qcd->qc", embeddings.float(), store.embeddings_at(positions).float())
+        candidates = store.embeddings_at(positions).float()
+        dense = torch.einsum("qd,qcd->qc", embeddings.to(candidates.device, torch.float32), candidates)
         lexical = self.lexical.scores_at(queries, positions).to(dense.device)
         if self.settings.method == "rrf":
             fused = reciprocal_rank_fusion(dense, lexical, mask, self.settings.rrf_constant)

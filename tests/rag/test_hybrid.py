@@ -50,6 +50,31 @@ def test_the_ranking_is_that_of_both_sides(write_config: WriteConfig) -> None:
     assert _ids(rag_system, "zebra") == _ids(_system(write_config("dense")), "zebra")
 
 
+def test_many_questions_are_searched_in_blocks_and_with_all_digits(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks change nothing, and neither does autocast, in which the trainers search."""
+    rag_system = _system(write_config(), "rag_system.lexical={}")
+    embeddings = rag_system.retriever.encode_queries(QUERIES)
+    scores, positions = rag_system.search(QUERIES, embeddings, 4)
+    assert [len(part) for part in rag_system.search([], embeddings[:0], 4)] == [0, 0]
+    gathered: list[tuple[int, ...]] = []
+    embeddings_at = rag_system.knowledge_store.embeddings_at
+
+    def count(wanted: torch.Tensor) -> torch.Tensor:
+        gathered.append(tuple(wanted.shape))
+        return embeddings_at(wanted)
+
+    monkeypatch.setattr(rag_system.knowledge_store, "embeddings_at", count)
+    passages = len(rag_system.knowledge_store)
+    monkeypatch.setattr("fedrag_cli.rag.hybrid.NUMBERS_AT_ONCE", 2 * 2 * passages * rag_system.retriever.dimension)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, same = rag_system.search(QUERIES, embeddings, 4)
+    assert gathered == [(2, 2 * passages), (1, 2 * passages)]
+    assert torch.equal(same, positions)
+    assert again == pytest.approx(scores, abs=1e-6)
+
+
 def test_words_bring_up_what_the_encoder_misses(write_config: WriteConfig) -> None:
     path = write_config()
     wanted = _system(path).knowledge_store.nodes[7]
