@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedrag_cli.config import Config
 from fedrag_cli.config.validation import tuned_sides
@@ -119,7 +120,17 @@ def _hybrid_search(
         reporter.note("Counting the words of the passages")
     # A filter hides passages of the store, whose positions then are others.
     passages = nodes if len(nodes) == len(store) else store.nodes
-    return HybridSearch(build("lexical", settings.lexical, passages, folder), settings.fusion)
+    return build_hybrid_search(config, passages, folder)
+
+
+def build_hybrid_search(
+    config: Config, nodes: Sequence[KnowledgeNode], folder: Path | None = None
+) -> HybridSearch | None:
+    """Return the lexical side that a config names over passages, opened where its folder is; None without one."""
+    settings = config.rag_system
+    if settings.lexical is None:
+        return None
+    return HybridSearch(build("lexical", settings.lexical, nodes, folder), settings.fusion)
 
 
 def load_retriever(config: Config, reporter: Reporter) -> Retriever:
