@@ -21,6 +21,7 @@ from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.retrievers.base import Retriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
+from fedrag_cli.runs.files import restore_interrupted
 from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
 
@@ -115,10 +116,13 @@ def _hybrid_search(
     settings = config.rag_system
     if settings.lexical is None:
         return None
-    folder = lexical_folder(settings.knowledge_store.folder)
+    place = settings.knowledge_store
+    # A filter hides passages of the store, whose positions then are others than in the index beside it.
+    folder = lexical_folder(place.folder) if place == place.unfiltered() else None
+    if folder is not None:
+        restore_interrupted(folder)
     if folder is None or not folder.exists():
         reporter.note("Counting the words of the passages")
-    # A filter hides passages of the store, whose positions then are others.
     passages = nodes if len(nodes) == len(store) else store.nodes
     return build_hybrid_search(config, passages, folder)
 

@@ -34,6 +34,7 @@ NODES_FILE = "nodes.jsonl"
 EMBEDDINGS_FILE = "embeddings.safetensors"
 INDEX_FILE = "index.faiss"
 STORE_FILE = "store.json"
+LEXICAL_FILE = "lexical.json"
 # What the client of Qdrant writes into its folder, by its own names.
 QDRANT_META_FILE, QDRANT_LOCK_FILE, QDRANT_COLLECTIONS = "meta.json", ".lock", "collection"
 # Earlier versions appended the changes of a store in memory to it.

@@ -14,10 +14,12 @@ from torch import Tensor
 from fedrag_cli.config import Config
 from fedrag_cli.config.schema import FusionConfig
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.errors import ConfigError, KnowledgeStoreError
+from fedrag_cli.rag.config import LEXICAL_FILE
 from fedrag_cli.rag.fusion import best, candidates_of, lexical_bonus, reciprocal_rank_fusion
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore, SearchResult, check_search
 from fedrag_cli.registry import build
+from fedrag_cli.runs.files import restore_interrupted
 from fedrag_cli.runs.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -30,6 +32,23 @@ NUMBERS_AT_ONCE = 2**24
 def lexical_folder(store: Path | None) -> Path | None:
     """Return the folder of the lexical index beside that of a knowledge store; None where that has none."""
     return None if store is None else store.with_name(f"{store.name}-lexical")
+
+
+def require_own_lexical_folder(config: Config) -> None:
+    """Raise ConfigError where saving the lexical index, which replaces its whole folder, would destroy something else.
+
+    What a kill has left set aside gets its name back first.
+    """
+    folder = lexical_folder(config.rag_system.knowledge_store.folder)
+    if config.rag_system.lexical is None or folder is None:
+        return
+    restore_interrupted(folder)
+    found = {file.name for file in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
+    if found and LEXICAL_FILE not in found:
+        raise ConfigError(
+            f"'{folder}', where the lexical index goes, holds something else, which would be lost.",
+            "Move it away, or set rag_system.knowledge_store.path to another folder.",
+        )
 
 
 def refresh_lexical_index(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> str | None:

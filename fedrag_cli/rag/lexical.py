@@ -24,10 +24,9 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.splitting import WITHOUT_BLANKS, ZERO_WIDTH_SPACE
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
-from fedrag_cli.rag.config import BM25Config
+from fedrag_cli.rag.config import LEXICAL_FILE, BM25Config
 from fedrag_cli.runs.files import replace_directory_atomically
 
-LEXICAL_FILE = "lexical.json"
 _VERSION = 1
 _RUN = regex.compile(
     rf"(?P<unspaced>(?:(?={WITHOUT_BLANKS})\X{ZERO_WIDTH_SPACE}?)+)|(?:(?!{WITHOUT_BLANKS})[\w\p{{M}}])+", regex.V1

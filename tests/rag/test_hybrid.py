@@ -18,6 +18,7 @@ from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.fusion import lexical_bonus
 from fedrag_cli.rag.hybrid import lexical_folder
 from fedrag_cli.rag.system import RAGSystem
+from fedrag_cli.runs.files import name_aside
 from fedrag_cli.trainers.config import EMDR2Config, ValidationConfig
 from fedrag_cli.trainers.huggingface import HuggingFaceTrainerForEMDR2
 
@@ -127,6 +128,35 @@ def test_an_index_of_other_passages_is_refused(write_config: WriteConfig, capsys
     assert main(["evaluate", str(path)]) == 3
     assert "The lexical index in" in (said := capsys.readouterr().err)
     assert "fedrag index" in said
+
+
+def test_a_store_that_has_the_name_of_a_lexical_index_is_not_replaced(write_config: WriteConfig, capsys: Any) -> None:
+    store = {"knowledge_store": {"path": "store-lexical"}}
+    dense = write_config(rag_system=store)
+    home = dense.parent
+    assert main(["index", str(dense), "-q"]) == 0
+    files = {file.name: file.read_bytes() for file in (home / "store-lexical").iterdir()}
+    moved = write_config("", rag_system={"knowledge_store": {"path": "store"}, "lexical": {}})
+    capsys.readouterr()
+    assert main(["index", str(moved), "-q"]) == 2
+    assert f"'{home / 'store-lexical'}', where the lexical index goes, holds something else" in capsys.readouterr().err
+    assert not (home / "store").exists()
+    assert {file.name: file.read_bytes() for file in (home / "store-lexical").iterdir()} == files
+    (home / "store-lexical").rename(home / "elsewhere")
+    assert main(["index", str(moved), "-q"]) == 0
+    # A kill between the renames of a replacement leaves the old index under the name that it is set aside by.
+    (home / "store-lexical").rename(name_aside(home / "store-lexical"))
+    assert _ids(_system(moved), QUERIES[1])
+    assert (home / "store-lexical" / "lexical.json").is_file()
+
+
+def test_a_filter_hides_passages_from_the_words_too(write_config: WriteConfig) -> None:
+    store = {"type": "qdrant", "path": "store", "filter": {"title": "eel"}}
+    path = write_config(rag_system={"knowledge_store": store, "lexical": {}})
+    assert main(["index", str(path), "-q"]) == 0
+    rag_system = _system(path)
+    assert len(rag_system.knowledge_store) == 2
+    assert _ids(rag_system, "the owl house", 2) == _ids(rag_system, "house", 2) == ["home-eel", "colour-eel"]
 
 
 def test_index_to_another_place_takes_the_words_along(write_config: WriteConfig, capsys: Any) -> None:

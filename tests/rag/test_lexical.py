@@ -13,8 +13,8 @@ import torch
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
-from fedrag_cli.rag.config import BM25Config
-from fedrag_cli.rag.lexical import LEXICAL_FILE, LexicalIndex, Tokenizer
+from fedrag_cli.rag.config import LEXICAL_FILE, BM25Config
+from fedrag_cli.rag.lexical import LexicalIndex, Tokenizer
 
 TEXTS = (
     "The ferry leaves the harbour at six.",
