@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "memory": ("memory.py", DATA),
     "federation-overhead": ("federation_overhead.py",),
     "federation-traffic": ("federation_traffic.py",),
+    "hybrid": ("hybrid.py", "--xquad", DATA),
     "objectives-retriever": ("objectives.py", DATA, "retriever"),
     "objectives-generator": ("objectives.py", DATA, "generator"),
     "federation-lsr": ("federation.py", DATA, "lsr"),

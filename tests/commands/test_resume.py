@@ -199,6 +199,7 @@ def test_a_damaged_checkpoint_is_named(write_config: Callable[..., Path], undist
     assert f"Remove the folder '{newest}'" in message
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_has_changed_is_not_resumed(
     write_config: Callable[..., Path], undisturbed: Path, capsys: Any
 ) -> None:

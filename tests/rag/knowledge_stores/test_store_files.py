@@ -141,6 +141,7 @@ def test_what_an_earlier_version_appended_is_brought_up_to_date_by_the_next_inde
     rows = [*ROWS, {"id": "new", "text": "new"}]
     build_index(config_of(), SilentReporter())
     journal = tmp_path / "store" / "changes.jsonl"
+    moved = config_of("moved", {"type": "faiss"})
     for stays in (ROWS, rows):
         journal.write_text('{"checksum": "0", "change": {}}\n')
         config = config_of(rows=stays)
@@ -148,7 +149,7 @@ def test_what_an_earlier_version_appended_is_brought_up_to_date_by_the_next_inde
             build_rag_system(config, with_generator=False)
         assert "fedrag index" in caught.value.hint
         with pytest.raises(KnowledgeStoreError, match="has changes beside it") as caught:
-            move_index(config, config_of("moved", {"type": "faiss"}), SilentReporter())
+            move_index(config, moved, SilentReporter())
         assert "fedrag index" in caught.value.hint
         encoded.clear()
         assert build_index(config, SilentReporter())["kept"] == 24

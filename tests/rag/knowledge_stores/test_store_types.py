@@ -395,7 +395,7 @@ def test_training_both_encoders_refreshes_the_store_of_the_run_and_leaves_the_ot
 
 def test_sites_of_a_federation_copy_the_store_into_memory(write_config: WriteConfig) -> None:
     from fedrag_cli.commands.run_data import load_run_data
-    from fedrag_cli.federated.task import trainer_around
+    from fedrag_cli.federated.task import FLTask
     from fedrag_cli.trainer_managers.build import build_manager
 
     settings = {"top_k": 4, "batch_size": 4, "train": "both", "validation": {"every": "never"}}
@@ -404,7 +404,8 @@ def test_sites_of_a_federation_copy_the_store_into_memory(write_config: WriteCon
     system, data = build_rag_system(config), load_run_data(config)
     store, retriever = system.knowledge_store, system.require_trainable_retriever()
     trainer = build_manager(config, system, train=data.train, validation=[]).trainers["retriever"]
-    own = trainer_around(trainer, copy.deepcopy(retriever.query_encoder), None, None).rag_system.knowledge_store
+    task = FLTask(trainer).around(copy.deepcopy(retriever.query_encoder), None, None)
+    own = task.trainer.rag_system.knowledge_store
     assert (type(store), type(own)) == (QdrantKnowledgeStore, InMemoryKnowledgeStore)
     assert (own.nodes, own.corpus_fingerprint) == (store.nodes, store.corpus_fingerprint)
     assert own.embeddings.sub(store.embeddings).abs().max() < 1e-6
