@@ -294,6 +294,13 @@ def test_differential_privacy_is_told_wherever_rounds_are(
     assert f"epsilon {spent_epsilon(1.0, 1, 1e-5):.4g} at delta 1e-05," in printed
 
 
+def test_what_rounds_and_baselines_keep_is_not_told_of_the_federations_weights(simulate: Callable[..., Any]) -> None:
+    run, summary = simulate("--compare", "trainer.retriever.validation.every=epoch", "federated.rounds=1")
+    assert {event["phase"] for event in events(run, "kept")} == {"round-1", "1-retriever"}
+    assert "kept" not in summary
+    assert "Weights that were kept" not in (run / "README.md").read_text(encoding="utf-8")
+
+
 def test_each_site_searches_the_words_of_its_own_passages(
     simulate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
