@@ -146,7 +146,7 @@ def _task_of(job: Job, data: RunData, site: Site, rag_system: RAGSystem, name: s
     own = dataclasses.replace(rag_system)
     if site.nodes is not data.nodes:
         own.knowledge_store = build_knowledge_store(rag_system.retriever, site.nodes, job.reporter)
-        own.hybrid = build_hybrid_search(job.config, site.nodes)
+        own.hybrid = build_hybrid_search(job.config, site.nodes, job.reporter)
     manager = build_manager(job.config, own, train=site.train, validation=site.validation, reporter=job.reporter)
     return manager.get_federated_task(work_directory=job.run.path / "federation" / name)
 

@@ -50,9 +50,10 @@ def build_rag_system(
     nodes = nodes if nodes is not None else load_corpus(config.dataset.corpus)
     _check_top_k(config, len(nodes))
     reporter = reporter or SilentReporter()
-    # What is wrong with a store is told before the models are loaded, which takes longer.
+    # What is wrong with a store or the words beside it is told before the models are loaded, which takes longer.
     fingerprint = fingerprint or corpus_fingerprint(nodes)
     store = _open_store(config, fingerprint, reporter)
+    hybrid = _open_hybrid_search(config, nodes, store, reporter) if store is not None else None
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
     if store is not None:
@@ -61,7 +62,8 @@ def build_rag_system(
     if store is None:
         built = build_knowledge_store(retriever, nodes, reporter, fingerprint)
         store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
-    return _assemble(config, retriever, store, generator, _hybrid_search(config, nodes, store, reporter))
+        hybrid = build_hybrid_search(config, store.nodes, reporter)
+    return _assemble(config, retriever, store, generator, hybrid)
 
 
 def build_rag_system_without_passages(
@@ -109,31 +111,26 @@ def _assemble(
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature, hybrid)
 
 
-def _hybrid_search(
+def _open_hybrid_search(
     config: Config, nodes: Sequence[KnowledgeNode], store: KnowledgeStore, reporter: Reporter
 ) -> HybridSearch | None:
-    """Open or build the lexical side that a config names; None where it names none."""
-    settings = config.rag_system
-    if settings.lexical is None:
-        return None
-    place = settings.knowledge_store
+    place = config.rag_system.knowledge_store
     # A filter hides passages of the store, whose positions then are others than in the index beside it.
     folder = lexical_folder(place.folder) if place == place.unfiltered() else None
-    if folder is not None:
-        restore_interrupted(folder)
-    if folder is None or not folder.exists():
-        reporter.note("Counting the words of the passages")
-    passages = nodes if len(nodes) == len(store) else store.nodes
-    return build_hybrid_search(config, passages, folder)
+    return build_hybrid_search(config, nodes if len(nodes) == len(store) else store.nodes, reporter, folder)
 
 
 def build_hybrid_search(
-    config: Config, nodes: Sequence[KnowledgeNode], folder: Path | None = None
+    config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter, folder: Path | None = None
 ) -> HybridSearch | None:
     """Return the lexical side that a config names over passages, opened where its folder is; None without one."""
     settings = config.rag_system
     if settings.lexical is None:
         return None
+    if folder is not None:
+        restore_interrupted(folder)
+    if folder is None or not folder.exists():
+        reporter.note("Counting the words of the passages")
     return HybridSearch(build("lexical", settings.lexical, nodes, folder), settings.fusion)
 
 

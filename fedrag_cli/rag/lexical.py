@@ -223,7 +223,7 @@ class LexicalIndex:
                 changed = ", ".join(name for name in wanted if built.get(name) != wanted[name]) or "its version"
                 raise KnowledgeStoreError(
                     f"The lexical index in '{directory}' was built with other settings ({changed}).",
-                    "Build it anew with 'fedrag index CONFIG'.",
+                    "Build it anew with 'fedrag index CONFIG', or put the settings back; a run's own has only those.",
                 )
             index = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
             if stamp["words"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ def test_an_index_of_other_passages_is_refused(write_config: WriteConfig, capsys
     assert main(["evaluate", str(path)]) == 3
     assert "The lexical index in" in (said := capsys.readouterr().err)
     assert "fedrag index" in said
+    assert "Loading the models" not in said
+    # Where there is no store either, both are made for the command alone.
+    shutil.rmtree(path.parent / "store")
+    assert main(["evaluate", str(path)]) == 0
 
 
 def test_a_store_that_has_the_name_of_a_lexical_index_is_not_replaced(write_config: WriteConfig, capsys: Any) -> None:
