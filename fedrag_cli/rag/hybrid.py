@@ -101,9 +101,14 @@ class HybridSearch:
             the sum of reciprocal ranks, with `lexical` that of BM25.
 
         Raises:
-            KnowledgeStoreError: As `KnowledgeStore.search_positions`.
+            KnowledgeStoreError: As `KnowledgeStore.search_positions`; or the store has got other passages since.
         """
         check_search(embeddings, top_k, len(store), store.dimension)
+        if len(self.lexical) != len(store):
+            raise KnowledgeStoreError(
+                f"The lexical index holds {len(self.lexical)} passages, but the knowledge store {len(store)}.",
+                "Build the index anew where passages are added or deleted: HybridSearch(LexicalIndex.build(...), ...).",
+            )
         if self.settings.method == "lexical":
             return self.lexical.search(queries, top_k)
         count = min(max(self.settings.candidates, top_k), len(store))

@@ -14,6 +14,7 @@ from indexing import STORES
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config
+from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.fusion import lexical_bonus
@@ -133,6 +134,13 @@ def test_an_index_of_other_passages_is_refused(write_config: WriteConfig, capsys
     # Where there is no store either, both are made for the command alone.
     shutil.rmtree(path.parent / "store")
     assert main(["evaluate", str(path)]) == 0
+
+
+def test_passages_that_were_added_since_are_not_searched_by_old_words(write_config: WriteConfig) -> None:
+    rag_system = _system(write_config(), "rag_system.lexical={}")
+    rag_system.knowledge_store.add([KnowledgeNode("new", "zebra")], rag_system.retriever.encode_passages(["zebra"]))
+    with pytest.raises(KnowledgeStoreError, match="holds 24 passages, but the knowledge store 25"):
+        rag_system.retrieve("zebra", 1)
 
 
 def test_a_store_that_has_the_name_of_a_lexical_index_is_not_replaced(write_config: WriteConfig, capsys: Any) -> None:
