@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from indexing import STORES
 
 from fedrag_cli.cli.main import main
 from fedrag_cli.config import load_config
 from fedrag_cli.data.nodes import KnowledgeNode
-from fedrag_cli.errors import KnowledgeStoreError
+from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.build import build_rag_system
 from fedrag_cli.rag.fusion import lexical_bonus
 from fedrag_cli.rag.hybrid import lexical_folder
@@ -217,6 +218,16 @@ def test_the_loss_is_of_the_fused_scores(write_config: WriteConfig) -> None:
     assert scores.detach() == pytest.approx(fused, abs=1e-5)
     assert scores.requires_grad
     assert not torch.equal(positions, rag_system.knowledge_store.search_positions(embeddings, 4)[1])
+
+
+def test_a_ranking_without_gradient_is_searched_by_but_not_tuned_by(write_config: WriteConfig) -> None:
+    rrf = {"lexical": {}, "fusion": {"method": "rrf"}}
+    config = load_config(write_config(rag_system=rrf), ["dataset.train=null"])
+    trainer = HuggingFaceTrainerForEMDR2(
+        build_rag_system(config), Dataset.from_dict({"query": ["owl ?"], "response": ["green"]}), config=EMDR2Config()
+    )
+    with pytest.raises(ConfigError, match="A ranking by rrf has no gradient to tune the retriever by"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(
