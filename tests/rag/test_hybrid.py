@@ -247,6 +247,16 @@ def test_a_ranking_without_gradient_is_searched_by_but_not_tuned_by(write_config
         (["rag_system.lexical={}", "rag_system.fusion.weight=0"], "rag_system.fusion.weight", "greater than 0"),
         (["rag_system.lexical.stemmer=true"], "rag_system.lexical.stemmer", "did you mean 'stemming'"),
         (
+            [
+                "rag_system.lexical={}",
+                "trainer.mode=generator",
+                "rag_system.fusion.method=rrf",
+                "rag_system.inference=ensemble",
+            ],
+            "rag_system.ensemble_temperature",
+            "is missing: the default is for similarities, and the scores of fusion.method: rrf are none",
+        ),
+        (
             ["rag_system.lexical={stop_words: true}"],
             "rag_system.lexical.language",
             "is missing, which stemming and stop_words need",
