@@ -51,13 +51,16 @@ def require_own_lexical_folder(config: Config) -> None:
         )
 
 
-def refresh_lexical_index(config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter) -> str | None:
+def refresh_lexical_index(
+    config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter, *, rebuild: bool = False
+) -> str | None:
     """Bring the lexical index beside the knowledge store up to date.
 
     Args:
         config: Names the lexical side and the store.
         nodes: All passages of the store, by their positions.
         reporter: Shown how far it is.
+        rebuild: Whether to build it anew, whatever is there.
 
     Returns:
         `built` or `kept`; None where the config has no lexical side, or the store no folder beside which it could be.
@@ -65,7 +68,7 @@ def refresh_lexical_index(config: Config, nodes: Sequence[KnowledgeNode], report
     settings, folder = config.rag_system.lexical, lexical_folder(config.rag_system.knowledge_store.folder)
     if settings is None or folder is None:
         return None
-    if folder.exists():
+    if folder.exists() and not rebuild:
         with suppress(KnowledgeStoreError):
             build("lexical", settings, nodes, folder)
             return "kept"

@@ -112,7 +112,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
             _encode(retriever, missing, partial, reporter)
             update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
             written, source = update.write(settings)
-        lexical = refresh_lexical_index(config, nodes, reporter)
+        lexical = refresh_lexical_index(config, nodes, reporter, rebuild=partial.is_rebuild)
     lengths = retriever.measure([node.text for node in nodes], "passages", queries=False)
     if lengths.truncated:
         reporter.note(lengths.message)

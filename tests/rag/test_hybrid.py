@@ -108,6 +108,7 @@ def test_the_lexical_index_lies_beside_every_store_and_follows_it(
     before = _ids(_system(path), QUERIES[1])
     assert before == _ids(_system(write_config("memory", rag_system={"lexical": {}})), QUERIES[1])
     assert index() == "kept"
+    assert index("--rebuild") == "built"
     corpus = path.parent / "corpus.jsonl"
     rows = corpus.read_text(encoding="utf-8").splitlines()
     corpus.write_text("\n".join([*rows, json.dumps({"id": "new", "text": "zebra"})]) + "\n", encoding="utf-8")
