@@ -10,7 +10,7 @@ Components answer for themselves: nothing else asks for a type by its name. Conf
 
 - `retriever`: `builder(config, device=)` returns a `rag.retrievers.base.Retriever`.
 - `lexical`: `builder(config, nodes, folder, progress=)` opens or builds a `rag.lexical.LexicalIndex`, or what searches
-  and scores passages as it does.
+  and scores passages as it does, and saves a `lexical.json` among its files.
 - `generator`: `builder(config, prompt=, device=, seed=)` returns a `rag.generators.base.Generator`. Where one of the
   two can be tuned, `config.tuned_in(directory)` returns the config of what it has saved there.
 - `knowledge_store`: the config is a `rag.config.KnowledgeStoreConfig`, and `builder(config, device=)` returns a

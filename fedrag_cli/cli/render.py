@@ -97,7 +97,7 @@ class Renderer:
         metric, level = first[0][1]["metric"], round(100 * first[0][1]["confidence"])
         rows = [[name, *_difference_row(item)[2:]] for name, item in first]
         self.line(f"Against retrieval without tuning, by {metric}:")
-        self.table(["untuned", "untuned", "tuned", "difference", f"{level} % interval", "verdict"], rows)
+        self.table(["retrieval", "untuned", "tuned", "difference", f"{level} % interval", "verdict"], rows)
         self.line(comparison["verdict"])
 
     def overlaps(self, found: Sequence[Mapping[str, Any]]) -> None:

@@ -195,11 +195,6 @@ class Job:
             plots.append(run.plots / "difference.png")
             plot_difference(summary["differences"], plots[-1])
         summary["diagnostics"] = summarise(events)
-        # A phase that was resumed at its end tells it again.
-        kept = {event["phase"]: event for event in events if event["event"] == "kept"}
-        summary["kept"] = [
-            {name: event[name] for name in ("phase", "step", "metric", "value")} for event in kept.values()
-        ]
         summary["plots"] = [path.name for path in plots]
         write_text_atomically(run.path / "README.md", model_card(summary))
         self.finish(summary)

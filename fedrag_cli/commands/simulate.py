@@ -35,7 +35,7 @@ from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.grid import InProcessGrid
 from fedrag_cli.federated.task import FLTask
 from fedrag_cli.federated.weights import Weights
-from fedrag_cli.rag.build import build_knowledge_store
+from fedrag_cli.rag.build import build_hybrid_search, build_knowledge_store
 from fedrag_cli.rag.system import RAGSystem, refresh_stale_store
 from fedrag_cli.reports.compare import load_evaluated
 from fedrag_cli.reports.interval_plots import plot_baselines
@@ -146,6 +146,7 @@ def _task_of(job: Job, data: RunData, site: Site, rag_system: RAGSystem, name: s
     own = dataclasses.replace(rag_system)
     if site.nodes is not data.nodes:
         own.knowledge_store = build_knowledge_store(rag_system.retriever, site.nodes, job.reporter)
+        own.hybrid = build_hybrid_search(job.config, site.nodes, job.reporter)
     manager = build_manager(job.config, own, train=site.train, validation=site.validation, reporter=job.reporter)
     return manager.get_federated_task(work_directory=job.run.path / "federation" / name)
 

@@ -95,6 +95,7 @@ def _train(job: Job, processes: Processes) -> dict[str, Any]:
         after,
         loss=result.loss,
         phases=_phases(result),
+        kept=_kept(run),
         untuned=compare_to_baselines(untuned, after, config.evaluation, config.run.seed),
         steps=result.steps,
         metrics=result.metrics,
@@ -110,6 +111,13 @@ def _phases(result: TrainResult) -> dict[str, dict[str, float]]:
     """Return mean loss and steps of each phase of an alternating training; nothing for another."""
     parts = {name: part for name, part in result.metrics.items() if isinstance(part, dict) and "steps" in part}
     return {name: {"loss": part["loss"], "steps": part["steps"]} for name, part in parts.items()}
+
+
+def _kept(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return which step's weights each phase has kept, and how good they were on the validation data."""
+    # A phase that was resumed at its end tells it again.
+    kept = {event["phase"]: event for event in run.events() if event["event"] == "kept"}
+    return [{name: event[name] for name in ("phase", "step", "metric", "value")} for event in kept.values()]
 
 
 def _truncated(result: TrainResult, after: Evaluation | None) -> dict[str, int]:

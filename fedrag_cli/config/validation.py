@@ -285,6 +285,10 @@ def _check_inference(config: Config) -> Iterator[Finding]:
         yield ("rag_system", "ensemble_temperature"), "has no effect with inference: concat; remove it"
     if settings.inference == "ensemble" and settings.generator is None:
         yield ("rag_system", "inference"), "ensemble needs a rag_system.generator"
+    method = settings.fusion.method if settings.lexical is not None else "weighted"
+    if settings.inference == "ensemble" and settings.ensemble_temperature is None and method != "weighted":
+        message = f"is missing: the default is for similarities, and the scores of fusion.method: {method} are none"
+        yield ("rag_system", "ensemble_temperature"), message
     yield from _check_fusion(settings)
 
 

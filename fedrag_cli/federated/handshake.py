@@ -184,6 +184,12 @@ def _settings(trainer: HuggingFaceTrainer, settings: FederatedConfig) -> Iterato
         yield f"rag_system.prompt.{field.name}", _plain(getattr(prompt, field.name))
     for name, value in trainer.rag_system.retriever.settings.items():
         yield f"rag_system.retriever.{name}", value
+    config = trainer.rag_system.config
+    if trainer.side == "retriever" and config is not None and config.rag_system.lexical is not None:
+        # The distribution that is taught is that of the fused scores; how words are split is each site's own matter.
+        yield "rag_system.lexical.type", config.rag_system.lexical.type
+        for field in dataclasses.fields(config.rag_system.fusion):
+            yield f"rag_system.fusion.{field.name}", getattr(config.rag_system.fusion, field.name)
     yield "federated.metrics", sorted(settings.metrics)
     yield "federated.transport_dtype", settings.transport_dtype
     yield "federated.lora_aggregation", settings.lora_aggregation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedrag_cli.config import Config
 from fedrag_cli.config.validation import tuned_sides
@@ -20,6 +21,7 @@ from fedrag_cli.rag.models import choose_device
 from fedrag_cli.rag.retrievers.base import Retriever
 from fedrag_cli.rag.system import ENSEMBLE_TEMPERATURE, RAGSystem
 from fedrag_cli.registry import build
+from fedrag_cli.runs.files import restore_interrupted
 from fedrag_cli.runs.reporter import Reporter, SilentReporter
 
 
@@ -48,9 +50,10 @@ def build_rag_system(
     nodes = nodes if nodes is not None else load_corpus(config.dataset.corpus)
     _check_top_k(config, len(nodes))
     reporter = reporter or SilentReporter()
-    # What is wrong with a store is told before the models are loaded, which takes longer.
+    # What is wrong with a store or the words beside it is told before the models are loaded, which takes longer.
     fingerprint = fingerprint or corpus_fingerprint(nodes)
     store = _open_store(config, fingerprint, reporter)
+    hybrid = _open_hybrid_search(config, nodes, store, reporter) if store is not None else None
     reporter.note("Loading the models")
     retriever = load_retriever(config, reporter)
     if store is not None:
@@ -59,7 +62,8 @@ def build_rag_system(
     if store is None:
         built = build_knowledge_store(retriever, nodes, reporter, fingerprint)
         store = converted_store(built, config.rag_system.knowledge_store, retriever.device)
-    return _assemble(config, retriever, store, generator, _hybrid_search(config, nodes, store, reporter))
+        hybrid = build_hybrid_search(config, store.nodes, reporter)
+    return _assemble(config, retriever, store, generator, hybrid)
 
 
 def build_rag_system_without_passages(
@@ -107,19 +111,27 @@ def _assemble(
     return RAGSystem(retriever, store, generator, settings.top_k, config, settings.inference, temperature, hybrid)
 
 
-def _hybrid_search(
+def _open_hybrid_search(
     config: Config, nodes: Sequence[KnowledgeNode], store: KnowledgeStore, reporter: Reporter
 ) -> HybridSearch | None:
-    """Open or build the lexical side that a config names; None where it names none."""
+    place = config.rag_system.knowledge_store
+    # A filter hides passages of the store, whose positions then are others than in the index beside it.
+    folder = lexical_folder(place.folder) if place == place.unfiltered() else None
+    return build_hybrid_search(config, nodes if len(nodes) == len(store) else store.nodes, reporter, folder)
+
+
+def build_hybrid_search(
+    config: Config, nodes: Sequence[KnowledgeNode], reporter: Reporter, folder: Path | None = None
+) -> HybridSearch | None:
+    """Return the lexical side that a config names over passages, opened where its folder is; None without one."""
     settings = config.rag_system
     if settings.lexical is None:
         return None
-    folder = lexical_folder(settings.knowledge_store.folder)
+    if folder is not None:
+        restore_interrupted(folder)
     if folder is None or not folder.exists():
         reporter.note("Counting the words of the passages")
-    # A filter hides passages of the store, whose positions then are others.
-    passages = nodes if len(nodes) == len(store) else store.nodes
-    return HybridSearch(build("lexical", settings.lexical, passages, folder), settings.fusion)
+    return HybridSearch(build("lexical", settings.lexical, nodes, folder), settings.fusion)
 
 
 def load_retriever(config: Config, reporter: Reporter) -> Retriever:

@@ -34,6 +34,7 @@ NODES_FILE = "nodes.jsonl"
 EMBEDDINGS_FILE = "embeddings.safetensors"
 INDEX_FILE = "index.faiss"
 STORE_FILE = "store.json"
+LEXICAL_FILE = "lexical.json"
 # What the client of Qdrant writes into its folder, by its own names.
 QDRANT_META_FILE, QDRANT_LOCK_FILE, QDRANT_COLLECTIONS = "meta.json", ".lock", "collection"
 # Earlier versions appended the changes of a store in memory to it.
@@ -159,6 +160,13 @@ class BM25Config:
     """How much long passages are discounted, from 0 to 1."""
     fields: dict[NonEmptyStr, PositiveInt] = dataclasses.field(default_factory=dict)
     """Metadata whose words count too, and how often each counts, for instance {title: 2}."""
+
+    def check(self, config: Config, path: KeyPath) -> Iterator[Finding]:
+        """Yield what a language is missing for, or given for in vain."""
+        if self.language is None and (self.stemming or self.stop_words):
+            yield (*path, "language"), "is missing, which stemming and stop_words need"
+        if self.language is not None and not (self.stemming or self.stop_words):
+            yield (*path, "language"), "has no effect without stemming or stop_words; remove it, or set one of them"
 
 
 @config_class

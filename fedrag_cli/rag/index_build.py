@@ -19,7 +19,7 @@ from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import RunInterruptedError
 from fedrag_cli.rag.build import corpus_fingerprint, load_retriever
 from fedrag_cli.rag.config import KnowledgeStoreConfig
-from fedrag_cli.rag.hybrid import refresh_lexical_index
+from fedrag_cli.rag.hybrid import refresh_lexical_index, require_own_lexical_folder
 from fedrag_cli.rag.index_convert import PreviousStore, open_previous, require_place, store_report, write_store
 from fedrag_cli.rag.index_resume import PartialIndex, partial_index
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
@@ -89,6 +89,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
     """
     settings = config.rag_system.knowledge_store
     require_place(settings)
+    require_own_lexical_folder(config)
     path, place = _partial_folder(config)
     with terminable(), partial_index(path, place, reporter) as partial:
         # Before anything is encoded, because a server may be out of reach, and a store damaged.
@@ -111,7 +112,7 @@ def build_index(config: Config, reporter: Reporter, *, rebuild: bool = False) ->
             _encode(retriever, missing, partial, reporter)
             update = _Update(nodes, changes, previous, partial, retriever.dimension, encoder)
             written, source = update.write(settings)
-        lexical = refresh_lexical_index(config, nodes, reporter)
+        lexical = refresh_lexical_index(config, nodes, reporter, rebuild=partial.is_rebuild)
     lengths = retriever.measure([node.text for node in nodes], "passages", queries=False)
     if lengths.truncated:
         reporter.note(lengths.message)

@@ -12,7 +12,7 @@ from fedrag_cli.config import Config
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
 from fedrag_cli.rag.config import KnowledgeStoreConfig
-from fedrag_cli.rag.hybrid import refresh_lexical_index
+from fedrag_cli.rag.hybrid import refresh_lexical_index, require_own_lexical_folder
 from fedrag_cli.rag.index_place import require_named_place, require_own_folder, settings_as_built
 from fedrag_cli.rag.knowledge_stores.base import KnowledgeStore
 from fedrag_cli.rag.knowledge_stores.store_files import sentence
@@ -93,6 +93,7 @@ def move_index(config: Config, target: Config, reporter: Reporter, *, replace: b
     """
     source, wanted = config.rag_system.knowledge_store, target.rag_system.knowledge_store
     place = require_place(wanted)
+    require_own_lexical_folder(target)
     if require_named_place(source) == place:
         raise ConfigError(f"Both configs name the same knowledge store: {place}", "Give the second another place.")
     started = time.monotonic()

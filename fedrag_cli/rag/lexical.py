@@ -24,10 +24,9 @@ from torch import Tensor
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.data.splitting import WITHOUT_BLANKS, ZERO_WIDTH_SPACE
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
-from fedrag_cli.rag.config import BM25Config
+from fedrag_cli.rag.config import LEXICAL_FILE, BM25Config
 from fedrag_cli.runs.files import replace_directory_atomically
 
-LEXICAL_FILE = "lexical.json"
 _VERSION = 1
 _RUN = regex.compile(
     rf"(?P<unspaced>(?:(?={WITHOUT_BLANKS})\X{ZERO_WIDTH_SPACE}?)+)|(?:(?!{WITHOUT_BLANKS})[\w\p{{M}}])+", regex.V1
@@ -90,6 +89,10 @@ class LexicalIndex:
     def __len__(self) -> int:
         """Return the number of passages."""
         return self._count
+
+    @property
+    def _words(self) -> int:
+        return len(getattr(self._index, "vocab_dict", {}))
 
     @classmethod
     def from_config(
@@ -190,11 +193,12 @@ class LexicalIndex:
     def save(self, directory: Path) -> None:
         """Write the index into a folder of its own; a kill leaves the old one or the new one, never half."""
         with replace_directory_atomically(directory) as target:
-            if hasattr(self._index, "scores"):
+            if self._words:
                 self._index.save(target, show_progress=False)
             stamp = {
                 "version": _VERSION,
                 "passages": self._count,
+                "words": self._words,
                 "fingerprint": self.fingerprint,
                 "settings": settings_stamp(self.settings),
             }
@@ -219,13 +223,13 @@ class LexicalIndex:
                 changed = ", ".join(name for name in wanted if built.get(name) != wanted[name]) or "its version"
                 raise KnowledgeStoreError(
                     f"The lexical index in '{directory}' was built with other settings ({changed}).",
-                    "Build it anew with 'fedrag index CONFIG'.",
+                    "Build it anew with 'fedrag index CONFIG', or put the settings back; a run's own has only those.",
                 )
             index = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
-            if any(directory.glob("*.npy")):
+            if stamp["words"]:
                 index = bm25s.BM25.load(directory, mmap=memory_map, show_progress=False)
             return cls(settings, index, int(stamp["passages"]), str(stamp["fingerprint"]))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
             raise KnowledgeStoreError(
                 f"The lexical index in '{directory}' is damaged: {error}", "Build it anew with 'fedrag index CONFIG'."
             ) from error

@@ -130,7 +130,8 @@ class LMSupervisedConfig(RetrieverTrainingConfig):
         if self.train == "query" and self.refresh_every is not None:
             yield (*path, "refresh_every"), "has no effect with train: query, whose index never goes stale; remove it"
         objective, method = config.trainer.retriever.type, config.rag_system.fusion.method
-        if config.rag_system.lexical is not None and method != "weighted":
+        # A config without training examples is for commands that only search.
+        if config.dataset.train is not None and config.rag_system.lexical is not None and method != "weighted":
             message = f"must be weighted where {objective} tunes the retriever: a ranking by {method} has no gradient"
             yield ("rag_system", "fusion", "method"), message
         yield from super().check(config, path)

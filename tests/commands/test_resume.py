@@ -130,6 +130,7 @@ def _has_event(name: str, count: int = 1, phase: str = "") -> Callable[[Path], b
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "while scoring": lambda run: any(run.glob("checkpoints/*/likelihoods-*.jsonl")),
+    "when the untuned weights were validated": _has_event("validation", 1, "1-retriever"),
     "in the middle of the retriever": _has_event("train_step", 6, "1-retriever"),
     "while a checkpoint is written": lambda run: any(run.glob("checkpoints/1-retriever/checkpoint-9")),
     "between the phases": lambda run: any(run.glob("checkpoints/1-retriever/finished")),

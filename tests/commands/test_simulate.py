@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIMULATED_TRAINER
+from conftest import SIMULATED_TRAINER, data_rows, write_rows
 from federation import assert_same_weights, events, tuned_weights
 from toy_federation import spent_epsilon
 
 from fedrag_cli.cli.main import main
+from fedrag_cli.commands.simulate import _task_of
+from fedrag_cli.federated.task import FLTask
 
 
 def test_owners_are_the_clients_and_the_same_seed_gives_the_same_weights(simulate: Callable[..., Any]) -> None:
@@ -290,3 +292,33 @@ def test_differential_privacy_is_told_wherever_rounds_are(
     printed = capsys.readouterr().err
     assert f"1 round spends epsilon {spent_epsilon(1.0, 1, 1e-5):.4g} at delta 1e-05" in printed
     assert f"epsilon {spent_epsilon(1.0, 1, 1e-5):.4g} at delta 1e-05," in printed
+
+
+def test_what_rounds_and_baselines_keep_is_not_told_of_the_federations_weights(simulate: Callable[..., Any]) -> None:
+    run, summary = simulate("--compare", "trainer.retriever.validation.every=epoch", "federated.rounds=1")
+    assert {event["phase"] for event in events(run, "kept")} == {"round-1", "1-retriever"}
+    assert "kept" not in summary
+    assert "Weights that were kept" not in (run / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_site_searches_the_words_of_its_own_passages(
+    simulate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = [{**row, "site": number % 2} for number, row in enumerate(data_rows()["corpus"])]
+    dataset = {"corpus": {"path": str(write_rows(tmp_path / "owned.jsonl", corpus))}}
+    tasks: list[FLTask] = []
+
+    def task_of(*arguments: Any) -> FLTask:
+        tasks.append(_task_of(*arguments))
+        return tasks[-1]
+
+    monkeypatch.setattr("fedrag_cli.commands.simulate._task_of", task_of)
+    simulate("rag_system.lexical={}", dataset=dataset)
+    assert len(tasks) == 2
+    for number, task in enumerate(tasks):
+        rag_system = task.trainer.rag_system
+        assert rag_system.hybrid is not None
+        own = rag_system.knowledge_store.nodes
+        assert [node.id for node in own] == [row["id"] for row in corpus[number::2]]
+        for position in (0, 11):
+            assert rag_system.hybrid.lexical.search([own[position].text], 1)[1].tolist() == [[position]]

@@ -30,6 +30,7 @@ def test_train_writes_a_whole_run_directory(write_config: Callable[..., Path], c
     run = Path(summary["run_dir"])
     assert summary["status"] == "done"
     assert {item["metric"] for item in summary["differences"]} == {"mrr", "recall@1", "recall@5", "ndcg@10"}
+    assert [item["phase"] for item in summary["kept"]] == ["1-retriever"]
     for name in ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "README.md", "plots/loss.png"):
         assert (run / name).is_file(), name
     assert json.loads((run / "manifest.json").read_text())["status"] == "done"

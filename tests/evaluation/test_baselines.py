@@ -80,6 +80,8 @@ def test_a_training_run_shows_them_everywhere(write_config: WriteConfig, capsys:
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     card = (run / "README.md").read_text(encoding="utf-8")
     assert "Against retrieval without tuning, by mrr:" in said
+    header = said.split("Against retrieval without tuning, by mrr:\n")[1].splitlines()[0]
+    assert header.split()[:3] == ["retrieval", "untuned", "tuned"]
     assert "## Against retrieval without tuning" in card
     for text in (said, card):
         assert summary["untuned"]["verdict"] in text

@@ -18,7 +18,7 @@ from fedrag_cli.commands.federation import run_federation
 from fedrag_cli.commands.job import Job
 from fedrag_cli.commands.run_data import load_run_data
 from fedrag_cli.config import load_config, load_config_with_source
-from fedrag_cli.config.schema import FederatedConfig
+from fedrag_cli.config.schema import FederatedConfig, FusionConfig
 from fedrag_cli.errors import (
     ConfigError,
     ConnectionFailedError,
@@ -31,9 +31,10 @@ from fedrag_cli.errors import (
 from fedrag_cli.federated.client import ClientHandler
 from fedrag_cli.federated.flower_api import ScreenedStrategy
 from fedrag_cli.federated.grid import InProcessGrid
-from fedrag_cli.federated.handshake import agreement_of, differences
+from fedrag_cli.federated.handshake import Agreement, agreement_of, differences
 from fedrag_cli.federated.weights import Weights, from_wire, to_wire
 from fedrag_cli.rag.build import build_rag_system
+from fedrag_cli.rag.config import BM25Config
 from fedrag_cli.runs.directory import RunDirectory
 from fedrag_cli.runs.reporter import SilentReporter
 from fedrag_cli.trainer_managers.build import build_manager
@@ -297,6 +298,25 @@ def test_both_encoders_and_another_generator_model(write_config: Callable[..., P
     generator = make_task(write_config, "generator")
     with pytest.raises(ModelError, match="is a SentenceTransformer, not a LlamaForCausalLM"):
         both.around(generator.trainer.rag_system.require_generator().model.base_model.model)
+
+
+def test_sites_that_fuse_words_otherwise_refuse_each_other(write_config: Callable[..., Path]) -> None:
+    trainer = make_task(write_config).trainer
+    config = trainer.rag_system.config
+    assert config is not None
+
+    def agreement(**changes: Any) -> Agreement:
+        changed = dataclasses.replace(config.rag_system, **changes)
+        trainer.rag_system.config = dataclasses.replace(config, rag_system=changed)
+        return agreement_of(trainer, FederatedConfig())
+
+    dense, hybrid = agreement(), agreement(lexical=BM25Config())
+    assert 'rag_system.lexical.type is "bm25", but the server has not set' in differences(dense, hybrid)
+    other = agreement(lexical=BM25Config(), fusion=FusionConfig(weight=0.5))
+    assert differences(hybrid, other) == ["rag_system.fusion.weight is 0.5, but the server has 0.7"]
+    # Each site's passages have their own language.
+    german = agreement(lexical=BM25Config(language="german", stemming=True))
+    assert not differences(hybrid, german)
 
 
 HALF = FederatedConfig(transport_dtype="float16", min_clients=1)

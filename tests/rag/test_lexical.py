@@ -13,8 +13,8 @@ import torch
 
 from fedrag_cli.data.nodes import KnowledgeNode
 from fedrag_cli.errors import ConfigError, KnowledgeStoreError
-from fedrag_cli.rag.config import BM25Config
-from fedrag_cli.rag.lexical import LEXICAL_FILE, LexicalIndex, Tokenizer
+from fedrag_cli.rag.config import LEXICAL_FILE, BM25Config
+from fedrag_cli.rag.lexical import LexicalIndex, Tokenizer
 
 TEXTS = (
     "The ferry leaves the harbour at six.",
@@ -157,6 +157,25 @@ def test_an_index_of_other_settings_or_with_damage_is_refused(tmp_path: Path) ->
             LexicalIndex.load(folder, BM25Config())
     with pytest.raises(KnowledgeStoreError, match="is damaged"):
         LexicalIndex.load(tmp_path / "missing", BM25Config())
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_an_index_whose_scores_are_gone_or_empty_is_refused(memory_map: bool, tmp_path: Path) -> None:
+    """Without its scores it would find nothing, and an empty file is no error of the file system to NumPy."""
+    folder = tmp_path / "lexical"
+    LexicalIndex.build(nodes(), BM25Config()).save(folder)
+    scores = sorted(folder.glob("*.npy"))
+    assert scores
+    for file in scores:
+        content = file.read_bytes()
+        file.write_bytes(b"")
+        with pytest.raises(KnowledgeStoreError, match="is damaged"):
+            LexicalIndex.load(folder, BM25Config(), memory_map=memory_map)
+        file.write_bytes(content)
+    for file in scores:
+        file.unlink()
+    with pytest.raises(KnowledgeStoreError, match="is damaged"):
+        LexicalIndex.load(folder, BM25Config(), memory_map=memory_map)
 
 
 def test_a_saved_index_is_opened_and_one_of_other_passages_is_refused(tmp_path: Path) -> None:

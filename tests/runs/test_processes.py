@@ -256,6 +256,9 @@ OBJECTIVES: dict[str, list[str]] = {
     "lsr": ["trainer.retriever={type: lsr, top_k: 4, batch_size: 4, epochs: 2, optimizer: sgd, learning_rate: 0.01}"],
     "lsr both": ["trainer.retriever={type: lsr, top_k: 4, batch_size: 4, train: both, refresh_every: 2, optimizer: sgd,"
                  " learning_rate: 0.01, validation: {every: 2}}"],
+    # Nothing gets better, so that both end with the untuned weights.
+    "hybrid": ["rag_system.lexical={}", "trainer.retriever={type: lsr, top_k: 4, batch_size: 3, train: both, "
+               "refresh_every: 2, optimizer: sgd, learning_rate: 0.01, validation: {every: 2, metric: recall@5}}"],
     "contrastive": ["trainer.retriever={type: contrastive, batch_size: 3, gradient_accumulation_steps: 2, train: both,"
                     " optimizer: sgd, learning_rate: 0.01}"],
     # Batches of one instance leave a process without any.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedrag_cli.data.examples import Example
 from fedrag_cli.data.nodes import KnowledgeNode
+from fedrag_cli.errors import ConfigError
 from fedrag_cli.losses import emdr2_loss, loop_loss, lsr_loss
 from fedrag_cli.rag.lengths import TruncationCount
 from fedrag_cli.rag.system import RAGSystem
@@ -57,6 +58,16 @@ class HuggingFaceTrainerForLMSupervision(HuggingFaceTrainerForRetriever):
     def _contexts(self, nodes: Sequence[KnowledgeNode]) -> list[Sequence[KnowledgeNode]]:
         """Return the passages of each prompt that is scored for one query: each retrieved one by itself."""
         return [[node] for node in nodes]
+
+    def require_ready(self) -> None:
+        """Check also that the fused scores have a gradient."""
+        hybrid = self.rag_system.hybrid
+        if hybrid is not None and hybrid.settings.method != "weighted":
+            raise ConfigError(
+                f"A ranking by {hybrid.settings.method} has no gradient to tune the retriever by.",
+                "Set rag_system.fusion.method to weighted.",
+            )
+        super().require_ready()
 
     def losses(self, features: dict[str, Any], examples: Sequence[int], **shared: Tensor) -> Tensor:
         """Return the loss of each training example; see `HuggingFaceTrainerForRetriever.losses`."""
