@@ -23,6 +23,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests run in a process for each core, and tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first, so that no process works on one alone at the end."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
+
+
 ANIMALS = ["cat", "dog", "owl", "fox", "hen", "cow", "pig", "bat", "elk", "ant", "bee", "eel"]
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "silver", "violet", "orange"]
 TEXT = (
