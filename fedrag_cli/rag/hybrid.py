@@ -136,8 +136,9 @@ class HybridSearch:
         if self.settings.method == "rrf":
             fused = reciprocal_rank_fusion(dense, lexical, mask, self.settings.rrf_constant)
         else:
-            fused = dense + lexical_bonus(dense, lexical, mask, self.settings.weight)
-        return best(fused.masked_fill(~mask, -torch.inf), positions, top_k)
+            bonus = lexical_bonus(dense, lexical, mask, self.settings.weight)
+            fused = (dense + bonus).masked_fill(~mask, -torch.inf)
+        return best(fused, positions, top_k)
 
     def save_beside(self, store: Path) -> None:
         """Write the lexical index beside the folder of a knowledge store."""

@@ -91,8 +91,9 @@ class LexicalIndex:
         return self._count
 
     @property
-    def _words(self) -> int:
-        return len(getattr(self._index, "vocab_dict", {}))
+    def _vocabulary(self) -> dict[str, int]:
+        """The numbers of the words; bm25s has none where no passage has a word."""
+        return getattr(self._index, "vocab_dict", {})
 
     @classmethod
     def from_config(
@@ -155,7 +156,7 @@ class LexicalIndex:
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """Return the score of every passage, of shape (passages,); 0 where no word of the query is in it."""
-        vocabulary = getattr(self._index, "vocab_dict", {})
+        vocabulary = self._vocabulary
         known = [vocabulary[word] for word in self._tokenize(query) if word in vocabulary]
         if not known:
             return np.zeros(self._count, dtype=np.float32)
@@ -193,12 +194,12 @@ class LexicalIndex:
     def save(self, directory: Path) -> None:
         """Write the index into a folder of its own; a kill leaves the old one or the new one, never half."""
         with replace_directory_atomically(directory) as target:
-            if self._words:
+            if self._vocabulary:
                 self._index.save(target, show_progress=False)
             stamp = {
                 "version": _VERSION,
                 "passages": self._count,
-                "words": self._words,
+                "words": len(self._vocabulary),
                 "fingerprint": self.fingerprint,
                 "settings": settings_stamp(self.settings),
             }
